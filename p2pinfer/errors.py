@@ -1,0 +1,45 @@
+"""The whole error tree, ordered by who must act.
+
+`UsageError`: the person at this machine (exit code 2). `RemoteProtocolError`: the peer that sent
+the bytes. `ClusterError`: the cluster's operator or a later retry (exit code 1); its `code` is one
+of the error codes of `proto_spec.md` and `retryable` says whether the same call may succeed later.
+"""
+
+from __future__ import annotations
+
+
+class P2pinferError(Exception):
+    """Anything that p2pinfer raises on purpose; the message says what is wrong and what to do."""
+
+
+class UsageError(P2pinferError):
+    """A flag, a folder or a file of this machine is wrong. The person who started us must act."""
+
+
+class ModelError(UsageError):
+    """The model's folder is missing, damaged, or of a kind that p2pinfer does not compute."""
+
+
+class LocalProtocolError(P2pinferError):
+    """This program tried to send what the protocol forbids: a defect of ours."""
+
+
+class RemoteProtocolError(P2pinferError):
+    """A peer sent bytes that are no message of this protocol. The frame is dropped and counted."""
+
+
+class ClusterError(P2pinferError):
+    """The cluster could not do what was asked; carries a code of `proto_spec.md`."""
+
+    def __init__(self, code: str, message: str, *, retryable: bool = False) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.retryable = retryable
+
+
+class InvalidRequestError(ClusterError):
+    """The request itself is wrong (empty prompt, impossible sampling value): change it."""
+
+    def __init__(self, message: str, code: str = "invalid_request") -> None:
+        super().__init__(code, message, retryable=False)

@@ -1,0 +1,46 @@
+"""Every limit of the protocol and of a node, each with its name and its reason.
+
+A limit is checked before memory is taken for what it bounds. `proto_spec.md` lists those that
+other implementations must share; `tests/test_spec.py` compares the two.
+"""
+
+MAX_NODES = 16
+"""Members of one cluster: every node gossips to every other and steps are exchanged directly."""
+
+MAX_LAYERS = 512
+MAX_UNITS = 4096
+"""Units of one kind in a model (a tree index is 12 bits on the wire)."""
+
+MAX_STAGES = MAX_NODES
+MAX_NAME_BYTES = 64
+MAX_ADDRESS_BYTES = 256
+MAX_TEXT_BYTES = 1 << 20
+"""Prompt text, error messages and reply text in one message."""
+
+MAX_POSITIONS = 1 << 20
+"""Tokens of one request, prompt and reply together, whatever the model allows."""
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_BYTES = 256
+MAX_TOP_K = 1024
+MAX_CANDIDATES = MAX_TOP_K
+"""Candidates that one vocab unit may send for one slot."""
+
+MAX_STEP_SLOTS = 64
+MAX_STEP_TOKENS = 1024
+"""Positions that one step may compute, over all its slots."""
+
+MAX_REQUESTS = 256
+"""Requests that a cluster queues or serves; one more is refused as `overloaded`."""
+
+MAX_CONTROL_BYTES = 8 << 20
+MAX_STEP_BYTES = 256 << 20
+MAX_BULK_BYTES = 64 << 20
+MAX_STATUS_BYTES = 4 << 20
+MAX_HELD_BYTES = 64 << 20
+"""Data frames kept per peer for a plan that is acknowledged but not yet active."""
+
+MAX_PARTS = 64
+"""Subtree sums in one partial frame (a run of n units needs at most 2 log2 n)."""
+
+MAX_PENDING_CLIENTS = 1024

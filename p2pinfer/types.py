@@ -1,0 +1,201 @@
+"""The shared words: values that the wire, the core, the model and the daemon all speak of.
+
+All are immutable. Limits live in `limits.py`; what a plan means is decided in `core/`.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from p2pinfer.errors import InvalidRequestError
+from p2pinfer.limits import (
+    MAX_ADDRESS_BYTES,
+    MAX_LAYERS,
+    MAX_NAME_BYTES,
+    MAX_NODES,
+    MAX_POSITIONS,
+    MAX_STAGES,
+    MAX_STOP_BYTES,
+    MAX_STOP_STRINGS,
+    MAX_TOP_K,
+    MAX_UNITS,
+)
+
+U8 = Annotated[int, Meta(ge=0, lt=1 << 8)]
+U16 = Annotated[int, Meta(ge=0, lt=1 << 16)]
+U32 = Annotated[int, Meta(ge=0, lt=1 << 32)]
+U63 = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+"""Non-negative and signed-64-bit safe: terms, epochs, steps, bytes, request ids."""
+
+Identity = Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
+"""A node id, boot id or cluster id: 64 random bits in hexadecimal."""
+
+Digest = Annotated[str, Meta(pattern="^([0-9a-f]{64})?$")]
+"""A SHA-256 in hexadecimal, or empty where there is none (a witness has no model)."""
+
+Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_BYTES)]
+Address = Annotated[str, Meta(max_length=MAX_ADDRESS_BYTES, pattern=r"^tcp://.+:[0-9]{1,5}$")]
+TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
+Tokens = Annotated[tuple[TokenId, ...], Meta(max_length=MAX_POSITIONS)]
+MemberIndex = Annotated[int, Meta(ge=0, lt=MAX_NODES)]
+
+
+class UnitKind(StrEnum):
+    """What a unit is a slice of; head units are KV heads with their query heads."""
+
+    HEAD = "head"
+    MLP = "mlp"
+    VOCAB = "vocab"
+
+
+class DType(StrEnum):
+    """The number format that weights are multiplied in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class Fence(Struct, frozen=True, order=True):
+    """(term, epoch) of a plan, compared in that order; every data frame carries it."""
+
+    term: U63 = 0
+    epoch: U63 = 0
+
+
+class ModelSpec(Struct, frozen=True, kw_only=True):
+    """What placing and computing need to know of a model, without its weights.
+
+    `model_id` is the content hash of weights, config and tokenizer. The other names are those of
+    `config.json`; `max_positions` is its `max_position_embeddings`. `kv_dtype` is part of the
+    number format: equal on all nodes.
+    """
+
+    name: Annotated[str, Meta(max_length=256)]
+    model_id: Digest
+    num_layers: Annotated[int, Meta(ge=1, le=MAX_LAYERS)]
+    hidden_size: Annotated[int, Meta(ge=1, le=1 << 20)]
+    num_attention_heads: Annotated[int, Meta(ge=1, le=MAX_UNITS)]
+    num_key_value_heads: Annotated[int, Meta(ge=1, le=MAX_UNITS)]
+    head_dim: Annotated[int, Meta(ge=1, le=1 << 14)]
+    intermediate_size: Annotated[int, Meta(ge=1, le=1 << 20)]
+    vocab_size: Annotated[int, Meta(ge=1, le=1 << 24)]
+    max_positions: Annotated[int, Meta(ge=1, le=MAX_POSITIONS)]
+    dtype: DType
+    kv_dtype: DType
+    quant: Annotated[str, Meta(pattern="^(none|int8|int4)$")] = "none"
+    tied: bool = False
+    eos_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=64)] = ()
+
+
+class Member(Struct, frozen=True, kw_only=True):
+    """A daemon on the membership list, as it described itself in HELLO.
+
+    `address` is the control address; steps use its port + 1 and bulk its port + 2. `weight` is
+    the share of work relative to other members. `memory_bytes` is what it offers for weights
+    and KV together.
+    """
+
+    node_id: Identity
+    boot_id: Identity
+    name: Name
+    address: Address
+    pid: U32 = 0
+    numeric_class: Annotated[str, Meta(max_length=64)] = ""
+    threads: U16 = 1
+    weight: Annotated[float, Meta(ge=0.0, le=1e6)] = 1.0
+    memory_bytes: U63 = 0
+    witness: bool = False
+
+
+Owners = Annotated[tuple[MemberIndex, ...], Meta(max_length=MAX_UNITS)]
+Standbys = Annotated[
+    tuple[Annotated[tuple[MemberIndex, ...], Meta(max_length=MAX_NODES)], ...],
+    Meta(max_length=MAX_UNITS),
+]
+
+
+class Stage(Struct, frozen=True, kw_only=True):
+    """Layers `[start, end)` and, for each unit by its number, the index of the member that owns it.
+
+    `vocab_owners` is empty in every stage but the last. `*_standbys` are empty, or name for each
+    unit the members that keep a replica.
+    """
+
+    start: Annotated[int, Meta(ge=0, le=MAX_LAYERS)]
+    end: Annotated[int, Meta(ge=0, le=MAX_LAYERS)]
+    head_owners: Owners
+    mlp_owners: Owners
+    vocab_owners: Owners = ()
+    head_standbys: Standbys = ()
+    mlp_standbys: Standbys = ()
+    vocab_standbys: Standbys = ()
+
+
+class Plan(Struct, frozen=True, kw_only=True):
+    """The cluster's one agreed value. `leader` and the owners are indices into `members`."""
+
+    fence: Fence
+    cluster_id: Identity
+    leader: MemberIndex
+    members: Annotated[tuple[Member, ...], Meta(min_length=1, max_length=MAX_NODES)]
+    voters: Annotated[tuple[MemberIndex, ...], Meta(max_length=MAX_NODES)]
+    model: ModelSpec
+    stages: Annotated[tuple[Stage, ...], Meta(min_length=1, max_length=MAX_STAGES)]
+    layout: Annotated[str, Meta(max_length=16)] = "heads"
+
+
+class SamplingParams(Struct, frozen=True, kw_only=True):
+    """How tokens are drawn, as in vLLM. `temperature` 0 is greedy; `top_k` 0 is off.
+
+    Random numbers are counter-based in `(seed, position)`, so any leader draws the same token.
+    """
+
+    max_tokens: U32 = 256
+    temperature: float = 0.0
+    top_k: U32 = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: U63 = 0
+    stop: Annotated[
+        tuple[Annotated[str, Meta(max_length=MAX_STOP_BYTES)], ...],
+        Meta(max_length=MAX_STOP_STRINGS),
+    ] = ()
+    ignore_eos: bool = False
+
+    def check(self) -> None:
+        """Raise `InvalidRequestError` naming the first value that no sampler could obey."""
+        finite = 1e9
+        rules = (
+            (self.max_tokens >= 1, f"max_tokens must be at least 1, not {self.max_tokens}"),
+            (
+                0.0 <= self.temperature <= finite,
+                f"temperature must be 0 (greedy) or a positive number, not {self.temperature}",
+            ),
+            (self.top_k <= MAX_TOP_K, f"top_k must be 0 (off) to {MAX_TOP_K}, not {self.top_k}"),
+            (0.0 < self.top_p <= 1.0, f"top_p must be above 0 and at most 1, not {self.top_p}"),
+            (0.0 <= self.min_p <= 1.0, f"min_p must be between 0 and 1, not {self.min_p}"),
+            (
+                0.0 < self.repetition_penalty <= finite,
+                f"repetition_penalty must be a positive number, not {self.repetition_penalty}",
+            ),
+            (all(self.stop), "a stop string must not be empty"),
+        )
+        for holds, message in rules:
+            if not holds:
+                raise InvalidRequestError(message)
+
+
+class Failover(Struct, frozen=True, kw_only=True):
+    """One interruption that a reply survived (see `proto_spec.md`, epoch change)."""
+
+    position: U32
+    lost: tuple[Name, ...]
+    rung: Annotated[str, Meta(max_length=16)]
+    detect_s: float
+    stall_s: float
+    exact: bool = True
