@@ -1,7 +1,8 @@
 """Every limit of the protocol and of a node, each with its name and its reason.
 
 A limit is checked before memory is taken for what it bounds. `proto_spec.md` lists those that
-other implementations must share; `tests/test_spec.py` compares the two.
+other implementations must share; `tests/test_spec.py` compares the two. Limits of text count
+characters (Unicode code points, of at most four bytes each); all others say their unit.
 """
 
 MAX_NODES = 16
@@ -11,17 +12,25 @@ MAX_LAYERS = 512
 MAX_UNITS = 4096
 """Units of one kind in a model (a tree index is 12 bits on the wire)."""
 
+MAX_WIDTH = 1 << 20
+"""`hidden_size` and `intermediate_size` of a model."""
+
+MAX_HEAD_DIM = 1 << 14
+MAX_VOCAB = 1 << 24
 MAX_STAGES = MAX_NODES
-MAX_NAME_BYTES = 64
-MAX_ADDRESS_BYTES = 256
-MAX_TEXT_BYTES = 1 << 20
-"""Prompt text, error messages and reply text in one message."""
+MAX_NAME_CHARS = 64
+MAX_ADDRESS_CHARS = 256
+MAX_TEXT_CHARS = 1 << 20
+"""Prompt text and reply text in one message."""
+
+MAX_REASON_CHARS = 4096
+"""An error message, or what a request waits for."""
 
 MAX_POSITIONS = 1 << 20
 """Tokens of one request, prompt and reply together, whatever the model allows."""
 
 MAX_STOP_STRINGS = 16
-MAX_STOP_BYTES = 256
+MAX_STOP_CHARS = 256
 MAX_TOP_K = 1024
 MAX_CANDIDATES = MAX_TOP_K
 """Candidates that one vocab unit may send for one slot."""
@@ -33,7 +42,12 @@ MAX_STEP_TOKENS = 1024
 MAX_REQUESTS = 256
 """Requests that a cluster queues or serves; one more is refused as `overloaded`."""
 
+MAX_FAILOVERS = 1024
+"""Interruptions of one reply that its last message tells of."""
+
 MAX_CONTROL_BYTES = 8 << 20
+"""Of a body in MessagePack, on any plane; the next two bound data frames on theirs."""
+
 MAX_STEP_BYTES = 256 << 20
 MAX_BULK_BYTES = 64 << 20
 MAX_STATUS_BYTES = 4 << 20

@@ -6,22 +6,26 @@ All are immutable. Limits live in `limits.py`; what a plan means is decided in `
 from __future__ import annotations
 
 from enum import StrEnum
+from sys import float_info
 from typing import Annotated
 
 from msgspec import Meta, Struct
 
 from p2pinfer.errors import InvalidRequestError
 from p2pinfer.limits import (
-    MAX_ADDRESS_BYTES,
+    MAX_ADDRESS_CHARS,
+    MAX_HEAD_DIM,
     MAX_LAYERS,
-    MAX_NAME_BYTES,
+    MAX_NAME_CHARS,
     MAX_NODES,
     MAX_POSITIONS,
     MAX_STAGES,
-    MAX_STOP_BYTES,
+    MAX_STOP_CHARS,
     MAX_STOP_STRINGS,
     MAX_TOP_K,
     MAX_UNITS,
+    MAX_VOCAB,
+    MAX_WIDTH,
 )
 
 U8 = Annotated[int, Meta(ge=0, lt=1 << 8)]
@@ -30,17 +34,27 @@ U32 = Annotated[int, Meta(ge=0, lt=1 << 32)]
 U63 = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 """Non-negative and signed-64-bit safe: terms, epochs, steps, bytes, request ids."""
 
-Identity = Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
+Identity = Annotated[str, Meta(pattern=r"\A[0-9a-f]{16}\Z")]
 """A node id, boot id or cluster id: 64 random bits in hexadecimal."""
 
-Digest = Annotated[str, Meta(pattern="^([0-9a-f]{64})?$")]
+Digest = Annotated[str, Meta(pattern=r"\A([0-9a-f]{64})?\Z")]
 """A SHA-256 in hexadecimal, or empty where there is none (a witness has no model)."""
 
-Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_BYTES)]
-Address = Annotated[str, Meta(max_length=MAX_ADDRESS_BYTES, pattern=r"^tcp://.+:[0-9]{1,5}$")]
+Name = Annotated[
+    str,
+    Meta(min_length=1, max_length=MAX_NAME_CHARS, pattern=r"\A[^\x00-\x1f\x7f-\x9f]*\Z"),
+]
+"""A node's name: no control characters, since it is shown in terminals and logs."""
+
+Address = Annotated[str, Meta(max_length=MAX_ADDRESS_CHARS, pattern=r"\Atcp://[!-~]+:[0-9]{1,5}\Z")]
 TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
 Tokens = Annotated[tuple[TokenId, ...], Meta(max_length=MAX_POSITIONS)]
 MemberIndex = Annotated[int, Meta(ge=0, lt=MAX_NODES)]
+
+Finite = Annotated[float, Meta(ge=-float_info.max, le=float_info.max)]
+"""Any number, neither infinite nor NaN."""
+
+Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
 
 
 class UnitKind(StrEnum):
@@ -77,16 +91,16 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     name: Annotated[str, Meta(max_length=256)]
     model_id: Digest
     num_layers: Annotated[int, Meta(ge=1, le=MAX_LAYERS)]
-    hidden_size: Annotated[int, Meta(ge=1, le=1 << 20)]
+    hidden_size: Annotated[int, Meta(ge=1, le=MAX_WIDTH)]
     num_attention_heads: Annotated[int, Meta(ge=1, le=MAX_UNITS)]
     num_key_value_heads: Annotated[int, Meta(ge=1, le=MAX_UNITS)]
-    head_dim: Annotated[int, Meta(ge=1, le=1 << 14)]
-    intermediate_size: Annotated[int, Meta(ge=1, le=1 << 20)]
-    vocab_size: Annotated[int, Meta(ge=1, le=1 << 24)]
+    head_dim: Annotated[int, Meta(ge=1, le=MAX_HEAD_DIM)]
+    intermediate_size: Annotated[int, Meta(ge=1, le=MAX_WIDTH)]
+    vocab_size: Annotated[int, Meta(ge=1, le=MAX_VOCAB)]
     max_positions: Annotated[int, Meta(ge=1, le=MAX_POSITIONS)]
     dtype: DType
     kv_dtype: DType
-    quant: Annotated[str, Meta(pattern="^(none|int8|int4)$")] = "none"
+    quant: Annotated[str, Meta(pattern=r"\A(none|int8|int4)\Z")] = "none"
     tied: bool = False
     eos_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=64)] = ()
 
@@ -155,14 +169,14 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
     """
 
     max_tokens: U32 = 256
-    temperature: float = 0.0
+    temperature: Finite = 0.0
     top_k: U32 = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    top_p: Finite = 1.0
+    min_p: Finite = 0.0
+    repetition_penalty: Finite = 1.0
     seed: U63 = 0
     stop: Annotated[
-        tuple[Annotated[str, Meta(max_length=MAX_STOP_BYTES)], ...],
+        tuple[Annotated[str, Meta(max_length=MAX_STOP_CHARS)], ...],
         Meta(max_length=MAX_STOP_STRINGS),
     ] = ()
     ignore_eos: bool = False
@@ -194,8 +208,8 @@ class Failover(Struct, frozen=True, kw_only=True):
     """One interruption that a reply survived (see `proto_spec.md`, epoch change)."""
 
     position: U32
-    lost: tuple[Name, ...]
+    lost: Annotated[tuple[Name, ...], Meta(max_length=MAX_NODES)]
     rung: Annotated[str, Meta(max_length=16)]
-    detect_s: float
-    stall_s: float
+    detect_s: Seconds
+    stall_s: Seconds
     exact: bool = True

@@ -3,6 +3,7 @@
 Control bodies (MessagePack maps with the field names below) and data frames (a fixed header, then
 raw tensor bytes) are told apart by their base class. Ids are append-only: a retired id is never
 used again. `proto_spec.md` says what each message means; `tests/test_spec.py` compares the two.
+The messages of steps and bulk are in `step_messages.py`; readers import all of them from here.
 """
 
 from __future__ import annotations
@@ -13,20 +14,14 @@ from typing import Annotated, NamedTuple
 from msgspec import Meta, Struct
 
 from p2pinfer.limits import (
-    MAX_CANDIDATES,
-    MAX_LAYERS,
-    MAX_NAME_BYTES,
+    MAX_FAILOVERS,
     MAX_NODES,
-    MAX_PARTS,
     MAX_REQUESTS,
     MAX_STATUS_BYTES,
     MAX_STEP_SLOTS,
-    MAX_STEP_TOKENS,
-    MAX_TEXT_BYTES,
     MAX_UNITS,
 )
 from p2pinfer.types import (
-    U8,
     U16,
     U32,
     U63,
@@ -35,72 +30,65 @@ from p2pinfer.types import (
     Fence,
     Identity,
     Member,
-    MemberIndex,
     Plan,
     SamplingParams,
+    Seconds,
     TokenId,
     Tokens,
 )
-from p2pinfer.wire.tensors import Tensor
-
-Text = Annotated[str, Meta(max_length=MAX_TEXT_BYTES)]
-Reason = Annotated[str, Meta(max_length=4096)]
-Code = Annotated[str, Meta(max_length=64, pattern="^[a-z_]*$")]
-Label = Annotated[str, Meta(max_length=MAX_NAME_BYTES)]
-Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
-
-
-class Plane(StrEnum):
-    """Which pair of sockets carries a message."""
-
-    CONTROL = "control"
-    STEPS = "steps"
-    BULK = "bulk"
-
-
-class ControlMessage(Struct, frozen=True, kw_only=True):
-    """A message whose body is MessagePack."""
-
-
-class DataFrame(Struct, frozen=True, kw_only=True):
-    """A message whose body is a fixed header and raw tensor bytes.
-
-    `link_seq` numbers the frames of one directed step link from 0 in every fence, so that a lost
-    frame is seen as a gap. `sender` is the index of the sending member in the plan of `fence`.
-    """
-
-    fence: Fence
-    step: U63
-    link_seq: U63
-    sender: MemberIndex
-
+from p2pinfer.wire.fields import (
+    Code,
+    ControlMessage,
+    DataFrame,
+    Label,
+    MaybeIdentity,
+    Plane,
+    Rate,
+    Reason,
+    StageIndex,
+    Text,
+    Unit,
+)
+from p2pinfer.wire.step_messages import (
+    Candidates,
+    Credit,
+    Hidden,
+    KvDelta,
+    KvRequest,
+    LinkOpen,
+    Logits,
+    LogitsRequest,
+    Partial,
+    Slot,
+    Step,
+)
 
 # --- membership ---------------------------------------------------------------------------------
 
 
-class Hello(ControlMessage, kw_only=True):
+class Hello(ControlMessage, frozen=True, kw_only=True):
     """First message on a control link: who I am and what I hold. Answered on the same link."""
 
     versions: Annotated[tuple[U16, ...], Meta(min_length=1, max_length=16)]
     member: Member
-    cluster_id: Annotated[str, Meta(pattern="^([0-9a-f]{16})?$")] = ""
+    cluster_id: MaybeIdentity = ""
     model_id: Digest
     dtype: Annotated[str, Meta(max_length=16)]
     quant: Annotated[str, Meta(max_length=16)]
     layout: Annotated[str, Meta(max_length=16)] = ""
 
 
-class Welcome(ControlMessage, kw_only=True):
+class Welcome(ControlMessage, frozen=True, kw_only=True):
     """The sender of HELLO is accepted; these are the members the answering node knows."""
 
     version: U16
     member: Member
     cluster_id: Identity
-    leader_id: Annotated[str, Meta(pattern="^([0-9a-f]{16})?$")]
+    leader_id: MaybeIdentity
     members: Annotated[tuple[Member, ...], Meta(max_length=MAX_NODES)]
 
 
-class Refused(ControlMessage, kw_only=True):
+class Refused(ControlMessage, frozen=True, kw_only=True):
     """The sender of HELLO is not accepted, and why; the link is closed by its opener."""
 
     code: Code
@@ -126,7 +114,7 @@ class Rumour(Struct, frozen=True, kw_only=True):
     incarnation: U63
 
 
-class Heartbeat(ControlMessage, kw_only=True):
+class Heartbeat(ControlMessage, frozen=True, kw_only=True):
     """Sent every period to every peer: the sender's membership table and its health.
 
     `hears_control` and `hears_steps` are the node ids heard lately on those links; `steps` counts
@@ -138,7 +126,7 @@ class Heartbeat(ControlMessage, kw_only=True):
     incarnation: U63
     term: U63
     fence: Fence
-    leader_id: Annotated[str, Meta(pattern="^([0-9a-f]{16})?$")] = ""
+    leader_id: MaybeIdentity = ""
     steps: U63 = 0
     owes_step: U63 = 0
     rumours: Annotated[tuple[Rumour, ...], Meta(max_length=2 * MAX_NODES)] = ()
@@ -146,12 +134,12 @@ class Heartbeat(ControlMessage, kw_only=True):
     hears_steps: Annotated[tuple[Identity, ...], Meta(max_length=MAX_NODES)] = ()
     sent_at_ms: U63 = 0
     echo_ms: U63 = 0
-    tokens_per_s: Annotated[float, Meta(ge=0.0, le=1e9)] = 0.0
+    tokens_per_s: Rate = 0.0
     kv_used_bytes: U63 = 0
     kv_limit_bytes: U63 = 0
 
 
-class Leave(ControlMessage, kw_only=True):
+class Leave(ControlMessage, frozen=True, kw_only=True):
     """The sender is going away on purpose: it is `left`, not `dead`."""
 
     node_id: Identity
@@ -162,7 +150,7 @@ class Leave(ControlMessage, kw_only=True):
 # --- election and plans -------------------------------------------------------------------------
 
 
-class PreVoteRequest(ControlMessage, kw_only=True):
+class PreVoteRequest(ControlMessage, frozen=True, kw_only=True):
     """Would you vote for me in `term`? Changes nobody's term (Raft, section 9.6 of the thesis)."""
 
     term: U63
@@ -170,7 +158,7 @@ class PreVoteRequest(ControlMessage, kw_only=True):
     plan_fence: Fence
 
 
-class PreVoteReply(ControlMessage, kw_only=True):
+class PreVoteReply(ControlMessage, frozen=True, kw_only=True):
     """Answer to PRE_VOTE_REQUEST."""
 
     term: U63
@@ -178,7 +166,7 @@ class PreVoteReply(ControlMessage, kw_only=True):
     granted: bool
 
 
-class VoteRequest(ControlMessage, kw_only=True):
+class VoteRequest(ControlMessage, frozen=True, kw_only=True):
     """A candidate asks for a vote in `term`; granted only if its plan is not older."""
 
     term: U63
@@ -186,7 +174,7 @@ class VoteRequest(ControlMessage, kw_only=True):
     plan_fence: Fence
 
 
-class VoteReply(ControlMessage, kw_only=True):
+class VoteReply(ControlMessage, frozen=True, kw_only=True):
     """Answer to VOTE_REQUEST, sent when the vote is persisted."""
 
     term: U63
@@ -194,7 +182,7 @@ class VoteReply(ControlMessage, kw_only=True):
     granted: bool
 
 
-class Propose(ControlMessage, kw_only=True):
+class Propose(ControlMessage, frozen=True, kw_only=True):
     """The leader proposes a plan; the receiver stops obeying the old one and makes ready."""
 
     plan: Plan
@@ -210,15 +198,15 @@ class LogDigest(Struct, frozen=True, kw_only=True):
 
 
 class CoverageRun(Struct, frozen=True, kw_only=True):
-    """Leading positions of a request whose KV of `units` a node holds, written by finished steps."""
+    """Leading positions of a request whose KV of `units` a node holds (finished steps only)."""
 
     request_id: U63
-    stage: U8
-    units: Annotated[tuple[Annotated[int, Meta(ge=0, lt=MAX_UNITS)], ...], Meta(max_length=MAX_UNITS)]
+    stage: StageIndex
+    units: Annotated[tuple[Unit, ...], Meta(max_length=MAX_UNITS)]
     positions: U32
 
 
-class Ack(ControlMessage, kw_only=True):
+class Ack(ControlMessage, frozen=True, kw_only=True):
     """The plan of `fence` is persisted and its units are loaded here."""
 
     fence: Fence
@@ -227,7 +215,7 @@ class Ack(ControlMessage, kw_only=True):
     coverage: Annotated[tuple[CoverageRun, ...], Meta(max_length=MAX_REQUESTS * 4)] = ()
 
 
-class Nack(ControlMessage, kw_only=True):
+class Nack(ControlMessage, frozen=True, kw_only=True):
     """The plan of `fence` cannot be held here, and why; the leader proposes another."""
 
     fence: Fence
@@ -245,7 +233,7 @@ class LogTail(Struct, frozen=True, kw_only=True):
     restart: U32
 
 
-class Activate(ControlMessage, kw_only=True):
+class Activate(ControlMessage, frozen=True, kw_only=True):
     """The plan of `fence` is in force."""
 
     fence: Fence
@@ -255,11 +243,11 @@ class Activate(ControlMessage, kw_only=True):
 # --- clients and requests -----------------------------------------------------------------------
 
 
-class Submit(ControlMessage, kw_only=True):
+class Submit(ControlMessage, frozen=True, kw_only=True):
     """A client submits or resumes a request, idempotently: the id is its own choice.
 
-    Exactly one of `text` and `prompt_ids` is given; `received` are reply tokens the client already
-    has (forced, never drawn again).
+    At most one of `text` and `prompt_ids` is given (neither is an empty prompt); `received` are
+    reply tokens the client already has (forced, never drawn again).
     """
 
     request_id: U63
@@ -269,7 +257,7 @@ class Submit(ControlMessage, kw_only=True):
     received: Tokens = ()
 
 
-class Accepted(ControlMessage, kw_only=True):
+class Accepted(ControlMessage, frozen=True, kw_only=True):
     """The request is known to the serving node. `waiting` says what it waits for, or is empty."""
 
     request_id: U63
@@ -278,7 +266,7 @@ class Accepted(ControlMessage, kw_only=True):
     waiting: Reason = ""
 
 
-class Chunk(ControlMessage, kw_only=True):
+class Chunk(ControlMessage, frozen=True, kw_only=True):
     """Serving node to client: reply tokens from index `start` and the text they complete."""
 
     request_id: U63
@@ -287,19 +275,19 @@ class Chunk(ControlMessage, kw_only=True):
     text: Text = ""
 
 
-class Finished(ControlMessage, kw_only=True):
+class Finished(ControlMessage, frozen=True, kw_only=True):
     """Serving node to client: the reply is complete, with the text that was still held back."""
 
     request_id: U63
-    reason: Annotated[str, Meta(pattern="^(stop|length)$")]
+    reason: Annotated[str, Meta(pattern=r"\A(stop|length)\Z")]
     total_tokens: U32
     text: Text = ""
     ttft_s: Seconds = 0.0
-    tokens_per_s: Annotated[float, Meta(ge=0.0, le=1e9)] = 0.0
-    failovers: Annotated[tuple[Failover, ...], Meta(max_length=1024)] = ()
+    tokens_per_s: Rate = 0.0
+    failovers: Annotated[tuple[Failover, ...], Meta(max_length=MAX_FAILOVERS)] = ()
 
 
-class Failed(ControlMessage, kw_only=True):
+class Failed(ControlMessage, frozen=True, kw_only=True):
     """A request (or, with id 0, the last control message) failed; codes are in `proto_spec.md`."""
 
     request_id: U63 = 0
@@ -308,14 +296,14 @@ class Failed(ControlMessage, kw_only=True):
     retryable: bool = False
 
 
-class Cancel(ControlMessage, kw_only=True):
+class Cancel(ControlMessage, frozen=True, kw_only=True):
     """Stop this request and free its slot; `reason` is `client`, `stop` or `orphan`."""
 
     request_id: U63
-    reason: Annotated[str, Meta(pattern="^(client|stop|orphan)$")] = "client"
+    reason: Annotated[str, Meta(pattern=r"\A(client|stop|orphan)\Z")] = "client"
 
 
-class Forward(ControlMessage, kw_only=True):
+class Forward(ControlMessage, frozen=True, kw_only=True):
     """Serving node to leader: enter this request into the log (idempotent)."""
 
     request_id: U63
@@ -333,162 +321,44 @@ class DrawnToken(Struct, frozen=True, kw_only=True):
     token: TokenId
 
 
-class Drawn(ControlMessage, kw_only=True):
+class Drawn(ControlMessage, frozen=True, kw_only=True):
     """Leader to serving node: tokens drawn in one step."""
 
     tokens: Annotated[tuple[DrawnToken, ...], Meta(max_length=MAX_STEP_SLOTS)]
 
 
-class Ended(ControlMessage, kw_only=True):
+class Ended(ControlMessage, frozen=True, kw_only=True):
     """Leader to serving node: the reply ended; with `code` set, in that error."""
 
     request_id: U63
-    reason: Annotated[str, Meta(pattern="^(stop|length|cancelled|error)$")]
+    reason: Annotated[str, Meta(pattern=r"\A(stop|length|cancelled|error)\Z")]
     total_tokens: U32
     code: Code = ""
     message: Reason = ""
     retryable: bool = False
     ttft_s: Seconds = 0.0
-    tokens_per_s: Annotated[float, Meta(ge=0.0, le=1e9)] = 0.0
-    failovers: Annotated[tuple[Failover, ...], Meta(max_length=1024)] = ()
+    tokens_per_s: Rate = 0.0
+    failovers: Annotated[tuple[Failover, ...], Meta(max_length=MAX_FAILOVERS)] = ()
 
 
-class StatusRequest(ControlMessage, kw_only=True):
+class StatusRequest(ControlMessage, frozen=True, kw_only=True):
     """A client asks for the node's view of the cluster."""
 
     request_id: U63
 
 
-class StatusReply(ControlMessage, kw_only=True):
+class StatusReply(ControlMessage, frozen=True, kw_only=True):
     """The `status --json` object as UTF-8 JSON."""
 
     request_id: U63
     body: Annotated[bytes, Meta(max_length=MAX_STATUS_BYTES)]
 
 
-class Drain(ControlMessage, kw_only=True):
+class Drain(ControlMessage, frozen=True, kw_only=True):
     """An operator asks that a member's units be handed over, and that it leave."""
 
     request_id: U63
     name: Label
-
-
-# --- steps --------------------------------------------------------------------------------------
-
-
-class LinkOpen(ControlMessage, kw_only=True):
-    """First message on a step or bulk link: whose it is and which plan it serves."""
-
-    node_id: Identity
-    boot_id: Identity
-    fence: Fence
-
-
-class Slot(Struct, frozen=True, kw_only=True):
-    """A request's run of positions `[start, start + len(tokens))` in one step.
-
-    `capacity` (positions to reserve) and `params` come with the first slot of a request in a
-    fence; `drops` KV beyond `start`. `sample` asks for candidates after the last position.
-    """
-
-    request_id: U63
-    start: U32
-    tokens: Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=MAX_STEP_TOKENS)]
-    sample: bool = False
-    capacity: U32 = 0
-    params: SamplingParams | None = None
-
-
-class Step(ControlMessage, kw_only=True):
-    """Leader to every node: compute these slots; also the token log, and requests that ended."""
-
-    fence: Fence
-    step: U63
-    link_seq: U63
-    slots: Annotated[tuple[Slot, ...], Meta(max_length=MAX_STEP_SLOTS)]
-    ended: Annotated[tuple[U63, ...], Meta(max_length=MAX_REQUESTS)] = ()
-
-
-class Partial(DataFrame, kw_only=True):
-    """Subtree sums of one half layer. `parts` are tree nodes; `tensor` is [parts, rows, hidden]."""
-
-    stage: U8
-    layer: Annotated[int, Meta(ge=0, lt=MAX_LAYERS)]
-    half: Annotated[int, Meta(ge=0, le=1)]
-    parts: Annotated[tuple[U16, ...], Meta(min_length=1, max_length=MAX_PARTS)]
-    tensor: Tensor
-
-
-class Hidden(DataFrame, kw_only=True):
-    """Hidden states [rows, hidden] leaving `stage` for the next one."""
-
-    stage: U8
-    tensor: Tensor
-
-
-class Candidates(DataFrame, kw_only=True):
-    """Best candidates of some vocab units for every sampling slot, in the order of the step.
-
-    `ids` and `logits` are [slots, units, k] (unused places: id -1), `lse` is [slots, units]: the
-    log-sum-exp of the unit's logits after penalty and temperature.
-    """
-
-    units: Annotated[tuple[U16, ...], Meta(min_length=1, max_length=MAX_UNITS)]
-    ids: Tensor
-    logits: Tensor
-    lse: Tensor
-
-
-class LogitsRequest(ControlMessage, kw_only=True):
-    """Leader to vocab owners: send the whole logits of these sampling slots of `step`."""
-
-    fence: Fence
-    step: U63
-    link_seq: U63
-    slots: Annotated[tuple[U16, ...], Meta(min_length=1, max_length=MAX_STEP_SLOTS)]
-
-
-class Logits(DataFrame, kw_only=True):
-    """Whole logits, after penalty, of one vocab unit for the asked slots: [slots, unit width]."""
-
-    unit: Annotated[int, Meta(ge=0, lt=MAX_UNITS)]
-    tensor: Tensor
-
-
-# --- bulk ---------------------------------------------------------------------------------------
-
-
-class KvDelta(DataFrame, kw_only=True):
-    """New K and V rows of one unit for positions [start, start + rows), all layers of the span.
-
-    `tensor` is [layers, 2, rows, head_dim]; `log_digest` is the hash of tokens[0 : start + rows].
-    """
-
-    request_id: U63
-    stage: U8
-    unit: Annotated[int, Meta(ge=0, lt=MAX_UNITS)]
-    start: U32
-    log_digest: Digest
-    tensor: Tensor
-
-
-class KvRequest(ControlMessage, kw_only=True):
-    """A standby asks for the KV of a unit by position, and grants credit in bytes."""
-
-    fence: Fence
-    request_id: U63
-    stage: U8
-    unit: Annotated[int, Meta(ge=0, lt=MAX_UNITS)]
-    start: U32
-    end: U32
-    credit: U63
-
-
-class Credit(ControlMessage, kw_only=True):
-    """The receiver of bulk frames grants that many more bytes."""
-
-    fence: Fence
-    bytes: U63
 
 
 Message = ControlMessage | DataFrame
@@ -503,6 +373,10 @@ class MessageType(NamedTuple):
     direction: str
     kind: type[ControlMessage] | type[DataFrame]
     since: int = 1
+
+    def allowed_on(self, plane: Plane) -> bool:
+        """Whether a frame of this type may arrive on `plane`; LINK_OPEN also opens bulk links."""
+        return plane is self.plane or (self.kind is LinkOpen and plane is Plane.BULK)
 
 
 _C, _S, _B = Plane.CONTROL, Plane.STEPS, Plane.BULK
@@ -544,19 +418,60 @@ MESSAGES: tuple[MessageType, ...] = (
     MessageType(97, "KV_REQUEST", _B, "standby to owner", KvRequest),
     MessageType(98, "CREDIT", _B, "receiver to sender", Credit),
 )
-"""The message table. LINK_OPEN also opens bulk links."""
+"""The message table, in the order of the ids."""
 
 BY_ID: dict[int, MessageType] = {row.id: row for row in MESSAGES}
 BY_KIND: dict[type, MessageType] = {row.kind: row for row in MESSAGES}
 
-__all__ = [row.kind.__name__ for row in MESSAGES] + [
+__all__ = [
     "BY_ID",
     "BY_KIND",
-    "MAX_CANDIDATES",
     "MESSAGES",
+    "Accepted",
+    "Ack",
+    "Activate",
+    "Cancel",
+    "Candidates",
+    "Chunk",
     "ControlMessage",
+    "CoverageRun",
+    "Credit",
     "DataFrame",
+    "Drain",
+    "Drawn",
+    "DrawnToken",
+    "Ended",
+    "Failed",
+    "Finished",
+    "Forward",
+    "Heartbeat",
+    "Hello",
+    "Hidden",
+    "KvDelta",
+    "KvRequest",
+    "Leave",
+    "LinkOpen",
+    "LogDigest",
+    "LogTail",
+    "Logits",
+    "LogitsRequest",
+    "MemberState",
     "Message",
     "MessageType",
+    "Nack",
+    "Partial",
     "Plane",
+    "PreVoteReply",
+    "PreVoteRequest",
+    "Propose",
+    "Refused",
+    "Rumour",
+    "Slot",
+    "StatusReply",
+    "StatusRequest",
+    "Step",
+    "Submit",
+    "VoteReply",
+    "VoteRequest",
+    "Welcome",
 ]

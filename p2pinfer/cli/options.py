@@ -1,0 +1,87 @@
+"""Options that several verbs share, and how values come from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., object])
+
+DEFAULT_TO = "127.0.0.1:7720"
+
+
+def _together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def apply(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return apply
+
+
+def shared_node_options(command: Command) -> Command:
+    """The options that all nodes of one machine may have in common. No default is given here:
+    what was not said stays None, so that a configuration file can say it."""
+    return _together(
+        click.option("--model", metavar="DIR|demo", help="Model folder, or the bundled model."),
+        click.option("--device", metavar="auto|cpu|cuda[:N]", help="Where to compute."),
+        click.option("--threads", type=int, metavar="N", help="Compute threads of a node."),
+        click.option("--dtype", metavar="auto|float32|bfloat16|float16", help="Number format."),
+        click.option("--quant", metavar="none", help="Weight quantisation: none yet."),
+        click.option("--layout", metavar="auto|heads|layers|SxH", help="How to split the model."),
+        click.option("--weight", type=float, metavar="F", help="Share of work; default: threads."),
+        click.option("--kv-memory", metavar="SIZE", help="Limit of the KV cache, for example 2G."),
+        click.option("--min-nodes", type=int, metavar="N", help="Serve only with so many nodes."),
+        click.option("--join-timeout", type=float, metavar="S", help="Give up joining after S."),
+        click.option(
+            "--wait-for-nodes",
+            type=float,
+            metavar="S",
+            help="How long a request may wait for them.",
+        ),
+        click.option(
+            "--config",
+            type=click.Path(dir_okay=False, path_type=Path),
+            metavar="FILE",
+            help="TOML file with any of these settings; flags win.",
+        ),
+    )(command)
+
+
+def own_node_options(command: Command) -> Command:
+    """The options that tell one node from another."""
+    return _together(
+        click.option("--name", metavar="NAME", help="Name of this node; default: the host's."),
+        click.option("--listen", metavar="ADDR", help="Listen here; default: 0.0.0.0:7720."),
+        click.option(
+            "--join",
+            multiple=True,
+            metavar="ADDR",
+            help="A node of the cluster to join. Repeatable.",
+        ),
+        click.option(
+            "--advertise", metavar="ADDR", help="Address by which others reach this node."
+        ),
+        click.option("--state-dir", metavar="DIR", help="Where this node keeps its identity."),
+        click.option("--cpus", metavar="LIST", help="Pin the compute threads, for example 0,2-3."),
+    )(command)
+
+
+def to_option(command: Command) -> Command:
+    """`--to ADDR`, repeatable: the nodes to ask, in order."""
+    return click.option(
+        "--to",
+        multiple=True,
+        default=(DEFAULT_TO,),
+        show_default=True,
+        metavar="ADDR",
+        help="A node to ask; repeat it to name others to try.",
+    )(command)
+
+
+def json_option(command: Command) -> Command:
+    """`--json`: one machine-readable object on stdout."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(command)

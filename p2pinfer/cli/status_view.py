@@ -1,0 +1,96 @@
+"""A cluster's status as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+STATE_COLOURS = {"alive": "green", "suspect": "yellow", "dead": "red", "left": "dim"}
+MIB = 1 << 20
+
+
+def runs(numbers: Iterable[int]) -> str:
+    """Numbers as ranges: `0-3,5`; a dash for none."""
+    found: list[list[int]] = []
+    for number in sorted(numbers):
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in found) or "-"
+
+
+def owned_runs(member: Mapping[str, Any], kind: str) -> str:
+    """The units of `kind` (`head_units`, ...) that a member owns; by stage if it has several."""
+    return " | ".join(runs(stage[kind]) for stage in member["owned"]) or "-"
+
+
+def spans(member: Mapping[str, Any]) -> str:
+    """The layers of the stages a member takes part in."""
+    return (
+        " | ".join(
+            f"{start}-{end - 1}" for start, end in (stage["span"] for stage in member["owned"])
+        )
+        or "-"
+    )
+
+
+def header(status: Mapping[str, Any]) -> Text:
+    """One line: the model, who leads, which plan, and whether prompts are answered."""
+    model = (status.get("model") or {}).get("name") or "no model"
+    ready = bool(status.get("ready"))
+    state = "ready" if ready else f"not ready: {status.get('waiting') or 'making a plan'}"
+    return Text.assemble(
+        (str(model), "bold"),
+        f"   leader {status.get('leader') or '-'}   epoch {status.get('epoch', 0)}   ",
+        (state, "green" if ready else "yellow"),
+    )
+
+
+def holdings_table(members: Sequence[Mapping[str, Any]]) -> Table:
+    """Who holds which units."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("node", style="bold")
+    for title in ("layers", "heads", "MLP units", "vocabulary units"):
+        table.add_column(title)
+    for member in members:
+        kinds = (owned_runs(member, kind) for kind in ("head_units", "mlp_units", "vocab_units"))
+        table.add_row(member["name"], spans(member), *kinds)
+    return table
+
+
+def members_table(members: Sequence[Mapping[str, Any]]) -> Table:
+    """All that `status` knows of each member."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("name", style="bold", no_wrap=True)
+    for title in ("state", "address", "layers", "heads", "MLP"):
+        table.add_column(title, no_wrap=title != "heads")
+    for title in ("rtt ms", "tokens/s", "KV MiB"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for member in members:
+        kv = member.get("kv") or {}
+        table.add_row(
+            member["name"],
+            Text(member["state"], style=STATE_COLOURS.get(member["state"], "")),
+            member["address"].removeprefix("tcp://"),
+            spans(member),
+            owned_runs(member, "head_units"),
+            owned_runs(member, "mlp_units"),
+            _figure(member.get("rtt_ms")),
+            _figure(member.get("tokens_per_s")),
+            f"{kv.get('used_bytes', 0) / MIB:.0f}/{kv.get('limit_bytes', 0) / MIB:.0f}",
+        )
+    return table
+
+
+def status_view(status: Mapping[str, Any]) -> RenderableType:
+    """Header and members, as `p2pinfer status` shows them."""
+    return Group(header(status), members_table(status["members"]))
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"

@@ -1,0 +1,142 @@
+"""`p2pinfer submit ...`: ask a cluster."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from p2pinfer.cli.options import json_option, to_option
+
+if TYPE_CHECKING:
+    from p2pinfer.client import Client
+    from p2pinfer.types import SamplingParams
+
+
+@click.group()
+def submit() -> None:
+    """Send prompts to a cluster."""
+
+
+@submit.command()
+@click.argument("text", metavar="TEXT|-", required=False)
+@to_option
+@click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True, metavar="N")
+@click.option(
+    "--temperature",
+    type=float,
+    default=0.0,
+    show_default=True,
+    metavar="F",
+    help="0 always takes the most likely token.",
+)
+@click.option("--top-k", type=click.IntRange(0), default=0, metavar="N", help="0: off.")
+@click.option("--top-p", type=float, default=1.0, metavar="F", help="1: off.")
+@click.option("--min-p", type=float, default=0.0, metavar="F", help="0: off.")
+@click.option("--repetition-penalty", type=float, default=1.0, metavar="F", help="1: off.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, (1 << 63) - 1),
+    metavar="N",
+    help="The same seed draws the same reply; default: a random one.",
+)
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. Repeatable.")
+@click.option("--token-ids", metavar="1,2,3", help="A prompt of token ids in place of TEXT.")
+@click.option("--ignore-eos", is_flag=True, help="Go on after the model's end of text.")
+@click.option("--stream/--no-stream", default=True, help="Print as it comes (default), or at once.")
+@json_option
+def prompt(
+    text: str | None,
+    to: tuple[str, ...],
+    token_ids: str | None,
+    stream: bool,
+    as_json: bool,
+    **sampling: Any,
+) -> int:
+    """Continue TEXT (- reads it from standard input) and print the reply."""
+    from p2pinfer.client import Client
+
+    given = _prompt(text, token_ids)
+    params = _params(**sampling)
+    client = Client(to)
+    if as_json:
+        return _print_object(client, given, params)
+    return _print_text(client, given, params, stream)
+
+
+def _prompt(text: str | None, token_ids: str | None) -> str | tuple[int, ...]:
+    """The text or the token ids; exactly one of them is given."""
+    if (text is None) == (token_ids is None):
+        raise click.UsageError("give either TEXT (or - for standard input) or --token-ids")
+    if token_ids is None:
+        return sys.stdin.read() if text == "-" else text or ""
+    try:
+        ids = tuple(int(part) for part in token_ids.split(","))
+    except ValueError:
+        ids = (-1,)
+    if min(ids) < 0:
+        raise click.UsageError(f"--token-ids {token_ids}: write whole numbers like 1,2,3")
+    return ids
+
+
+def _params(seed: int | None, stop: tuple[str, ...], **values: Any) -> SamplingParams:
+    """Checked sampling parameters; without a seed each call draws another reply."""
+    from secrets import randbits
+
+    from p2pinfer.types import SamplingParams
+
+    params = SamplingParams(seed=randbits(63) if seed is None else seed, stop=stop, **values)
+    params.check()
+    return params
+
+
+def _print_object(client: Client, given: str | tuple[int, ...], params: SamplingParams) -> int:
+    import json
+
+    reply = client.submit_json_object(given, params)
+    click.echo(json.dumps(reply))
+    return 1 if reply["error"] else 0
+
+
+def _print_text(
+    client: Client, given: str | tuple[int, ...], params: SamplingParams, stream: bool
+) -> int:
+    """Reply text to stdout; what it waits for and, in a terminal, a summary line to stderr."""
+    from p2pinfer.wire.messages import Accepted, Chunk, Finished
+
+    held: list[str] = []
+    served_by = ""
+    for event in client.submit(given, params):
+        match event:
+            case Accepted():
+                served_by = event.served_by
+                if event.waiting:
+                    click.echo(f"{served_by}: {event.waiting} ...", err=True)
+            case Chunk():
+                _show(event.text, held, stream)
+            case Finished():
+                _show(event.text, held, stream)
+                click.echo("".join(held))
+                if sys.stderr.isatty():
+                    click.secho(_summary(event, served_by), err=True, dim=True)
+    return 0
+
+
+def _show(text: str, held: list[str], stream: bool) -> None:
+    if stream:
+        click.echo(text, nl=False)
+    else:
+        held.append(text)
+
+
+def _summary(reply: Any, served_by: str) -> str:
+    parts: Iterable[str] = (
+        f"{reply.total_tokens} tokens",
+        f"first after {reply.ttft_s:.2f} s",
+        f"{reply.tokens_per_s:.1f} tokens/s",
+        f"ended by {reply.reason}",
+        f"served by {served_by}",
+    )
+    return " · ".join(parts)

@@ -1,0 +1,303 @@
+"""The settings of one node: flags of `node start`, the configuration file, and their defaults.
+
+Flags win over the file, the file over the defaults. Every value is checked here, before anything
+is started, and an error names the flag, the value and what is allowed. Imports stay light: `--help`
+reads this module.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from p2pinfer.errors import UsageError
+from p2pinfer.limits import MAX_ADDRESS_CHARS, MAX_NAME_CHARS, MAX_NODES, MAX_STAGES
+
+DEFAULT_PORT = 7720
+PORTS_PER_NODE = 3
+"""A node listens on its port (control), port + 1 (steps) and port + 2 (bulk)."""
+
+MAX_PORT = 65535 - (PORTS_PER_NODE - 1)
+MAX_THREADS = 1024
+MAX_WAIT_S = 86_400.0
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTS = ("none",)
+LAYOUTS = ("auto", "heads", "layers")
+
+WILDCARDS = ("0.0.0.0", "::", "*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,2})?")
+_LAYOUT = re.compile(r"([1-9]\d?)x([1-9]\d?)")
+_HOST = re.compile(r"[A-Za-z0-9._*-]+|\[[0-9A-Fa-f:.%A-Za-z0-9]+\]")
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Split `tcp://host:port`, `host:port` or `host` into (host, port); the port defaults to 7720.
+
+    An IPv6 address stands in brackets, with which it is returned without. Raises `UsageError`.
+    """
+    wanted = "an address looks like tcp://host:port or host:port (IPv6: [::1]:7720)"
+    rest = text.removeprefix("tcp://")
+    if "://" in rest:
+        raise UsageError(f"{text!r}: only tcp:// is spoken; {wanted}")
+    host, colon, digits = rest, "", ""
+    if not rest.endswith("]"):
+        host, colon, digits = rest.rpartition(":") if ":" in rest else (rest, "", "")
+    if not _HOST.fullmatch(host) or len(text) > MAX_ADDRESS_CHARS - len("tcp://:65535"):
+        raise UsageError(f"{text!r} is no address; {wanted}")
+    if colon and not re.fullmatch(r"[0-9]{1,5}", digits):
+        raise UsageError(f"{text!r}: the port must be a number; {wanted}")
+    port = int(digits) if colon else DEFAULT_PORT
+    if not 1 <= port <= MAX_PORT:
+        raise UsageError(
+            f"{text!r}: the port must be 1 to {MAX_PORT}, because a node also uses the next two"
+        )
+    return host.strip("[]"), port
+
+
+def format_address(host: str, port: int) -> str:
+    """`tcp://host:port`, with an IPv6 host in brackets."""
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+def available_cpus() -> int:
+    """CPUs this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def default_name(port: int = DEFAULT_PORT) -> str:
+    """The host's name; with the port where it is not the usual one, so that two can run here."""
+    host = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname()).strip("._-") or "node"
+    suffix = "" if port == DEFAULT_PORT else f"-{port}"
+    return host[: MAX_NAME_CHARS - len(suffix)] + suffix
+
+
+def default_state_dir(name: str) -> Path:
+    """Where a node of this name keeps its identity, by the platform's convention."""
+    return platformdirs.user_state_path("p2pinfer") / name
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeSettings:
+    """What one node was told. Addresses are normalised to `tcp://host:port`; times in seconds.
+
+    `weight` is the share of work relative to other nodes; None means as many as `threads`.
+    `advertise` empty means: found out from `listen` and the network. `cpus` pins the compute
+    threads (empty: not pinned). `kv_memory` is the KV cache's limit in bytes (0: chosen from what
+    is free). Raises `UsageError` for a value that is out of range.
+    """
+
+    model: str = "demo"
+    name: str = field(default_factory=default_name)
+    listen: str = format_address("0.0.0.0", DEFAULT_PORT)
+    join: tuple[str, ...] = ()
+    advertise: str = ""
+    state_dir: Path = field(default_factory=lambda: default_state_dir(default_name()))
+    device: str = "auto"
+    threads: int = field(default_factory=available_cpus)
+    cpus: tuple[int, ...] = ()
+    dtype: str = "auto"
+    quant: str = "none"
+    layout: str = "auto"
+    weight: float | None = None
+    kv_memory: int = 0
+    min_nodes: int = 1
+    join_timeout: float = 30.0
+    wait_for_nodes: float = 30.0
+
+    def __post_init__(self) -> None:
+        """Check every value's range; raise `UsageError` naming the flag."""
+        _check(
+            "--name",
+            self.name,
+            bool(_NAME.fullmatch(self.name)) and len(self.name) <= MAX_NAME_CHARS,
+            f"1 to {MAX_NAME_CHARS} letters, digits, '.', '_' and '-', not starting with a mark",
+        )
+        _check("--model", self.model, bool(self.model), "a folder, or demo for the bundled model")
+        _check("--device", self.device, bool(_DEVICE.fullmatch(self.device)), "auto, cpu, cuda[:N]")
+        _check("--dtype", self.dtype, self.dtype in DTYPES, ", ".join(DTYPES))
+        _check(
+            "--quant",
+            self.quant,
+            self.quant in QUANTS,
+            "none: quantised weights (int8, int4) are not available in this version",
+        )
+        _check_layout(self.layout)
+        _check_range("--threads", self.threads, 1, MAX_THREADS)
+        _check_range("--min-nodes", self.min_nodes, 1, MAX_NODES)
+        _check_range("--join-timeout", self.join_timeout, 0.1, MAX_WAIT_S)
+        _check_range("--wait-for-nodes", self.wait_for_nodes, 0.0, MAX_WAIT_S)
+        if self.weight is not None:
+            _check_range("--weight", self.weight, 0.001, 1e6)
+        self._check_addresses()
+
+    def _check_addresses(self) -> None:
+        own = parse_address(self.listen)
+        for flag, address in [("--advertise", self.advertise), *(("--join", a) for a in self.join)]:
+            host = parse_address(address)[0] if address else ""
+            _check(flag, address, host not in WILDCARDS, "an address that others can connect to")
+        _check("--join", self.listen, own not in map(parse_address, self.join), "another node")
+
+    @property
+    def work_weight(self) -> float:
+        """The share of work: `weight`, or one per thread."""
+        return float(self.threads) if self.weight is None else self.weight
+
+    @property
+    def advertised_address(self) -> str:
+        """The control address that other nodes are told, `tcp://host:port`."""
+        if self.advertise:
+            return self.advertise
+        host, port = parse_address(self.listen)
+        if host in WILDCARDS:
+            host = _outgoing_host(parse_address(self.join[0]) if self.join else ("192.0.2.1", 9))
+        return format_address(host, port)
+
+
+def _check(flag: str, value: object, holds: bool, allowed: str) -> None:
+    if not holds:
+        raise UsageError(f"{flag} {value}: allowed is {allowed}")
+
+
+def _check_range(flag: str, value: float, low: float, high: float) -> None:
+    _check(flag, value, low <= value <= high, f"a number from {low:g} to {high:g}")
+
+
+def _check_layout(layout: str) -> None:
+    mixed = _LAYOUT.fullmatch(layout)
+    nodes = int(mixed[1]) * int(mixed[2]) if mixed else 1
+    _check(
+        "--layout",
+        layout,
+        (layout in LAYOUTS or mixed is not None) and nodes <= min(MAX_NODES, MAX_STAGES),
+        f"auto, heads, layers, or SxH: S stages of H nodes, at most {MAX_NODES} nodes, e.g. 2x2",
+    )
+
+
+def _outgoing_host(towards: tuple[str, int]) -> str:
+    """The address of the interface that leads `towards` there (nothing is sent), else loopback."""
+    try:
+        family, kind, protocol, _, target = socket.getaddrinfo(*towards, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(target)
+            return str(probe.getsockname()[0])
+    except OSError:
+        return "127.0.0.1"
+
+
+# --- from flags and a file ------------------------------------------------------------------------
+
+
+def load_settings(flags: Mapping[str, Any], config_file: Path | None = None) -> NodeSettings:
+    """Settings from `flags` (field names; None or () means: not given) over a TOML file.
+
+    The file's keys are the flags' names without the dashes: `model = "demo"`, `min-nodes = 3`,
+    `join = ["a:7720"]`. Raises `UsageError`.
+    """
+    values = read_config(config_file) if config_file else {}
+    values |= {key: value for key, value in flags.items() if value is not None and value != ()}
+    for key in ("listen", "advertise"):
+        if values.get(key):
+            values[key] = format_address(*parse_address(values[key]))
+    if "join" in values:
+        values["join"] = tuple(format_address(*parse_address(text)) for text in values["join"])
+    port = parse_address(values.get("listen", ""))[1] if values.get("listen") else DEFAULT_PORT
+    values.setdefault("name", default_name(port))
+    if "state_dir" in values:
+        values["state_dir"] = Path(values["state_dir"]).expanduser()
+    elif _NAME.fullmatch(values["name"]):  # else NodeSettings refuses the name below
+        values["state_dir"] = default_state_dir(values["name"])
+    if isinstance(values.get("kv_memory"), str):
+        values["kv_memory"] = parse_bytes(values["kv_memory"])
+    if isinstance(values.get("cpus"), str):
+        values["cpus"] = parse_cpus(values["cpus"])
+    return NodeSettings(**values)
+
+
+_TEXT, _WHOLE, _NUMBER = (str,), (int,), (int, float)
+_FILE_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    **dict.fromkeys(
+        ("model", "name", "listen", "advertise", "state_dir", "device", "dtype", "quant"),
+        (_TEXT, "a text in quotes"),
+    ),
+    **dict.fromkeys(("layout", "cpus", "kv_memory"), (_TEXT, "a text in quotes")),
+    **dict.fromkeys(("threads", "min_nodes"), (_WHOLE, "a whole number")),
+    **dict.fromkeys(("weight", "join_timeout", "wait_for_nodes"), (_NUMBER, "a number")),
+}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The values of a TOML configuration file by field name; raises `UsageError` naming the key."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"--config {path}: is not valid TOML: {error}") from error
+    known = [item.name for item in fields(NodeSettings)]
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0].replace('_', '-')}?" if near else ""
+            raise UsageError(f"--config {path}: there is no setting {key!r}{hint}")
+        values[name] = _file_value(path, key, name, value)
+    return values
+
+
+def _file_value(path: Path, key: str, name: str, value: object) -> object:
+    if name == "join":
+        addresses = [value] if isinstance(value, str) else value
+        if isinstance(addresses, list) and all(isinstance(item, str) for item in addresses):
+            return tuple(addresses)
+        raise UsageError(f"--config {path}: {key} must be an address or a list of them")
+    types, wanted = _FILE_TYPES[name]
+    if not isinstance(value, types) or isinstance(value, bool):
+        raise UsageError(f"--config {path}: {key} must be {wanted}, not {value!r}")
+    return value
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from `512M`, `2G`, `1.5GiB` or a plain number (powers of 1024)."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise UsageError(f"{text!r} is no amount of memory; write for example 512M or 2G")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+
+
+def parse_cpus(text: str) -> tuple[int, ...]:
+    """CPU numbers from a list like `0,2-3`; raises `UsageError` if one is not ours to use."""
+    numbers: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,4})(?:-(\d{1,4}))?\s*", part)
+        if not match:
+            raise UsageError(f"--cpus {text}: write CPU numbers and ranges, for example 0,2-3")
+        numbers |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(numbers)
+    if not numbers or not numbers <= allowed:
+        raise UsageError(f"--cpus {text}: this process may use {sorted(allowed)}")
+    return tuple(sorted(numbers))
+
+
+def as_flags(values: Mapping[str, Any]) -> list[str]:
+    """The command line that gives `node start` these values (field names; None: not given)."""
+    flags: list[str] = []
+    for key, value in values.items():
+        if value is None:
+            continue
+        for item in value if isinstance(value, tuple) else (value,):
+            flags += [f"--{key.replace('_', '-')}", str(item)]
+    return flags

@@ -1,0 +1,1 @@
+"""Decisions, as pure values and functions: no clock, randomness, socket, thread or tensor."""

@@ -1,0 +1,166 @@
+"""Who is there: the membership table of one node, in the words of SWIM (Das et al., 2002).
+
+Every node hears every other one directly (`MAX_NODES` is small), so a member is declared dead on
+direct evidence only; what others say of it (rumours) makes this node look for itself. A member
+that hears itself called suspect refutes it with a higher incarnation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import inf
+
+from p2pinfer.limits import MAX_NODES
+from p2pinfer.types import Fence, Member
+from p2pinfer.wire.messages import Heartbeat, MemberState, Rumour
+
+FIRST_WORD_S = 5.0
+"""Patience with a member known from a list only: it may still be starting, or opening its link."""
+
+LIVING = (MemberState.ALIVE, MemberState.SUSPECT)
+
+
+@dataclass(slots=True)
+class Peer:
+    """What this node believes of one other member; times in seconds of the local clock."""
+
+    member: Member
+    heard_at: float
+    spoke: bool
+    state: MemberState = MemberState.ALIVE
+    incarnation: int = 0
+    heartbeat: Heartbeat | None = None
+    rtt_s: float | None = None
+
+    @property
+    def living(self) -> bool:
+        """Alive or suspect: not known to be gone."""
+        return self.state in LIVING
+
+    @property
+    def fence(self) -> Fence:
+        """The fence of the plan that this member says it obeys."""
+        return self.heartbeat.fence if self.heartbeat else Fence()
+
+
+class Membership:
+    """The members that one node knows, itself (`me`) apart."""
+
+    def __init__(self, me: Member) -> None:
+        self.me = me
+        self.incarnation = 0
+        self.changed_at = -inf
+        """When a member last came or went."""
+        self._peers: dict[str, Peer] = {}
+
+    def __getitem__(self, node_id: str) -> Peer:
+        return self._peers[node_id]
+
+    def get(self, node_id: str) -> Peer | None:
+        """The peer of that id, gone ones included."""
+        return self._peers.get(node_id)
+
+    def everybody(self) -> list[Peer]:
+        """All known peers, gone ones included, by name."""
+        return sorted(self._peers.values(), key=lambda p: (p.member.name, p.member.node_id))
+
+    def living(self) -> list[Peer]:
+        """Peers that are alive or suspect, by name."""
+        return [peer for peer in self.everybody() if peer.living]
+
+    def members(self) -> tuple[Member, ...]:
+        """The living members, this node first."""
+        return (self.me, *(peer.member for peer in self.living()))
+
+    def is_living(self, member: Member) -> bool:
+        """Whether that very incarnation of a member (its boot id) is alive or suspect."""
+        if member.node_id == self.me.node_id:
+            return member.boot_id == self.me.boot_id
+        peer = self._peers.get(member.node_id)
+        return peer is not None and peer.living and peer.member.boot_id == member.boot_id
+
+    def join(self, member: Member, now: float, *, spoke: bool) -> bool:
+        """Note a member, alive; true if it is new here. `spoke`: we have it from itself."""
+        peer = self._peers.get(member.node_id)
+        if peer and peer.living and peer.member.boot_id == member.boot_id:
+            if spoke:
+                peer.member, peer.heard_at, peer.spoke = member, now, True
+            return False
+        self._peers[member.node_id] = Peer(member=member, heard_at=now, spoke=spoke)
+        self.changed_at = now
+        self._forget_gone()
+        return True
+
+    def heard(self, heartbeat: Heartbeat, now: float) -> None:
+        """A heartbeat of a living peer: it is alive, whatever was suspected."""
+        peer = self._peers[heartbeat.node_id]
+        peer.heard_at, peer.spoke = now, True
+        peer.state = MemberState.ALIVE
+        peer.incarnation = max(peer.incarnation, heartbeat.incarnation)
+        peer.heartbeat = heartbeat
+        if heartbeat.echo_ms:
+            peer.rtt_s = max(0.0, now - heartbeat.echo_ms / 1000)
+
+    def echo_ms(self, node_id: str, now: float) -> int:
+        """The peer's clock as it stands, less one way: its last `sent_at_ms` aged by our waiting.
+
+        So the peer has the round trip by subtracting it from its clock, whatever our period.
+        """
+        peer = self._peers[node_id]
+        if peer.heartbeat is None:
+            return 0
+        return peer.heartbeat.sent_at_ms + round((now - peer.heard_at) * 1000)
+
+    def suspect(self, node_id: str) -> bool:
+        """Suspect a peer; false when it was not alive."""
+        peer = self._peers[node_id]
+        if peer.state is not MemberState.ALIVE:
+            return False
+        peer.state = MemberState.SUSPECT
+        return True
+
+    def lose(self, node_id: str, state: MemberState, now: float) -> None:
+        """A peer is `DEAD` or has `LEFT`."""
+        self._peers[node_id].state = state
+        self.changed_at = now
+
+    def silent(self, now: float, dead_after: float) -> list[Peer]:
+        """Living peers that have not been heard for too long."""
+        return [peer for peer in self.living() if self._dies_at(peer, dead_after) <= now]
+
+    def next_death(self, dead_after: float) -> float:
+        """When the first of the living peers would be silent for too long."""
+        return min((self._dies_at(peer, dead_after) for peer in self.living()), default=inf)
+
+    def _dies_at(self, peer: Peer, dead_after: float) -> float:
+        return peer.heard_at + (dead_after if peer.spoke else max(dead_after, FIRST_WORD_S))
+
+    def rumours(self) -> tuple[Rumour, ...]:
+        """What this node believes of every peer it knows, for its heartbeats."""
+        return tuple(
+            Rumour(
+                node_id=peer.member.node_id,
+                boot_id=peer.member.boot_id,
+                state=peer.state,
+                incarnation=peer.incarnation,
+            )
+            for peer in self.everybody()
+        )
+
+    def refute(self, rumours: Iterable[Rumour]) -> None:
+        """Raise our incarnation above every claim that we are not alive (SWIM, section 4.2)."""
+        for rumour in rumours:
+            ours = (rumour.node_id, rumour.boot_id) == (self.me.node_id, self.me.boot_id)
+            if ours and rumour.state is not MemberState.ALIVE:
+                self.incarnation = max(self.incarnation, rumour.incarnation + 1)
+
+    def clear(self) -> None:
+        """Forget everybody: this node is in no cluster any more."""
+        self._peers.clear()
+
+    def _forget_gone(self) -> None:
+        """Keep the table bounded: the members longest gone are forgotten first."""
+        gone = sorted((p for p in self.everybody() if not p.living), key=lambda p: p.heard_at)
+        for peer in gone[: max(0, len(gone) - MAX_NODES)]:
+            del self._peers[peer.member.node_id]

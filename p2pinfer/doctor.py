@@ -1,0 +1,165 @@
+"""Look at this machine before a node starts on it: what would fail, what would be slow, and why."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import sys
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+
+import psutil
+from msgspec import Struct
+
+from p2pinfer.config import PORTS_PER_NODE, available_cpus, parse_address
+from p2pinfer.errors import UsageError
+
+GIB = 1 << 30
+MEMORY_NEEDED = GIB // 2
+"""Bytes that a node needs beside its share of the model: interpreter, torch, buffers."""
+
+MEMORY_WANTED = 2 * GIB
+OLDEST_PYTHON = (3, 11)
+
+
+class Level(StrEnum):
+    """How bad a finding is: `fail` means that a node would not start or not work."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+class Finding(Struct, frozen=True, kw_only=True):
+    """One row: what was looked at, how it is, and what to do about it (empty when ok)."""
+
+    check: str
+    level: Level
+    detail: str
+    advice: str = ""
+
+
+def examine(model: str = "demo", listen: str = "0.0.0.0:7720") -> Iterator[Finding]:
+    """Check Python, torch, CPU, memory, the ports of `listen` and the folder `model`, in order."""
+    yield check_python()
+    yield from check_torch()
+    yield check_memory()
+    yield check_ports(listen)
+    yield check_model(model)
+
+
+def check_python() -> Finding:
+    """This interpreter is new enough."""
+    detail = f"{platform.python_version()} at {sys.executable}"
+    if sys.version_info < OLDEST_PYTHON:
+        return Finding(
+            check="python", level=Level.FAIL, detail=detail, advice="install Python 3.11 or newer"
+        )
+    return Finding(check="python", level=Level.OK, detail=detail)
+
+
+def check_torch() -> Iterator[Finding]:
+    """torch can be imported; its threads, its accelerator, and what this CPU multiplies fast."""
+    try:
+        import torch
+    except ImportError as error:
+        advice = "install p2pinfer's packages again: pip install p2pinfer"
+        yield Finding(check="torch", level=Level.FAIL, detail=str(error), advice=advice)
+        return
+    where = ", CUDA device " + torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""
+    yield Finding(check="torch", level=Level.OK, detail=f"{torch.__version__}{where}")
+    capability = torch.backends.cpu.get_cpu_capability()
+    detail = f"{available_cpus()} CPUs for this process, {capability}"
+    fast = cpu_flags() & {"avx512_bf16", "amx_bf16"}
+    if fast:
+        yield Finding(check="cpu", level=Level.OK, detail=f"{detail}, {', '.join(sorted(fast))}")
+        return
+    yield Finding(
+        check="cpu",
+        level=Level.WARN,
+        detail=f"{detail}, no bfloat16 instructions",
+        advice="bfloat16 prompts are read slowly here; --dtype float32 may be faster",
+    )
+
+
+def cpu_flags(path: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """Instruction set extensions by Linux's names; empty where the kernel does not list them."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    flags = (line for line in lines if line.startswith(("flags", "Features")))
+    return frozenset(next(flags, ":").partition(":")[2].split())
+
+
+def check_memory() -> Finding:
+    """Enough memory is free for a node beside its share of a model."""
+    memory = psutil.virtual_memory()
+    detail = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB available"
+    level = Level.OK
+    if memory.available < MEMORY_WANTED:
+        level = Level.WARN if memory.available >= MEMORY_NEEDED else Level.FAIL
+    advice = "" if level is Level.OK else "end other programs, or let other nodes hold more"
+    return Finding(check="memory", level=level, detail=detail, advice=advice)
+
+
+def check_ports(listen: str) -> Finding:
+    """The three ports of a node that listens on `listen` are free here."""
+    host, port = parse_address(listen)
+    ports = range(port, port + PORTS_PER_NODE)
+    taken = {number: reason for number in ports if (reason := _bind_error(host, number))}
+    if not taken:
+        detail = f"{ports[0]} to {ports[-1]} free on {host}"
+        return Finding(check="ports", level=Level.OK, detail=detail)
+    return Finding(
+        check="ports",
+        level=Level.FAIL,
+        detail="; ".join(f"{number}: {reason}" for number, reason in taken.items()),
+        advice="a node may be running here (p2pinfer status); or choose --listen HOST:PORT",
+    )
+
+
+def _bind_error(host: str, port: int) -> str:
+    """Why `host:port` cannot be listened on; empty if it can."""
+    host = "0.0.0.0" if host == "*" else host
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            # As ZeroMQ does: a port in TIME_WAIT is free, one that is listened on is not.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen(1)
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def check_model(model: str) -> Finding:
+    """The folder holds a model that can be served, and its share may fit into memory."""
+    from p2pinfer.model.checkpoint import Checkpoint
+    from p2pinfer.model.config import load_config, resolve_model
+    from p2pinfer.model.tokenizer import Tokenizer
+
+    try:
+        folder = resolve_model(model)
+        config = load_config(folder)
+        checkpoint = Checkpoint.open(folder, config)
+        Tokenizer.load(folder, config)
+    except UsageError as error:
+        advice = "p2pinfer model inspect DIR says more; --model demo always works"
+        return Finding(check="model", level=Level.FAIL, detail=str(error), advice=advice)
+    size = sum(tensor.end - tensor.begin for tensor in checkpoint.tensors.values())
+    detail = (
+        f"{os.path.basename(folder)}: {config.num_hidden_layers} layers, "
+        f"{config.num_key_value_heads} KV heads, {size / GIB:.2f} GiB of weights"
+    )
+    available = psutil.virtual_memory().available
+    if size + MEMORY_NEEDED > available:
+        nodes = -(-size // max(available - MEMORY_NEEDED, 1)) if available > MEMORY_NEEDED else 0
+        advice = f"share it by {nodes} or more nodes like this" if nodes else "free memory first"
+        return Finding(check="model", level=Level.WARN, detail=detail, advice=advice)
+    return Finding(check="model", level=Level.OK, detail=detail)

@@ -1,0 +1,1 @@
+"""Tensors and model files: configuration, checkpoint, tokenizer and the arithmetic; no network."""

@@ -1,0 +1,123 @@
+"""Attention of one step's slots over the KV cache, tile by tile, with bits that depend on a
+position's own keys only.
+
+A tile is what a slot asks of one block of 64 positions. Its keys run to the end of that block with
+the tail masked, whatever else is in the batch; the query heads of a KV head are rows of one query,
+padded to a multiple of 8 (`scaled_dot_product_attention(enable_gqa=True)` is neither as fast nor
+independent of the batch). Decode is a tile of one position: prefill and decode are one formulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from p2pinfer.core.blocks import BLOCK_POSITIONS
+from p2pinfer.model.kv_cache import KvCache
+
+ROW_MULTIPLE = 8
+
+
+class Tile(NamedTuple):
+    """Rows `[row, row + count)` of a step: positions of `request_id` inside one block.
+
+    `mask` is [1, 1, padded query rows, keys], 0 where a key may be seen and -inf where not.
+    """
+
+    request_id: int
+    row: int
+    count: int
+    keys: int
+    mask: Tensor
+
+
+class Run(NamedTuple):
+    """Rows `[row, row + end - start)` of a step hold positions `[start, end)` of a request."""
+
+    request_id: int
+    row: int
+    start: int
+    end: int
+
+
+def make_tiles(runs: list[Run], group: int, dtype: torch.dtype, device: torch.device) -> list[Tile]:
+    """Cut every run at block boundaries; `group` is the number of query heads per KV head."""
+    tiles: list[Tile] = []
+    for run in runs:
+        start = run.start
+        while start < run.end:
+            block = start // BLOCK_POSITIONS
+            keys = (block + 1) * BLOCK_POSITIONS
+            stop = min(run.end, keys)
+            mask = _tile_mask(start, stop, group, keys, dtype, device)
+            tiles.append(Tile(run.request_id, run.row + start - run.start, stop - start, keys, mask))
+            start = stop
+    return tiles
+
+
+def _tile_mask(
+    start: int, stop: int, group: int, keys: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    rows = (stop - start) * group
+    padded = -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
+    mask = torch.zeros((1, 1, padded, keys), dtype=dtype, device=device)
+    positions = torch.arange(start, stop, device=device).repeat_interleave(group)
+    tail = torch.arange(keys - BLOCK_POSITIONS, keys, device=device)
+    hidden = tail[None, :] > positions[:, None]
+    mask[0, 0, :rows, keys - BLOCK_POSITIONS :].masked_fill_(hidden, float("-inf"))
+    return mask
+
+
+@contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """torch's CPU attention chooses its kernel by the number of threads, and the bits with it."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, cache: KvCache, layer: int, runs: list[Run], tiles: list[Tile]
+) -> Tensor:
+    """Write the new keys and values by position, then attend.
+
+    `q` [rows, units, group, head_dim], `k` and `v` [rows, units, head_dim], all in the cache's
+    dtype. Returns [units, rows, group * head_dim]; rows outside every tile are zero.
+    """
+    rows, units, group, head_dim = q.shape
+    for run in runs:
+        store = cache.layer(run.request_id, layer)
+        last = run.row + run.end - run.start
+        store[:, 0, run.start : run.end] = k[run.row : last].transpose(0, 1)
+        store[:, 1, run.start : run.end] = v[run.row : last].transpose(0, 1)
+    out = torch.zeros((units, rows, group * head_dim), dtype=q.dtype, device=q.device)
+    with _one_thread(q.device):
+        for tile in tiles:
+            store = cache.layer(tile.request_id, layer)
+            query_rows = tile.count * group
+            query = torch.zeros(
+                (1, units, tile.mask.shape[2], head_dim), dtype=q.dtype, device=q.device
+            )
+            mine = q[tile.row : tile.row + tile.count]
+            query[0, :, :query_rows] = mine.transpose(0, 1).reshape(units, query_rows, head_dim)
+            mixed = functional.scaled_dot_product_attention(
+                query,
+                store[None, :, 0, : tile.keys],
+                store[None, :, 1, : tile.keys],
+                attn_mask=tile.mask,
+            )
+            out[:, tile.row : tile.row + tile.count] = mixed[0, :, :query_rows].reshape(
+                units, tile.count, group * head_dim
+            )
+    return out

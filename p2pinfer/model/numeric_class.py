@@ -1,0 +1,109 @@
+"""The numeric class of a node: equal classes compute equal bits.
+
+A fixed, seeded layer is run on fixed inputs at a few row counts, by the very code that serves, and
+its output bits are hashed. CPUs with other vector instructions, another library version or another
+device give another hash; the number of threads does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from p2pinfer.core.planner import Holding
+from p2pinfer.core.units import Slice
+from p2pinfer.model.config import LlamaConfig, model_spec
+from p2pinfer.model.llama import StageLoader
+from p2pinfer.model.reduction import whole_sum
+from p2pinfer.model.runner import NeedSum, StageRunner
+from p2pinfer.types import DType
+from p2pinfer.wire.messages import Slot
+
+ROW_COUNTS = (1, 5, 70)
+"""A decode step, a padded one, and a prefill that crosses a block of positions."""
+
+_HEADS, _HEAD_DIM, _WIDTH, _VOCAB = 2, 64, 256, 128
+
+
+class _SeededSource:
+    """Weights drawn from a counter-based generator: the same on every machine."""
+
+    def __init__(self, hidden: int) -> None:
+        self._shapes = {
+            "q_proj": (2 * _HEADS * _HEAD_DIM, hidden),
+            "k_proj": (_HEADS * _HEAD_DIM, hidden),
+            "v_proj": (_HEADS * _HEAD_DIM, hidden),
+            "o_proj": (hidden, 2 * _HEADS * _HEAD_DIM),
+            "gate_proj": (_WIDTH, hidden),
+            "up_proj": (_WIDTH, hidden),
+            "down_proj": (hidden, _WIDTH),
+            "embed_tokens": (_VOCAB, hidden),
+            "lm_head": (_VOCAB, hidden),
+        }
+
+    def whole(self, name: str) -> Tensor:
+        kind = name.split(".")[-2]
+        if "norm" in kind:
+            return torch.ones(self._shapes["embed_tokens"][1])
+        shape = self._shapes[kind]
+        seed = list(self._shapes).index(kind)
+        bits = np.random.Philox(key=seed).random_raw(shape[0] * shape[1])
+        centred = (bits >> np.uint64(40)).astype(np.float32) / np.float32(1 << 23) - np.float32(1)
+        return torch.from_numpy(centred.reshape(shape) * np.float32(0.1))
+
+    mapped = whole
+
+    def rows(self, name: str, start: int, end: int) -> Tensor:
+        return self.whole(name)[start:end].clone()
+
+    def cols(self, name: str, start: int, end: int) -> Tensor:
+        return self.whole(name)[:, start:end].clone()
+
+
+def _config(dtype: DType) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=192,
+        intermediate_size=_WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2 * _HEADS,
+        num_key_value_heads=_HEADS,
+        head_dim=_HEAD_DIM,
+        vocab_size=_VOCAB,
+        max_position_embeddings=256,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        tie_word_embeddings=False,
+        dtype=dtype,
+    )
+
+
+def numeric_class(dtype: DType, device: torch.device) -> str:
+    """16 hexadecimal digits: the hash of what this machine computes in `dtype` on `device`."""
+    config = _config(dtype)
+    spec = model_spec(config, name="numeric class", model_id="0" * 64, dtype=dtype, quant="none")
+    everything = Holding(
+        stage=0,
+        span=Slice(0, 1),
+        head_units=tuple(range(_HEADS)),
+        mlp_units=(0, 1),
+        vocab_units=(0, 1),
+    )
+    stage = StageLoader(_SeededSource(config.hidden_size), config, spec, device).load(everything)
+    runner = StageRunner(stage, everything, config, spec, device)
+    digest = hashlib.sha256()
+    for request_id, rows in enumerate(ROW_COUNTS):
+        tokens = tuple((7 * i + rows) % _VOCAB for i in range(rows))
+        slot = Slot(request_id=request_id, start=0, tokens=tokens, sample=True, capacity=rows)
+        run = runner.run((slot,))
+        need = next(run)
+        try:
+            while True:
+                assert isinstance(need, NeedSum)
+                need = run.send(whole_sum(need.partials, len(need.partials)))
+        except StopIteration as done:
+            for logits in done.value:
+                digest.update(logits.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

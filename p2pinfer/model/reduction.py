@@ -1,0 +1,44 @@
+"""Sums of unit partials in float32 along the fixed tree of `core/tree.py`.
+
+The additions, and so the bits, are the same however the units lie on nodes: a node adds what its
+own units allow, sends those subtree sums, and every node adds what it received the rest of the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+
+from torch import Tensor
+
+from p2pinfer.core import tree
+
+
+@lru_cache(maxsize=4096)
+def _additions(nodes: tuple[int, ...], units: int) -> tuple[tuple[int, int, int], ...]:
+    return tuple(tree.plan_additions(nodes, units))
+
+
+@lru_cache(maxsize=4096)
+def _cover(owned: tuple[int, ...], units: int) -> tuple[int, ...]:
+    return tree.cover(owned, units)
+
+
+def subtree_sums(partials: Mapping[int, Tensor], units: int) -> dict[int, Tensor]:
+    """Add one node's unit partials (by unit number, each [rows, hidden] float32) as far as they go.
+
+    Returns the sums of the maximal complete subtrees, by tree node, in ascending order.
+    """
+    return _climb(dict(partials), units, _cover(tuple(partials), units))
+
+
+def whole_sum(parts: Mapping[int, Tensor], units: int) -> Tensor:
+    """Add subtree sums that cover all `units` up to the root: [rows, hidden] float32."""
+    root = tree.root(units)
+    return _climb(dict(parts), units, (root,))[root]
+
+
+def _climb(values: dict[int, Tensor], units: int, wanted: Iterable[int]) -> dict[int, Tensor]:
+    for left, right, result in _additions(tuple(values), units):
+        values[result] = values[left] + values[right]
+    return {node: values[node] for node in wanted}

@@ -1,0 +1,77 @@
+"""Rotary position embedding (Su et al., 2021; RoFormer) with `linear` and `llama3` scaling.
+
+Angles are computed per block of 64 positions, always with the same shapes, so that a position's
+cosines have the same bits however many positions run together.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from p2pinfer.core.blocks import BLOCK_POSITIONS
+from p2pinfer.model.config import LlamaConfig
+
+
+def inverse_frequencies(config: LlamaConfig) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    """[head_dim / 2] in radians per position, in float32 as `transformers` has them."""
+    half = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    base = (1.0 / np.power(np.float32(config.rope_theta), half)).astype(np.float32)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return base
+    if scaling.rope_type == "linear":
+        return (base / np.float32(scaling.factor)).astype(np.float32)
+    # llama3 (Llama 3.1): long wavelengths are stretched, short ones kept, those between blended.
+    old = scaling.original_max_position_embeddings
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    wavelength = 2 * math.pi / base
+    smooth = (old / wavelength - low) / (high - low)
+    blended = (1 - smooth) * base / scaling.factor + smooth * base
+    scaled = np.where(wavelength > old / low, base / scaling.factor, base)
+    between = (wavelength <= old / low) & (wavelength >= old / high)
+    return np.where(between, blended, scaled).astype(np.float32)
+
+
+class Rope:
+    """Cosines and sines by position, kept per block once computed."""
+
+    def __init__(self, config: LlamaConfig, device: torch.device) -> None:
+        self._frequencies = inverse_frequencies(config)
+        self._device = device
+        self._blocks: dict[int, Tensor] = {}
+
+    def _block(self, number: int) -> Tensor:
+        block = self._blocks.get(number)
+        if block is None:
+            first = number * BLOCK_POSITIONS
+            positions = np.arange(first, first + BLOCK_POSITIONS, dtype=np.float32)
+            angles = positions[:, None] * self._frequencies[None, :]
+            both = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+            block = self._blocks[number] = torch.from_numpy(both).to(self._device)
+        return block
+
+    def rows(self, runs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, each [rows, 1, head_dim / 2], for runs `[start, end)` of positions."""
+        pieces: list[Tensor] = []
+        for start, end in runs:
+            while start < end:
+                number, offset = divmod(start, BLOCK_POSITIONS)
+                stop = min(end, (number + 1) * BLOCK_POSITIONS)
+                pieces.append(self._block(number)[offset : offset + stop - start])
+                start = stop
+        both = torch.cat(pieces)
+        return both[:, 0].unsqueeze(1), both[:, 1].unsqueeze(1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate `x` [rows, heads, head_dim] in float32, halves as in `transformers`.
+
+    Products and sums are separate calls, each rounded: a fused one would round differently in a
+    vector's tail.
+    """
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

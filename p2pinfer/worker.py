@@ -1,0 +1,383 @@
+"""The worker: a node's data plane, in a process of its own.
+
+It obeys the plans that the control plane gives it over a pipe, loads the units it owns, and
+computes steps: those it is sent or, on the leader, those its scheduler makes. It decides nothing
+about who owns what. A process of its own keeps heartbeats free of the interpreter's lock, and lets
+the control plane see a compute loop that hangs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+import click
+import torch
+import zmq
+
+from p2pinfer.core.blocks import BLOCK_POSITIONS, BlockPool
+from p2pinfer.core.events import (
+    ActivatePlan,
+    AnyOrder,
+    CancelRequest,
+    LinkLost,
+    LoadPlan,
+    LoadProgress,
+    PlanLoaded,
+    RequestEnded,
+    StartRequest,
+    StepFailed,
+    StopWorker,
+    TokensDrawn,
+    WorkerFailed,
+    WorkerReady,
+    WorkerStats,
+)
+from p2pinfer.core.scheduler import EndedReply, Scheduler
+from p2pinfer.core.topology import Topology, position_limit, topology, weight_bytes
+from p2pinfer.errors import ClusterError, P2pinferError, UsageError
+from p2pinfer.leader import Leader
+from p2pinfer.limits import MAX_BULK_BYTES, MAX_STEP_BYTES
+from p2pinfer.model.checkpoint import Checkpoint
+from p2pinfer.model.config import load_config
+from p2pinfer.model.llama import StageLoader
+from p2pinfer.model.numeric_class import numeric_class
+from p2pinfer.model.runner import StageRunner
+from p2pinfer.model.weights import Weights
+from p2pinfer.pipe import PipeClosed, WorkerConfig, WorkerPipe, worker_side
+from p2pinfer.step_engine import StepEngine
+from p2pinfer.step_links import StepBroken, StepLinks
+from p2pinfer.transport import PairLimits, SocketPair
+from p2pinfer.types import Fence
+from p2pinfer.wire.messages import DrawnToken
+
+STATS_EVERY_S = 0.2
+PROGRESS_EVERY_S = 0.2
+STEP_HWM = 2048
+"""Frames queued per step link: a step's exchanges of every layer, with room."""
+
+PR_SET_PDEATHSIG = 1
+
+
+class StepInterrupted(P2pinferError):
+    """An order came that ends the step in hand."""
+
+
+class Worker:
+    """Takes orders, computes steps, reports."""
+
+    def __init__(self, config: WorkerConfig, pipe: WorkerPipe) -> None:
+        self._config = config
+        self._pipe = pipe
+        self._device = choose_device(config.device)
+        self._folder = Path(config.model_folder)
+        self._llama = load_config(self._folder)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._steps = SocketPair(
+            self._context, limits=PairLimits(MAX_STEP_BYTES, STEP_HWM, STEP_HWM)
+        )
+        self._bulk = SocketPair(self._context, limits=PairLimits(MAX_BULK_BYTES, 64, 64))
+        identity = (config.node_id, config.boot_id)
+        self._links = StepLinks(self._steps, identity, pipe.fileno(), self._interrupt)
+        self._orders: deque[AnyOrder] = deque()
+        self._stopping = False
+        self._loaded: tuple[Topology, StageRunner | None] | None = None
+        self._engine: StepEngine | None = None
+        self._leader: Leader | None = None
+        self._scheduler: Scheduler | None = None
+        self._stats_at = 0.0
+        self._drawn = 0
+        self._rate = 0.0
+
+    # --- life -------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Obey until told to stop or the control plane is gone."""
+        config = self._config
+        self._steps.bind(config.listen_host, config.step_port)
+        self._bulk.bind(config.listen_host, config.bulk_port)
+        self._pipe.send(
+            WorkerReady(
+                numeric_class=numeric_class(config.model.dtype, self._device),
+                device=str(self._device),
+                threads=torch.get_num_threads(),
+                kv_limit_bytes=config.kv_limit_bytes,
+            )
+        )
+        while not self._stopping:
+            try:
+                self._turn()
+            except StepInterrupted:
+                continue
+            except StepBroken as broken:
+                self._break(broken)
+            self._tell()
+
+    def close(self) -> None:
+        """Close every socket at once."""
+        self._steps.shutdown()
+        self._bulk.shutdown()
+        self._context.destroy(linger=0)
+
+    def _turn(self) -> None:
+        while self._orders:
+            self._obey(self._orders.popleft())
+        if self._stopping:
+            return
+        if self._leader is not None:
+            busy = self._lead(self._leader)
+        elif self._engine is not None:
+            busy = self._follow(self._engine)
+        else:
+            busy = False
+        if busy:
+            # A busy loop still looks for orders between two steps.
+            self._read_orders()
+        else:
+            self._links.idle(STATS_EVERY_S)
+
+    def _read_orders(self) -> None:
+        while (order := self._pipe.receive()) is not None:
+            assert not isinstance(order, WorkerConfig)
+            self._orders.append(order)
+
+    def _interrupt(self) -> None:
+        """Called while waiting, when the pipe has something. What ends a step raises."""
+        self._read_orders()
+        if any(isinstance(order, LoadPlan | StopWorker) for order in self._orders):
+            raise StepInterrupted("a new plan, or the end")
+
+    def _tell(self) -> None:
+        while self._links.lost:
+            self._pipe.send(LinkLost(node_id=self._links.lost.pop()))
+        now = time.monotonic()
+        if now - self._stats_at < STATS_EVERY_S:
+            return
+        elapsed = now - self._stats_at if self._stats_at else STATS_EVERY_S
+        self._rate = 0.7 * self._rate + 0.3 * self._drawn / elapsed
+        self._drawn, self._stats_at = 0, now
+        self._pipe.send(self._stats())
+
+    def _stats(self) -> WorkerStats:
+        engine, scheduler, traffic = self._engine, self._scheduler, self._links.traffic
+        clock = engine.clock if engine else None
+        return WorkerStats(
+            steps=clock.steps if clock else 0,
+            owes_step=engine.step if engine and self._links.inbox.steps else 0,
+            hears_steps=self._links.heard_within(1.0),
+            tokens_per_s=round(self._rate, 3),
+            kv_used_bytes=engine.kv_used_bytes if engine else 0,
+            kv_limit_bytes=self._config.kv_limit_bytes,
+            running=scheduler.running if scheduler else 0,
+            waiting=scheduler.waiting if scheduler else 0,
+            dropped_frames=traffic.dropped,
+            messages_sent=traffic.messages,
+            bytes_sent=traffic.bytes,
+            compute_s=clock.compute_s if clock else 0.0,
+            exchange_s=clock.exchange_s if clock else 0.0,
+            wait_s=traffic.wait_s,
+            python_s=clock.python_s if clock else 0.0,
+        )
+
+    # --- orders -----------------------------------------------------------------------------------
+
+    def _obey(self, order: AnyOrder) -> None:
+        match order:
+            case LoadPlan():
+                self._load(order)
+            case ActivatePlan():
+                self._activate(order.fence)
+            case StartRequest():
+                self._start(order)
+            case CancelRequest():
+                if self._scheduler is not None:
+                    self._scheduler.cancel(order.request_id)
+            case StopWorker():
+                self._stopping = True
+
+    def _load(self, order: LoadPlan) -> None:
+        """Stop obeying the active plan, free what it held, and load what `order` says."""
+        self._engine = self._leader = self._loaded = None
+        self._links.close()
+        fence = order.plan.fence
+        try:
+            mine = topology(order.plan, order.me)
+            runner = self._load_units(mine) if mine.holding.stage is not None else None
+            self._links.open(order.plan, order.me)
+        except StepInterrupted:
+            raise
+        except (P2pinferError, OSError, RuntimeError, MemoryError) as error:
+            self._pipe.send(PlanLoaded(fence=fence, error=str(error) or type(error).__name__))
+            return
+        self._loaded = (mine, runner)
+        loaded = runner.weight_bytes if runner else 0
+        self._pipe.send(PlanLoaded(fence=fence, weight_bytes=loaded))
+
+    def _load_units(self, mine: Topology) -> StageRunner:
+        model, holding = mine.plan.model, mine.holding
+        total = weight_bytes(model, holding)
+        done, told = 0, time.monotonic()
+
+        def progress(more: int) -> None:
+            nonlocal done, told
+            done += more
+            if time.monotonic() - told >= PROGRESS_EVERY_S:
+                told = time.monotonic()
+                self._pipe.send(LoadProgress(done_bytes=done, total_bytes=max(done, total)))
+
+        weights = Weights(Checkpoint.open(self._folder, self._llama))
+        loader = StageLoader(weights, self._llama, model, self._device, progress)
+        return StageRunner(loader.load(holding), holding, self._llama, model, self._device)
+
+    def _activate(self, fence: Fence) -> None:
+        if self._loaded is None or self._loaded[0].plan.fence != fence:
+            return
+        mine, runner = self._loaded
+        self._engine = StepEngine(mine, runner, self._links)
+        self._links.activate(mine)
+        if not mine.leads:
+            self._scheduler = None
+            return
+        pool = BlockPool(max(1, position_limit(mine.plan) // BLOCK_POSITIONS))
+        if self._scheduler is None:
+            self._scheduler = Scheduler(
+                pool=pool,
+                max_positions=mine.plan.model.max_positions,
+                eos_token_ids=frozenset(mine.plan.model.eos_token_ids),
+            )
+        else:
+            self._scheduler.restart(pool)
+        self._leader = Leader(self._engine, self._links, self._scheduler)
+
+    def _start(self, order: StartRequest) -> None:
+        if self._scheduler is None:
+            self._refuse(order.request_id, "not_ready", "this node does not lead a ready cluster")
+            return
+        try:
+            self._scheduler.add(
+                order.request_id, order.prompt_ids, order.received, order.params, time.monotonic()
+            )
+        except ClusterError as error:
+            self._refuse(order.request_id, error.code, error.message)
+
+    def _refuse(self, request_id: int, code: str, message: str) -> None:
+        self._pipe.send(
+            RequestEnded(
+                request_id=request_id, reason="error", total_tokens=0, code=code, message=message
+            )
+        )
+
+    # --- steps ------------------------------------------------------------------------------------
+
+    def _lead(self, leader: Leader) -> bool:
+        assert self._scheduler is not None
+        if not self._scheduler.has_work:
+            return False
+        results = leader.run_step()
+        drawn = tuple(r for r in results if isinstance(r, DrawnToken))
+        if drawn:
+            self._drawn += len(drawn)
+            self._pipe.send(TokensDrawn(tokens=drawn))
+        for result in results:
+            if isinstance(result, EndedReply):
+                self._pipe.send(
+                    RequestEnded(
+                        request_id=result.request_id,
+                        reason=result.reason,
+                        total_tokens=result.total_tokens,
+                        ttft_s=result.ttft_s,
+                        tokens_per_s=result.tokens_per_s,
+                    )
+                )
+        return True
+
+    def _follow(self, engine: StepEngine) -> bool:
+        inbox = self._links.inbox
+        self._links.pump()
+        if inbox.steps:
+            step = inbox.steps.popleft()
+            engine.send_candidates(step, engine.compute(step))
+            self._drawn += sum(slot.sample for slot in step.slots)
+            return True
+        if inbox.requests:
+            engine.send_logits(inbox.requests.popleft())
+            return True
+        return False
+
+    def _break(self, broken: StepBroken) -> None:
+        """Stop at once: what the step would have been is for a new epoch to say."""
+        engine = self._engine
+        self._engine = self._leader = None
+        self._links.close()
+        if engine is not None:
+            fence = engine.topology.plan.fence
+            failed = StepFailed(
+                fence=fence, step=engine.step, node_id=broken.node_id, reason=broken.reason
+            )
+            self._pipe.send(failed)
+
+
+def choose_device(wanted: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N`; raises `UsageError` where there is no such device."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(wanted)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {wanted}: torch sees no CUDA device here; use --device cpu")
+    return device
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process with the one that started it, so that none is orphaned.
+
+    Elsewhere than on Linux the end of the pipe has to do.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == 1:
+        raise SystemExit(1)
+
+
+@click.command()
+@click.option("--pipe-fd", type=int, required=True)
+def main(pipe_fd: int) -> None:
+    """Run a worker; started by the daemon, not by people."""
+    die_with_parent()
+    # Ctrl-C in a terminal reaches the whole group: the daemon alone decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    pipe = worker_side(pipe_fd)
+    try:
+        _serve(pipe)
+    except PipeClosed:
+        raise SystemExit(1) from None
+
+
+def _serve(pipe: WorkerPipe) -> None:
+    while (config := pipe.receive()) is None:
+        select.select((pipe,), (), ())
+    assert isinstance(config, WorkerConfig)
+    if config.cpus and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, config.cpus)
+    torch.set_num_threads(config.threads)
+    torch.set_grad_enabled(False)
+    try:
+        worker = Worker(config, pipe)
+        try:
+            worker.run()
+        finally:
+            worker.close()
+    except PipeClosed:
+        raise
+    except P2pinferError as error:
+        pipe.send(WorkerFailed(message=str(error), usage=isinstance(error, UsageError)))
+
+
+if __name__ == "__main__":
+    main()

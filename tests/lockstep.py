@@ -1,0 +1,160 @@
+"""Runs a whole plan in one process: every node's true runner, exchanging in lockstep.
+
+No network and no threads: what a step yields is answered from the other runners' yields. Used by the
+tests of the arithmetic; the same runners behind ZeroMQ are tested by processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from p2pinfer.core.planner import holding, make_plan
+from p2pinfer.core.topology import topology
+from p2pinfer.model.checkpoint import Checkpoint
+from p2pinfer.model.config import load_config, model_spec
+from p2pinfer.model.llama import StageLoader
+from p2pinfer.model.reduction import subtree_sums, whole_sum
+from p2pinfer.model.runner import GiveHidden, NeedHidden, NeedSum, StageRunner
+from p2pinfer.model.weights import Weights
+from p2pinfer.types import DType, Fence, Member, Plan
+from p2pinfer.wire.messages import Slot
+
+CPU = torch.device("cpu")
+
+
+def members(count: int, weights: Sequence[float] | None = None) -> list[Member]:
+    """`count` members that differ in name, id and, if given, weight."""
+    return [
+        Member(
+            node_id=f"{i:016x}",
+            boot_id=f"{i:016x}",
+            name=f"node{i + 1}",
+            address=f"tcp://127.0.0.1:{7720 + 10 * i}",
+            weight=weights[i] if weights else 1.0,
+        )
+        for i in range(count)
+    ]
+
+
+class Lockstep:
+    """All nodes of one plan of the model in `folder`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        nodes: int = 1,
+        layout: str = "heads",
+        dtype: DType | None = None,
+        weights: Sequence[float] | None = None,
+        device: torch.device = CPU,
+    ) -> None:
+        self.config = load_config(folder)
+        self.model = model_spec(
+            self.config,
+            name="test",
+            model_id="0" * 64,
+            dtype=dtype or self.config.dtype,
+            quant="none",
+        )
+        self.plan: Plan = make_plan(
+            members=members(nodes, weights),
+            model=self.model,
+            layout=layout,
+            fence=Fence(1, 1),
+            cluster_id="0" * 16,
+            leader_id="0" * 16,
+        )
+        self.weights = Weights(Checkpoint.open(folder, self.config))
+        loader = StageLoader(self.weights, self.config, self.model, device)
+        self.topologies = [topology(self.plan, i) for i in range(nodes)]
+        self.runners: dict[int, StageRunner] = {}
+        for index in range(nodes):
+            held = holding(self.plan, index)
+            if held.stage is not None:
+                self.runners[index] = StageRunner(
+                    loader.load(held), held, self.config, self.model, device
+                )
+
+    def step(self, slots: Sequence[Slot]) -> np.ndarray:
+        """Logits [sampling slots, vocab] of one step, float32."""
+        hidden: torch.Tensor | None = None
+        pieces: dict[int, torch.Tensor] = {}
+        for stage in range(len(self.plan.stages)):
+            nodes = [i for i in self.runners if self.topologies[i].holding.stage == stage]
+            runs = {i: self.runners[i].run(slots) for i in nodes}
+            needs = {i: next_or_done(runs[i], None, pieces, self, i) for i in nodes}
+            while any(need is not None for need in needs.values()):
+                answers = self._answers(needs, hidden)
+                if all(isinstance(n, GiveHidden) for n in needs.values()):
+                    states = [n.hidden for n in needs.values() if isinstance(n, GiveHidden)]
+                    assert all(torch.equal(states[0], s) for s in states[1:])
+                    hidden = states[0].clone()
+                needs = {i: next_or_done(runs[i], answers[i], pieces, self, i) for i in nodes}
+        if not pieces:
+            return np.zeros((0, self.model.vocab_size), np.float32)
+        return torch.cat([pieces[u] for u in sorted(pieces)], dim=1).cpu().numpy()
+
+    def _answers(self, needs: dict, hidden: torch.Tensor | None) -> dict[int, torch.Tensor | None]:
+        first = next(iter(needs.values()))
+        if isinstance(first, NeedHidden):
+            return {i: hidden for i in needs}
+        if isinstance(first, GiveHidden):
+            return {i: None for i in needs}
+        assert isinstance(first, NeedSum)
+        units = self.topologies[0].units[first.half]
+        sent: dict[int, torch.Tensor] = {}
+        for need in needs.values():
+            if need.partials:
+                sent.update(subtree_sums(need.partials, units))
+        # Each node adds in its own order of arrival: the sum may not depend on it.
+        orders = (dict(sent), dict(reversed(sent.items())))
+        return {
+            node: whole_sum(orders[place % 2], units) for place, node in enumerate(needs)
+        }
+
+    def prefill(
+        self, tokens: Sequence[int], *, request_id: int = 1, chunk: int = 10**9, start: int = 0,
+        capacity: int = 512,
+    ) -> np.ndarray:
+        """Logits [1, vocab] after the last of `tokens`, computed in chunks."""
+        logits = np.zeros((0, 0), np.float32)
+        end = start
+        while end < start + len(tokens):
+            piece = tuple(tokens[end - start : end - start + chunk])
+            last = end + len(piece) == start + len(tokens)
+            first = capacity if end == 0 else 0
+            slot = Slot(
+                request_id=request_id, start=end, tokens=piece, sample=last, capacity=first
+            )
+            logits = self.step((slot,))
+            end += len(piece)
+        return logits
+
+    def greedy(self, prompt: Sequence[int], count: int, *, chunk: int = 10**9) -> tuple[list[int], np.ndarray]:
+        """`count` greedy tokens after `prompt`, and the logits [count, vocab] they came from."""
+        rows = [self.prefill(prompt, chunk=chunk, capacity=len(prompt) + count)[0]]
+        tokens = [int(rows[0].argmax())]
+        while len(tokens) < count:
+            position = len(prompt) + len(tokens) - 1
+            slot = Slot(request_id=1, start=position, tokens=(tokens[-1],), sample=True)
+            rows.append(self.step((slot,))[0])
+            tokens.append(int(rows[-1].argmax()))
+        for runner in self.runners.values():
+            runner.forget((1,))
+        return tokens, np.stack(rows)
+
+
+def next_or_done(run, answer, pieces, lockstep: Lockstep, node: int):  # type: ignore[no-untyped-def]
+    """Advance a run; at its end file its logits by vocab unit and return None."""
+    try:
+        return run.send(answer)
+    except StopIteration as done:
+        units = lockstep.topologies[node].holding.vocab_units
+        if done.value:
+            pieces.update(zip(units, done.value, strict=True))
+        return None
