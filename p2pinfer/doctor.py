@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import socket
 import sys
@@ -141,7 +140,7 @@ def _bind_error(host: str, port: int) -> str:
 def check_model(model: str) -> Finding:
     """The folder holds a model that can be served, and its share may fit into memory."""
     from p2pinfer.model.checkpoint import Checkpoint
-    from p2pinfer.model.config import load_config, resolve_model
+    from p2pinfer.model.config import load_config, model_name, resolve_model
     from p2pinfer.model.tokenizer import Tokenizer
 
     try:
@@ -152,9 +151,9 @@ def check_model(model: str) -> Finding:
     except UsageError as error:
         advice = "p2pinfer model inspect DIR says more; --model demo always works"
         return Finding(check="model", level=Level.FAIL, detail=str(error), advice=advice)
-    size = sum(tensor.end - tensor.begin for tensor in checkpoint.tensors.values())
+    size = checkpoint.nbytes
     detail = (
-        f"{os.path.basename(folder)}: {config.num_hidden_layers} layers, "
+        f"{model_name(folder)}: {config.num_hidden_layers} layers, "
         f"{config.num_key_value_heads} KV heads, {size / GIB:.2f} GiB of weights"
     )
     available = psutil.virtual_memory().available

@@ -43,3 +43,27 @@ class InvalidRequestError(ClusterError):
 
     def __init__(self, message: str, code: str = "invalid_request") -> None:
         super().__init__(code, message, retryable=False)
+
+
+ERROR_CODES: dict[str, bool] = {
+    "invalid_request": False,
+    "empty_prompt": False,
+    "prompt_too_long": False,
+    "overloaded": True,
+    "not_ready": True,
+    "node_lost": True,
+    "leader_lost": True,
+    "leaving": True,
+    "cancelled": False,
+    "log_conflict": False,
+    "internal": False,
+    "wrong_version": False,
+    "wrong_model": False,
+    "wrong_settings": False,
+    "wrong_cluster": False,
+    "identity_taken": False,
+    "name_taken": False,
+    "cluster_full": False,
+    "not_a_member": True,
+}
+"""Every error code of `proto_spec.md`, and whether the same call may succeed later."""

@@ -126,8 +126,8 @@ class _Link:
                 self.up = False
                 yield LinkEvent(self.address, LinkKind.DOWN)
 
-    def close(self) -> None:
-        _close(self.dealer, self.monitor)
+    def close(self, linger_ms: int = 0) -> None:
+        _close(self.dealer, self.monitor, linger_ms)
 
 
 class SocketPair:
@@ -257,12 +257,18 @@ class SocketPair:
             sockets += [link.dealer, link.monitor]
         return sockets
 
-    def shutdown(self) -> None:
-        """Close every socket at once, dropping what is queued. Safe to call twice."""
-        for address in self.addresses:
-            self.close(address)
+    def shutdown(self, linger_ms: int = 0) -> None:
+        """Close every socket. Safe to call twice.
+
+        What is queued is dropped or, with `linger_ms`, may still leave in that time while the
+        context ends (`zmq_ctx_term` waits for it): a goodbye, say.
+        """
+        for link in self._links.values():
+            link.close(linger_ms)
+        self._links.clear()
+        self.version += 1
         if not self.router.closed:
-            _close(self.router, self._router_monitor)
+            _close(self.router, self._router_monitor, linger_ms)
 
 
 def _socket(
@@ -293,7 +299,7 @@ def _monitored(monitor: zmq.Socket[bytes]) -> Iterator[int]:
         yield int(parse_monitor_message(parts)["event"])
 
 
-def _close(socket: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
+def _close(socket: zmq.Socket[bytes], monitor: zmq.Socket[bytes], linger_ms: int) -> None:
     socket.disable_monitor()
     monitor.close(0)
-    socket.close(0)
+    socket.close(linger_ms)

@@ -11,7 +11,11 @@ MAX_TOKENS = 160
 
 @click.command()
 def demo() -> None:
-    """Start four nodes here with the bundled model, stream a story, show who held what, end."""
+    """Watch four nodes tell a story.
+
+    Starts four nodes on this machine with the bundled model, streams a reply, shows who held
+    which part of the model, and ends them again.
+    """
     from rich.console import Console
 
     from p2pinfer.cli.status_view import holdings_table

@@ -14,7 +14,10 @@ from p2pinfer.cli.options import json_option
 )
 @json_option
 def doctor(model: str, listen: str, as_json: bool) -> int:
-    """Check Python, torch, CPU, memory, ports and a model folder; exit code 1 if any fails."""
+    """Check whether this machine is fit.
+
+    Looks at Python, torch, the CPU, memory, ports and a model folder; exit code 1 if any fails.
+    """
     import msgspec
 
     from p2pinfer.doctor import Level, examine

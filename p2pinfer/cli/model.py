@@ -33,10 +33,12 @@ def make(shape: str, seed: int, folder: Path) -> None:
 @json_option
 def inspect(folder: str, as_json: bool) -> None:
     """Show what a model folder holds: shape, units, sizes, tokenizer."""
+    from p2pinfer.cli.progress import bytes_progress
     from p2pinfer.model.config import resolve_model
     from p2pinfer.model.shapes import inspect_model
 
-    facts = inspect_model(resolve_model(folder))
+    with bytes_progress(f"reading {folder}") as progress:
+        facts = inspect_model(resolve_model(folder), progress=progress)
     if as_json:
         import json
 
@@ -44,4 +46,4 @@ def inspect(folder: str, as_json: bool) -> None:
         return
     for key, value in facts.items():
         text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
-        click.echo(f"{key:<20} {text}")
+        click.echo(f"{key:<24} {text}")

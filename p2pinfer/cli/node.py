@@ -23,6 +23,8 @@ def start(config: Path | None, **flags: object) -> int:
     Without --join it founds a cluster; with --join ADDR it joins the cluster of any living node.
     """
     from p2pinfer.config import load_settings
-    from p2pinfer.daemon import run_node
 
-    return run_node(load_settings(flags, config))
+    settings = load_settings(flags, config)
+    from p2pinfer.daemon import run_node  # only now: a wrong flag is told at once
+
+    return run_node(settings)

@@ -19,7 +19,10 @@ WATCH_EVERY_S = 1.0
 @click.option("--watch", is_flag=True, help="Keep it up to date until Ctrl-C.")
 @json_option
 def status(to: tuple[str, ...], watch: bool, as_json: bool) -> None:
-    """Show the members, what each holds, and whether the cluster is ready."""
+    """Show the cluster's members.
+
+    What each holds and how it is, who leads, and whether prompts are answered.
+    """
     from p2pinfer.client import Client
 
     client = Client(to)

@@ -6,13 +6,13 @@ loading: a member that lives is waited for, one that dies is left out by the nex
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 from math import inf
 
-from p2pinfer.core.events import PlanFailed, PlanProposed
-from p2pinfer.core.membership import Peer
+from p2pinfer.core.events import NodeConfig, PlanFailed, PlanProposed
 from p2pinfer.core.outbox import Outbox
-from p2pinfer.core.plan_rules import Decision, Situation, decide
+from p2pinfer.core.plan_rules import Situation, decide
 from p2pinfer.core.planner import PlacementError, holding, make_plan
 from p2pinfer.types import Fence, Member, ModelSpec, Plan
 from p2pinfer.wire.messages import Ack, Activate, Nack, Propose
@@ -20,89 +20,206 @@ from p2pinfer.wire.messages import Ack, Activate, Nack, Propose
 RESEND_S = 1.0
 """How long after a PROPOSE or ACTIVATE without effect it is sent again."""
 
-MAX_STEP_FAILURES = 3
-"""Plans in a row that fail without having drawn a token; then the requests are what is wrong."""
-
 Boot = tuple[str, str]
 """Node id and boot id: one life of one node."""
 
 
-class PlanMaker:
-    """What the leader knows of its newest plan, `target`. Times in seconds."""
+@dataclass(frozen=True, slots=True)
+class View:
+    """The members as the leader sees them now, itself included; `quiet_since` in seconds."""
 
-    def __init__(self, me: Member, box: Outbox) -> None:
+    living: tuple[Member, ...]
+    reached: frozenset[str]
+    """Node ids of those that our messages reach."""
+    suspects: tuple[str, ...]
+    worker_ready: bool
+    quiet_since: float
+
+
+class PlanMaker:
+    """What the leader knows of its newest plan. Times in seconds."""
+
+    def __init__(self, config: NodeConfig, model: ModelSpec, term: int, box: Outbox) -> None:
         self.target: Plan | None = None
         self.activated = False
-        self.served = False
-        self._me = me
+        self.waiting = ""
+        """What the next plan waits for; empty when it waits for nothing."""
+        self._config = config
+        self._model = model
+        self._term = term
+        self._epoch = 0
         self._box = box
         self._acked: set[str] = set()
+        self._obeyed: dict[str, Fence] = {}
         self._unable: dict[Boot, str] = {}
         self._unplaceable: tuple[frozenset[Boot], str] = (frozenset(), "")
         self._step_failed = ""
-        self._failures = 0
-        self._epoch = 0
+        self._served = False
         self._resend_at = inf
-        self.settled_at = inf
-        """When the newest members will have been quiet for long enough."""
+        self._quiet_at = inf
 
     @property
-    def in_force(self) -> Plan | None:
-        """The target once it is activated."""
-        return self.target if self.activated else None
+    def deadline(self) -> float:
+        """When this wants to look again."""
+        return min(self._resend_at, self._quiet_at)
 
-    def owns_units(self, node_id: str) -> bool:
-        """Whether a node owns any unit of the plan in force."""
-        plan = self.in_force
-        if plan is None:
+    def in_force(self, living: Iterable[Member]) -> bool:
+        """Whether the plan is active and all its members live: requests may be started."""
+        if self.target is None or not self.activated or self._step_failed:
             return False
-        ids = [member.node_id for member in plan.members]
-        return node_id in ids and holding(plan, ids.index(node_id)).stage is not None
+        return _boots(self.target.members) <= _boots(living)
 
-    def has_answered(self, member: Member) -> bool:
-        """Whether that member has acknowledged the target."""
-        return self.target is not None and member in self.target.members and (
-            member.node_id in self._acked
+    def is_owner(self, node_id: str) -> bool:
+        """Whether a node owns any unit of the plan that was activated."""
+        if self.target is None or not self.activated:
+            return False
+        ids = [member.node_id for member in self.target.members]
+        return node_id in ids and holding(self.target, ids.index(node_id)).stage is not None
+
+    def has_acked(self, member: Member) -> bool:
+        """Whether that very member has acknowledged the newest plan."""
+        return (
+            self.target is not None
+            and member.node_id in self._acked
+            and (member.node_id, member.boot_id) in _boots(self.target.members)
         )
 
-    def choose(
-        self,
-        peers: Sequence[Peer],
-        reached: Sequence[Member],
-        *,
-        worker_ready: bool,
-        quiet_since: float,
-        settle: float,
-        min_nodes: int,
-        now: float,
-    ) -> Decision:
-        """Ask the rules; `reached` are the members that messages reach, this node included."""
-        known = {(m.node_id, m.boot_id) for m in (self.target.members if self.target else ())}
-        living = {(p.member.node_id, p.member.boot_id): p.member for p in peers if p.living}
-        living |= {(m.node_id, m.boot_id): m for m in reached}
-        self._unable = {boot: why for boot, why in self._unable.items() if boot in living}
-        reachable = {(m.node_id, m.boot_id) for m in reached}
+    # --- deciding ---------------------------------------------------------------------------------
+
+    def look(self, view: View, now: float) -> None:
+        """Propose if the rules say so, and send again what may have been lost."""
+        here = _boots(view.living)
+        self._unable = {boot: why for boot, why in self._unable.items() if boot in here}
+        known = _boots(self.target.members) if self.target else frozenset()
         able = tuple(
             member
-            for boot, member in living.items()
-            if (boot in known or boot in reachable) and boot not in self._unable
+            for member in view.living
+            if (member.node_id in view.reached or _boot(member) in known)
+            and _boot(member) not in self._unable
         )
-        situation = Situation(
-            worker_ready=worker_ready,
+        decision = decide(self._situation(view, able, now))
+        self.waiting = decision.why
+        settled_at = view.quiet_since + self._config.settle
+        self._quiet_at = settled_at if now < settled_at and not decision.propose else inf
+        if decision.propose:
+            self._propose(able, decision.why, now)
+        elif now >= self._resend_at:
+            self._send_again(now)
+
+    def _situation(self, view: View, able: tuple[Member, ...], now: float) -> Situation:
+        members, why = self._unplaceable
+        return Situation(
+            worker_ready=view.worker_ready,
             able=able,
             unable=tuple(self._unable.values()),
-            suspects=tuple(p.member.name for p in peers if p.living and p.state != "alive"),
+            suspects=view.suspects,
             target=self.target,
-            loading=self._loading(),
-            quiet_s=now - quiet_since,
-            settle_s=settle,
-            min_nodes=min_nodes,
-            served=self.served,
+            loading=tuple(m.name for m in self._unacked()) if not self.activated else (),
+            settled=now >= view.quiet_since + self._config.settle,
+            min_nodes=self._config.min_nodes,
+            served=self._served,
             step_failed=self._step_failed,
-            unplaceable=self._unplaceable[1] if self._unplaceable[0] == set(_boots(able)) else "",
+            unplaceable=why if members == _boots(able) else "",
         )
-        decision = decide(situation)
-        waits = situation.newcomers and not decision.propose and now < quiet_since + settle
-        self.settled_at = quiet_since + settle if waits else inf
-        self.able = able
-        return decision
+
+    def _propose(self, able: tuple[Member, ...], why: str, now: float) -> None:
+        fence = Fence(self._term, self._epoch + 1)
+        try:
+            plan = make_plan(
+                members=able,
+                model=self._model,
+                layout=self._config.layout,
+                fence=fence,
+                cluster_id=self._config.cluster_id,
+                leader_id=self._config.member.node_id,
+            )
+        except PlacementError as error:
+            self._cannot_place(able, fence, error.message)
+            return
+        self._epoch += 1
+        self.target, self.activated, self._step_failed = plan, False, ""
+        self._acked = set()
+        self._resend_at = now + RESEND_S
+        names = tuple(member.name for member in plan.members)
+        self._box.add(PlanProposed(fence=fence, members=names, why=why))
+        for member in plan.members:
+            self._box.send(member.node_id, Propose(plan=plan))
+        self.waiting = f"{', '.join(names)} to load the weights"
+
+    def _cannot_place(self, able: Iterable[Member], fence: Fence, why: str) -> None:
+        """These members cannot hold the model: wait for others; the old plan is over."""
+        why = "; ".join((why, *self._unable.values()))
+        self._unplaceable = (_boots(able), why)
+        self.target, self.activated, self.waiting = None, False, why
+        self._resend_at = inf
+        self._box.add(PlanFailed(fence=fence, reason=why))
+
+    # --- answers ----------------------------------------------------------------------------------
+
+    def ack(self, message: Ack, sender: str, now: float) -> bool:
+        """A member has loaded its part; true when that was the last, and the plan is in force."""
+        if self.target is None or self.activated or message.fence != self.target.fence:
+            return False
+        self._acked.add(sender)
+        if self._unacked():
+            return False
+        self.activated = self._served = True
+        self._resend_at = now + RESEND_S
+        for member in self.target.members:
+            self._box.send(member.node_id, Activate(fence=self.target.fence))
+        return True
+
+    def nack(self, message: Nack, sender: str) -> None:
+        """A member cannot hold its part, or (in force already) its part of a step failed."""
+        if self.target is None or message.fence != self.target.fence:
+            return
+        member = next((m for m in self.target.members if m.node_id == sender), None)
+        if member is None:
+            return
+        why = f"{member.name}: {message.message}"
+        if self.activated:
+            self._step_failed = why
+            return
+        self._box.add(PlanFailed(fence=message.fence, reason=why))
+        if sender == self._config.member.node_id:
+            # No plan goes without its leader: wait until other members would share the load.
+            self._cannot_place(self.target.members, message.fence, why)
+        else:
+            self._unable[_boot(member)] = why
+
+    def step_failed(self, fence: Fence, why: str) -> bool:
+        """A step of the plan in force broke: the same members begin a new epoch. False: stale."""
+        if self.target is None or not self.activated or fence != self.target.fence:
+            return False
+        self._step_failed = why
+        return True
+
+    def obeys(self, node_id: str, fence: Fence) -> None:
+        """A heartbeat says which plan a member obeys."""
+        self._obeyed[node_id] = fence
+
+    def _unacked(self) -> list[Member]:
+        members = self.target.members if self.target else ()
+        return [member for member in members if member.node_id not in self._acked]
+
+    def _send_again(self, now: float) -> None:
+        """A connection that broke may have taken PROPOSE or ACTIVATE with it."""
+        plan = self.target
+        assert plan is not None
+        self._resend_at = now + RESEND_S
+        if not self.activated:
+            for member in self._unacked():
+                self._box.send(member.node_id, Propose(plan=plan))
+            return
+        for member in plan.members:
+            others = member.node_id != self._config.member.node_id
+            if others and self._obeyed.get(member.node_id) != plan.fence:
+                self._box.send(member.node_id, Activate(fence=plan.fence))
+
+
+def _boot(member: Member) -> Boot:
+    return member.node_id, member.boot_id
+
+
+def _boots(members: Iterable[Member]) -> frozenset[Boot]:
+    return frozenset(_boot(member) for member in members)

@@ -26,8 +26,9 @@ class Situation:
     suspects: tuple[str, ...]
     target: Plan | None
     loading: tuple[str, ...]
-    quiet_s: float
-    settle_s: float
+    settled: bool
+    """No member has come or gone for a while."""
+
     min_nodes: int
     served: bool
     """A plan was in force once: from then on the cluster goes on with whoever remains."""
@@ -89,7 +90,8 @@ def _too_few(s: Situation) -> Decision | None:
 
 
 def _lost(s: Situation) -> Decision | None:
-    return Decision(propose=True, why=f"{_names(s.lost)} lost") if s.lost else None
+    why = "; ".join((f"{_names(s.lost)} lost", *s.unable))
+    return Decision(propose=True, why=why) if s.lost else None
 
 
 def _step_failed(s: Situation) -> Decision | None:
@@ -99,7 +101,7 @@ def _step_failed(s: Situation) -> Decision | None:
 def _newcomers(s: Situation) -> Decision | None:
     if not s.newcomers:
         return None
-    return Decision(propose=s.quiet_s >= s.settle_s, why=f"{_names(s.newcomers)} joined")
+    return Decision(propose=s.settled, why=f"{_names(s.newcomers)} joined")
 
 
 def _loading(s: Situation) -> Decision | None:

@@ -309,7 +309,8 @@ def _relieve(
 
     Each move lessens the sum of what lacks, so it ends; where it ends too early, no member has
     room for one more unit of those that the fullest one holds. Of the possible moves the one is
-    taken that fills nobody beyond its memory, then the one that slows the stage least.
+    taken that fills nobody beyond its memory, then the one that slows the stage least for each
+    byte that lacks no more.
     """
     size = len(weights)
 
@@ -336,8 +337,9 @@ def _relieve(
                 option = [*counts]
                 option[k] = _moved(counts[k], source, target)
                 after = lacking(option)
-                if sum(after) < sum(lacks):
-                    moves.append((after[target] > 0, slowness(option), sum(after), option))
+                if gain := max(0, sum(lacks) - sum(after)):
+                    cost = (slowness(option) - slowness(counts)) / gain
+                    moves.append((after[target] > 0, cost, -gain, option))
         if not moves:
             break
         counts = min(moves, key=lambda move: move[:3])[3]

@@ -188,7 +188,7 @@ class Scheduler:
             raise InvalidRequestError(
                 f"prompt and max_tokens come to {request.capacity} positions; the KV cache holds "
                 f"{self._pool.limit * BLOCK_POSITIONS} ({self._pool.limit} blocks, "
-                f"{blocks_for(request.capacity)} needed): shorten one or give the nodes more memory",
+                f"{blocks_for(request.capacity)} needed): shorten one or give nodes more memory",
                 "prompt_too_long",
             )
         for token in received:

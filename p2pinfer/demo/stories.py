@@ -283,7 +283,7 @@ def sharing(story: Story) -> None:
     story.paragraph()
     story.say(
         "That night, {hero} could not sleep. The {noun} was no fun without {friend}.",
-        '{Elder} saw that {hero} was sad. "A friend is worth more than a {noun}," {ehe} said.',
+        '{Elder} saw that {hero} was sad. "A friend is worth more than any {noun}," {ehe} said.',
         "{Hero} thought about it for a long time. Then {he} knew what to do.",
     )
     story.say(

@@ -158,7 +158,7 @@ class Llama(nn.Module):
     sin: torch.Tensor
 
     def __init__(self, shape: Shape) -> None:
-        """Create the weights, normally distributed as in the original."""
+        """Create the weights, normally distributed."""
         super().__init__()
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
         self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.num_hidden_layers))
@@ -168,10 +168,12 @@ class Llama(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                # The outputs that add up in the residual stream start smaller, so that its
-                # variance does not grow with the depth.
-                narrow = name.endswith(("o_proj.weight", "down_proj.weight"))
-                scale = 0.02 / math.sqrt(2 * shape.num_hidden_layers) if narrow else 0.02
+                # The 0.02 of larger models is too little at this width: the paths that copy a
+                # name from earlier in the story would start so weak that they hardly grow.
+                scale = shape.hidden_size**-0.5
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    # These add up in the residual stream; its variance must not grow with depth.
+                    scale = (2 * shape.num_hidden_layers * parameter.shape[1]) ** -0.5
                 nn.init.normal_(parameter, std=scale)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -14,15 +14,15 @@ def listed(text: str) -> tuple[str, ...]:
 
 
 GIRLS = listed(
-    "Mia,Anna,Lily,Emma,Sara,Lucy,Nora,Clara,Ella,Ruby,Alice,Hannah,Zoe,Maya,Ivy,Julia,Rosa,Leila,"
-    "Amina,Nina,Kate,Sophie,Grace,Molly,Daisy,Eva,Lena,Marta"
+    "Mia,Anna,Lily,Emma,Sara,Lucy,Nora,Clara,Ruby,Alice,Hannah,Zoe,Maya,Julia,Leila,Amina,Kate,"
+    "Grace,Daisy,Lena"
 )
 BOYS = listed(
-    "Tom,Ben,Leo,Max,Sam,Jack,Oliver,Henry,Noah,Finn,Paul,David,Omar,Ali,Lucas,Felix,Theo,Hugo,"
-    "Peter,Daniel,Simon,Emil,Anton,Marco,Kofi,Ravi,Will,Charlie"
+    "Tom,Ben,Leo,Max,Sam,Jack,Oliver,Henry,Noah,Finn,Paul,David,Omar,Felix,Theo,Hugo,Peter,Emil,"
+    "Kofi,Ravi"
 )
-SHE_ANIMALS = listed("Hazel,Willow,Poppy,Luna,Misty,Pearl,Berry,Olive,Dot,Penny,Fern,Honey,Nutmeg")
-HE_ANIMALS = listed("Pip,Bruno,Rusty,Moss,Otto,Basil,Teddy,Barley,Monty,Jasper,Pepper,Milo,Oscar")
+SHE_ANIMALS = listed("Hazel,Willow,Poppy,Luna,Misty,Pearl,Berry,Olive,Penny,Fern,Nutmeg")
+HE_ANIMALS = listed("Pip,Bruno,Rusty,Moss,Otto,Basil,Teddy,Barley,Monty,Milo,Oscar")
 ANIMALS = listed(
     "fox,rabbit,bear,mouse,hedgehog,squirrel,cat,dog,goat,deer,badger,pony,mole,lamb,raccoon,hamster,"
     "kitten,puppy,donkey,pig"

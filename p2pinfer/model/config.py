@@ -102,6 +102,11 @@ def resolve_model(text: str) -> Path:
     )
 
 
+def model_name(folder: Path) -> str:
+    """What people call the model in `folder`: the folder's name, or `demo`."""
+    return "demo" if folder == MODEL_DIR else folder.resolve().name
+
+
 def load_config(folder: Path) -> LlamaConfig:
     """Read and check `config.json` (and `generation_config.json` for the end-of-text ids).
 

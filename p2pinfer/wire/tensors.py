@@ -30,7 +30,8 @@ ITEM_BYTES: dict[WireDType, int] = {
 class Tensor(Struct, frozen=True):
     """Element type, shape and the bytes themselves: a view into the frame, never a copy.
 
-    Raises `LocalProtocolError` when the bytes are not as many as type and shape say.
+    Raises `LocalProtocolError` when the bytes are not as many as type and shape say, or are a view
+    of something else than single bytes (`memoryview.cast("B")` makes one).
     """
 
     dtype: WireDType
@@ -38,10 +39,12 @@ class Tensor(Struct, frozen=True):
     data: bytes | memoryview
 
     def __post_init__(self) -> None:
-        if memoryview(self.data).nbytes != self.nbytes:
+        view = memoryview(self.data)
+        if view.format != "B" or view.ndim != 1:
+            raise LocalProtocolError("the bytes of a tensor must be a one-dimensional view of bytes")
+        if len(view) != self.nbytes:
             raise LocalProtocolError(
-                f"a tensor {self.dtype.name} {self.shape} has {self.nbytes} bytes, "
-                f"not {memoryview(self.data).nbytes}"
+                f"a tensor {self.dtype.name} {self.shape} has {self.nbytes} bytes, not {len(view)}"
             )
 
     @property

@@ -1,0 +1,511 @@
+"""The daemon: one thread that carries what happens to the core, and does what the core decides.
+
+Happens: messages, connections made and lost, the worker's reports, signals, time. The core
+(`core/node.py`) answers with outputs; `_act` does each. It knows no rule of the protocol itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Final
+
+import psutil
+import zmq
+
+from p2pinfer import logs, notify
+from p2pinfer.config import PORTS_PER_NODE, NodeSettings, parse_address
+from p2pinfer.core.events import (
+    CloseLink,
+    Conclude,
+    Deliver,
+    Exit,
+    Fact,
+    Input,
+    LinkDown,
+    LinkUp,
+    LoadProgress,
+    NodeConfig,
+    OpenLink,
+    Output,
+    Probe,
+    ProbeAnswered,
+    Received,
+    ReplyTo,
+    Send,
+    ShutdownAsked,
+    TellWorker,
+    Ticked,
+    WorkerDied,
+    WorkerReady,
+    WorkerSaid,
+)
+from p2pinfer.core.node import Node
+from p2pinfer.errors import (
+    ClusterError,
+    LocalProtocolError,
+    RemoteProtocolError,
+    UsageError,
+)
+from p2pinfer.lifeline import die_with_parent
+from p2pinfer.limits import MAX_CONTROL_BYTES
+from p2pinfer.model.checkpoint import Checkpoint, content_id
+from p2pinfer.model.config import LlamaConfig, load_config, model_spec, resolve_model
+from p2pinfer.model.tokenizer import Tokenizer
+from p2pinfer.pipe import PipeClosed, WorkerConfig
+from p2pinfer.serving import Serving
+from p2pinfer.signals import StopSignals
+from p2pinfer.state_dir import StateDir, new_identity
+from p2pinfer.transport import LinkKind, PairLimits, Reply, SocketPair
+from p2pinfer.types import DType, Member, ModelSpec
+from p2pinfer.wire.codec import decode, encode
+from p2pinfer.wire.messages import (
+    Cancel,
+    ControlMessage,
+    Drain,
+    Failed,
+    Plane,
+    StatusReply,
+    StatusRequest,
+    Submit,
+)
+from p2pinfer.worker_process import WorkerProcess
+
+CONTROL_HWM: Final = 1024
+"""Control frames queued per peer or client: several seconds of tokens of a full batch."""
+
+FRAMES_PER_TURN: Final = 256
+"""Frames handled before timers are looked at again, whoever floods us."""
+
+PROBE_S: Final = 1.0
+"""A fresh connect that is not answered by then was not refused."""
+
+COMPLAIN_S: Final = 5.0
+"""At most one log line about undecodable frames, and one about progress, in that time."""
+
+PROGRESS_S: Final = 2.0
+NOTIFY_S: Final = 0.5
+GOODBYE_MS: Final = 300
+"""How long LEAVE and last replies may take to leave the sockets at the end."""
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """The model's folder, found whole as far as headers tell."""
+
+    folder: Path
+    config: LlamaConfig
+    tokenizer: Tokenizer
+    dtype: DType
+    name: str
+
+    @classmethod
+    def open(cls, settings: NodeSettings) -> LocalModel:
+        """Check configuration, weights files and tokenizer; raises `ModelError`."""
+        folder = resolve_model(settings.model)
+        config = load_config(folder)
+        Checkpoint.open(folder, config)
+        tokenizer = Tokenizer.load(folder, config)
+        dtype = config.dtype if settings.dtype == "auto" else DType(settings.dtype)
+        name = "demo" if settings.model == "demo" else folder.resolve().name
+        return cls(folder, config, tokenizer, dtype, name)
+
+
+def run_node(settings: NodeSettings) -> int:
+    """Run a node until it is told to end (Ctrl-C, SIGTERM) or cannot go on; returns 0.
+
+    Raises `UsageError` for what this machine's owner must mend (model, ports, state folder) and
+    `ClusterError` for what the cluster's must (nobody to join, refused, the worker died). Call it
+    from the main thread, which gets the signals.
+    """
+    die_with_parent()
+    logs.configure()
+    model = LocalModel.open(settings)
+    with StateDir(settings.state_dir) as state, StopSignals() as signals:
+        daemon = Daemon(settings, model, state.node_id, signals)
+        try:
+            end = daemon.run()
+        finally:
+            daemon.close()
+    if end.error:
+        raise UsageError(end.error) if end.exit_code == 2 else ClusterError("internal", end.error)
+    return end.exit_code
+
+
+class Daemon:
+    """One node's control process. Raises `UsageError` where its ports cannot be had."""
+
+    def __init__(
+        self, settings: NodeSettings, model: LocalModel, node_id: str, signals: StopSignals
+    ) -> None:
+        self._settings = settings
+        self._signals = signals
+        self._log = logs.node_logger(settings.name)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._pair = SocketPair(
+            self._context, limits=PairLimits(MAX_CONTROL_BYTES, CONTROL_HWM, CONTROL_HWM)
+        )
+        self._worker: WorkerProcess | None = None
+        self._serving: Serving | None = None
+        self._probes = ThreadPoolExecutor(max_workers=4, thread_name_prefix="probe")
+        self._probed: SimpleQueue[ProbeAnswered] = SimpleQueue()
+        self._end: Exit | None = None
+        self._undecodable = 0
+        self._complained_at = self._progress_at = self._notified_at = 0.0
+        self._worker_ready = self._told_ready = False
+        try:
+            self._start(model, node_id)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, model: LocalModel, node_id: str) -> None:
+        """Take the ports, start the worker, and hash the model while it imports torch."""
+        settings = self._settings
+        host, port = parse_address(settings.listen)
+        self._pair.bind(host, port)
+        for other in range(port + 1, port + PORTS_PER_NODE):
+            _check_port(host, other)
+        self._worker = WorkerProcess(settings.threads)
+        spec = self._identify(model)
+        boot_id = new_identity()
+        self._worker.pipe.send(
+            WorkerConfig(
+                node_id=node_id,
+                boot_id=boot_id,
+                name=settings.name,
+                model_folder=str(model.folder.resolve()),
+                model=spec,
+                listen_host=host,
+                step_port=port + 1,
+                bulk_port=port + 2,
+                device=settings.device,
+                threads=settings.threads,
+                kv_limit_bytes=settings.kv_memory,
+                cpus=settings.cpus,
+            )
+        )
+        self._serving = Serving(
+            send=self._reply,
+            wake=self._signals.wake,
+            tokenizer=model.tokenizer,
+            vocab_size=model.config.vocab_size,
+        )
+        self._node = Node(_node_config(settings, spec, node_id, boot_id))
+        self._log.info(
+            "node_started",
+            address=settings.advertised_address,
+            node_id=node_id,
+            pid=os.getpid(),
+            worker_pid=self._worker.pid,
+            model=spec.name,
+            model_id=spec.model_id[:12],
+            dtype=spec.dtype.value,
+            join=list(settings.join),
+        )
+
+    def _identify(self, model: LocalModel) -> ModelSpec:
+        def progress(done: int, total: int) -> None:
+            if self._signals.asked:
+                raise KeyboardInterrupt
+            if total > 1 << 30:
+                self._progress("hashing_model", done, total)
+
+        model_id = content_id(model.folder, progress=progress)
+        return model_spec(
+            model.config,
+            name=model.name,
+            model_id=model_id,
+            dtype=model.dtype,
+            quant=self._settings.quant,
+        )
+
+    # --- the loop ---------------------------------------------------------------------------------
+
+    def run(self) -> Exit:
+        """Turn until the core says `Exit`, which is returned."""
+        watchdog = notify.watchdog_interval()
+        poller, version = zmq.Poller(), -1
+        asked = False
+        self._feed(Ticked())
+        while self._end is None:
+            if version != self._pair.version:
+                poller, version = self._poller(), self._pair.version
+            self._wait(poller, watchdog)
+            if self._signals.asked and not asked:
+                asked = True
+                notify.notify(notify.STOPPING)
+                self._log.info("stopping")
+                self._feed(ShutdownAsked())
+            self._read()
+            if now() >= self._node.deadline:
+                self._feed(Ticked())
+            if now() >= self._serving_.deadline:
+                self._feed(*self._serving_.sweep(now()))
+            self._tell_systemd(watchdog)
+        return self._end
+
+    def close(self) -> None:
+        """Say goodbye, close the sockets, end and reap the worker. Safe to call twice."""
+        notify.notify(notify.STOPPING)
+        self._probes.shutdown(wait=False, cancel_futures=True)
+        if self._serving is not None:
+            self._serving.close()
+        self._pair.shutdown(GOODBYE_MS)
+        self._context.term()
+        if self._worker is not None:
+            self._worker.stop()
+            self._worker = None
+
+    @property
+    def _worker_(self) -> WorkerProcess:
+        assert self._worker is not None
+        return self._worker
+
+    @property
+    def _serving_(self) -> Serving:
+        assert self._serving is not None
+        return self._serving
+
+    def _poller(self) -> zmq.Poller:
+        poller = zmq.Poller()
+        for each in self._pair.pollables():
+            poller.register(each, zmq.POLLIN)
+        poller.register(self._signals.fileno(), zmq.POLLIN)
+        return poller
+
+    def _wait(self, poller: zmq.Poller, watchdog: float | None) -> None:
+        pipe = self._worker_.pipe
+        poller.register(pipe.fileno(), zmq.POLLIN | (zmq.POLLOUT if pipe.unsent else 0))
+        until = min(self._node.deadline, self._serving_.deadline)
+        timeout = min(until - now(), watchdog or NOTIFY_S, NOTIFY_S)
+        poller.poll(max(0, int(timeout * 1000) + 1))
+        self._signals.drain()
+
+    def _read(self) -> None:
+        """Everything that has come since the last turn, the worker's news first."""
+        self._read_worker()
+        for event in self._pair.events():
+            if event.address and event.kind is LinkKind.UP:
+                self._feed(LinkUp(address=event.address))
+            elif event.address and event.kind is LinkKind.DOWN:
+                self._feed(LinkDown(address=event.address))
+        for address, frame in self._pair.receive_answers():
+            message = self._decode(frame)
+            if message is not None:
+                self._feed(Received(message=message, link=address))
+        for _ in range(FRAMES_PER_TURN):
+            received = self._pair.receive()
+            if received is None:
+                break
+            route, frame = received
+            message = self._decode(frame)
+            if message is not None:
+                self._take(route, message)
+        self._feed(*self._serving_.tokenised())
+        while True:
+            try:
+                self._feed(self._probed.get_nowait())
+            except Empty:
+                break
+
+    def _read_worker(self) -> None:
+        pipe = self._worker_.pipe
+        try:
+            pipe.flush()
+            while self._end is None and (report := pipe.receive()) is not None:
+                if isinstance(report, LoadProgress):
+                    self._progress("loading_weights", report.done_bytes, report.total_bytes)
+                elif isinstance(report, WorkerReady):
+                    self._worker_ready = True
+                self._feed(WorkerSaid(report=report))
+        except (PipeClosed, LocalProtocolError) as error:
+            if self._end is None:
+                detail = f"{error}; {self._worker_.obituary()}"
+                self._feed(WorkerDied(detail=detail))
+                # Without a worker there is nothing left to turn for.
+                self._end = self._end or Exit(error=detail, exit_code=1)
+
+    def _decode(self, frame: bytes) -> ControlMessage | None:
+        try:
+            message = decode(frame, Plane.CONTROL)
+        except RemoteProtocolError as error:
+            self._undecodable += 1
+            if now() - self._complained_at >= COMPLAIN_S:
+                self._complained_at = now()
+                self._log.warning("frame_undecodable", error=str(error), so_far=self._undecodable)
+            return None
+        assert isinstance(message, ControlMessage)
+        return message
+
+    def _take(self, route: bytes, message: ControlMessage) -> None:
+        """A message on our ROUTER: a client's, or a peer's for the core."""
+        match message:
+            case Submit():
+                self._feed(*self._serving_.submit(route, message, now()))
+            case Cancel() if cancelled := self._serving_.cancel(message.request_id):
+                self._feed(*cancelled)
+            case StatusRequest():
+                body = json.dumps(self._node.status(now())).encode()
+                self._reply(route, StatusReply(request_id=message.request_id, body=body))
+            case Drain():
+                error = "draining a node is not available in this version"
+                self._reply(
+                    route,
+                    Failed(request_id=message.request_id, code="invalid_request", message=error),
+                )
+            case _:
+                self._feed(Received(message=message, route=route))
+
+    # --- what the core wants done -----------------------------------------------------------------
+
+    def _feed(self, *inputs: Input) -> None:
+        """Hand inputs to the core and do what it wants, and what follows from that."""
+        waiting = deque(inputs)
+        while waiting:
+            for output in self._node.handle(waiting.popleft(), now()):
+                waiting.extend(self._act(output))
+
+    def _act(self, output: Output) -> Iterable[Input]:
+        match output:
+            case Send():
+                self._send(output.address, output.message)
+            case ReplyTo():
+                self._reply(output.route, output.message)
+                if isinstance(output.message, Failed):
+                    self._serving_.forget(output.route, output.message.request_id)
+            case Deliver():
+                return self._serving_.deliver(output, now())
+            case Conclude():
+                self._serving_.conclude(output, now())
+            case TellWorker():
+                self._worker_.pipe.send(output.order)
+            case OpenLink():
+                self._open(output.address)
+            case CloseLink():
+                self._pair.close(output.address)
+            case Probe():
+                self._probes.submit(self._probe, output.address)
+            case Exit():
+                self._end = self._end or output
+            case Fact():
+                logs.log_fact(self._log, output)
+        return ()
+
+    def _send(self, address: str, message: ControlMessage) -> None:
+        try:
+            self._pair.send(address, encode(message))
+        except LocalProtocolError as error:
+            self._log.error("message_not_sent", error=str(error))
+
+    def _reply(self, route: bytes, message: ControlMessage) -> Reply:
+        try:
+            return self._pair.reply(route, encode(message))
+        except LocalProtocolError as error:
+            self._log.error("message_not_sent", error=str(error))
+            return Reply.SENT
+
+    def _open(self, address: str) -> None:
+        try:
+            self._pair.open(address)
+        except UsageError as error:  # an address that a peer told us
+            self._log.warning("link_not_opened", error=str(error))
+
+    def _probe(self, address: str) -> None:
+        """In a thread of its own: name resolution and connecting may take their time."""
+        try:
+            with socket.create_connection(parse_address(address), PROBE_S):
+                refused = False
+        except ConnectionRefusedError:
+            refused = True
+        except (OSError, UsageError):
+            refused = False
+        self._probed.put(ProbeAnswered(address=address, refused=refused))
+        self._signals.wake()
+
+    # --- telling others ---------------------------------------------------------------------------
+
+    def _progress(self, event: str, done: int, total: int) -> None:
+        if now() - self._progress_at >= PROGRESS_S:
+            self._progress_at = now()
+            self._log.info(event, percent=int(100 * done / max(1, total)), total_bytes=total)
+
+    def _tell_systemd(self, watchdog: float | None) -> None:
+        """READY when this node is a member with a working worker, even if the cluster still waits
+        for others: a unit's start must not depend on machines that boot later."""
+        if now() - self._notified_at < min(NOTIFY_S, watchdog or NOTIFY_S):
+            return
+        self._notified_at = now()
+        if watchdog is not None:
+            notify.notify(notify.WATCHDOG)
+        if self._worker_ready and not self._told_ready and self._node.status(now())["cluster_id"]:
+            self._told_ready = True
+            notify.notify(notify.READY)
+
+
+def now() -> float:
+    """Seconds that go on while the machine sleeps, so that it knows afterwards."""
+    if sys.platform.startswith("linux"):
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.monotonic()
+
+
+def _node_config(settings: NodeSettings, spec: ModelSpec, node_id: str, boot_id: str) -> NodeConfig:
+    return NodeConfig(
+        member=Member(
+            node_id=node_id,
+            boot_id=boot_id,
+            name=settings.name,
+            address=settings.advertised_address,
+            pid=os.getpid(),
+            threads=settings.threads,
+            weight=settings.work_weight,
+            memory_bytes=_offered_memory(settings.device),
+        ),
+        model=spec,
+        cluster_id=new_identity(),
+        join=settings.join,
+        layout="heads" if settings.layout == "auto" else settings.layout,
+        min_nodes=settings.min_nodes,
+        join_timeout=settings.join_timeout,
+        wait_for_nodes=settings.wait_for_nodes,
+    )
+
+
+def _offered_memory(device: str) -> int:
+    """Bytes for weights and KV: what is available now, within the control group's limit.
+
+    0 (unknown) where a GPU may be used: its memory is seen by the worker only.
+    """
+    if device != "cpu":
+        return 0
+    available = psutil.virtual_memory().available
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):  # no control group, or "max"
+        return int(available)
+    return int(min(available, max(0, limit - used)))
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raise `UsageError` when the worker could not listen on this port."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("" if host == "*" else host, port))
+        except OSError as error:
+            raise UsageError(
+                f"port {port} is taken on {host}: {error.strerror}; a node uses its port and the "
+                f"next {PORTS_PER_NODE - 1}: choose another address with --listen"
+            ) from error

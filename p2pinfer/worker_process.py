@@ -1,0 +1,85 @@
+"""Start, watch and end the worker: the process that holds tensors, beside the daemon."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from typing import Final
+
+from p2pinfer.core.events import StopWorker
+from p2pinfer.lifeline import child_environment
+from p2pinfer.pipe import DaemonPipe, PipeClosed, daemon_side
+
+WORKER_MODULE: Final = "p2pinfer.worker"
+
+STOP_S: Final = 2.0
+"""How long a worker may take to finish what it is doing, after which it is terminated."""
+
+TERMINATE_S: Final = 1.0
+"""How long it may take to obey SIGTERM, after which it is killed."""
+
+
+class WorkerProcess:
+    """A running worker and the pipe to it."""
+
+    def __init__(self, threads: int, *, module: str = WORKER_MODULE) -> None:
+        here, there = socket.socketpair()
+        with there:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", module, "--pipe-fd", str(there.fileno())],
+                pass_fds=(there.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # stdout is for results
+                env=_environment(threads),
+                # Not in the terminal's group: Ctrl-C means what the daemon makes of it.
+                process_group=0,
+            )
+        self.pipe: DaemonPipe = daemon_side(here)
+
+    @property
+    def pid(self) -> int:
+        """The worker's process id."""
+        return self._process.pid
+
+    def obituary(self) -> str:
+        """How the worker ended, once its pipe is closed (it is killed if it lives on)."""
+        try:
+            code = self._process.wait(TERMINATE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            return "the worker closed its pipe and hung"
+        if code < 0:
+            hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+            return f"the worker was ended by {signal.Signals(-code).name}{hint}"
+        return f"the worker exited with code {code}; its own message is above"
+
+    def stop(self) -> None:
+        """End the worker: ask, then terminate, then kill. It is reaped on return."""
+        with suppress(PipeClosed):
+            self.pipe.send(StopWorker())
+        # A worker that is just reporting must not wait for us to read.
+        self.pipe.close()
+        for patience, harder in ((STOP_S, signal.SIGTERM), (TERMINATE_S, signal.SIGKILL)):
+            try:
+                self._process.wait(patience)
+                return
+            except subprocess.TimeoutExpired:
+                self._process.send_signal(harder)
+        self._process.wait()
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """What must be said before torch is imported: OpenMP reads it when it is loaded."""
+    count = str(threads)
+    return child_environment(
+        OMP_NUM_THREADS=count,
+        MKL_NUM_THREADS=count,
+        # Threads that spin while they wait take the cores from the node's other processes.
+        OMP_WAIT_POLICY="passive",
+        # The tokenizer's thread pool is of no use beside torch's.
+        TOKENIZERS_PARALLELISM="false",
+    )
