@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -131,7 +132,10 @@ def run_node(settings: NodeSettings) -> int:
     logs.configure()
     model = LocalModel.open(settings)
     with StateDir(settings.state_dir) as state, StopSignals() as signals:
-        daemon = Daemon(settings, model, state.node_id, signals)
+        try:
+            daemon = Daemon(settings, model, state.node_id, signals)
+        except _Stopped:
+            return 0
         try:
             end = daemon.run()
         finally:
@@ -139,6 +143,10 @@ def run_node(settings: NodeSettings) -> int:
     if end.error:
         raise UsageError(end.error) if end.exit_code == 2 else ClusterError("internal", end.error)
     return end.exit_code
+
+
+class _Stopped(Exception):
+    """A stop signal came before there was anything to leave."""
 
 
 class Daemon:
@@ -150,62 +158,68 @@ class Daemon:
         self._settings = settings
         self._signals = signals
         self._log = logs.node_logger(settings.name)
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._pair = SocketPair(
-            self._context, limits=PairLimits(MAX_CONTROL_BYTES, CONTROL_HWM, CONTROL_HWM)
-        )
-        self._worker: WorkerProcess | None = None
-        self._serving: Serving | None = None
-        self._probes = ThreadPoolExecutor(max_workers=4, thread_name_prefix="probe")
         self._probed: SimpleQueue[ProbeAnswered] = SimpleQueue()
         self._end: Exit | None = None
         self._undecodable = 0
         self._complained_at = self._progress_at = self._notified_at = 0.0
         self._worker_ready = self._told_ready = False
-        try:
-            self._start(model, node_id)
-        except BaseException:
-            self.close()
-            raise
+        with ExitStack() as undo:
+            self._pair = self._listen(undo)
+            # Started before the model is hashed: importing torch takes as long.
+            self._worker = WorkerProcess(settings.threads)
+            undo.callback(self._worker.stop)
+            spec = self._identify(model)
+            self._serving = Serving(
+                send=self._reply,
+                wake=signals.wake,
+                tokenizer=model.tokenizer,
+                vocab_size=model.config.vocab_size,
+            )
+            undo.callback(self._serving.close)
+            self._probes = ThreadPoolExecutor(max_workers=4, thread_name_prefix="probe")
+            undo.callback(self._probes.shutdown, wait=False, cancel_futures=True)
+            config = _node_config(settings, spec, node_id, boot_id=new_identity())
+            self._node = Node(config)
+            self._undo = undo.pop_all()
+        self._introduce(model, spec, config.member)
 
-    def _start(self, model: LocalModel, node_id: str) -> None:
-        """Take the ports, start the worker, and hash the model while it imports torch."""
-        settings = self._settings
-        host, port = parse_address(settings.listen)
-        self._pair.bind(host, port)
+    def _listen(self, undo: ExitStack) -> SocketPair:
+        host, port = parse_address(self._settings.listen)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        undo.callback(context.term)
+        limits = PairLimits(MAX_CONTROL_BYTES, CONTROL_HWM, CONTROL_HWM)
+        pair = SocketPair(context, limits=limits)
+        undo.callback(pair.shutdown, GOODBYE_MS)
+        pair.bind(host, port)
         for other in range(port + 1, port + PORTS_PER_NODE):
             _check_port(host, other)
-        self._worker = WorkerProcess(settings.threads)
-        spec = self._identify(model)
-        boot_id = new_identity()
-        self._worker.pipe.send(
-            WorkerConfig(
-                node_id=node_id,
-                boot_id=boot_id,
-                name=settings.name,
-                model_folder=str(model.folder.resolve()),
-                model=spec,
-                listen_host=host,
-                step_port=port + 1,
-                bulk_port=port + 2,
-                device=settings.device,
-                threads=settings.threads,
-                kv_limit_bytes=settings.kv_memory,
-                cpus=settings.cpus,
-            )
+        return pair
+
+    def _introduce(self, model: LocalModel, spec: ModelSpec, member: Member) -> None:
+        """Tell the worker, and the log, who this node is."""
+        settings = self._settings
+        host, port = parse_address(settings.listen)
+        config = WorkerConfig(
+            node_id=member.node_id,
+            boot_id=member.boot_id,
+            name=member.name,
+            model_folder=str(model.folder.resolve()),
+            model=spec,
+            listen_host=host,
+            step_port=port + 1,
+            bulk_port=port + 2,
+            device=settings.device,
+            threads=settings.threads,
+            kv_limit_bytes=settings.kv_memory,
+            cpus=settings.cpus,
         )
-        self._serving = Serving(
-            send=self._reply,
-            wake=self._signals.wake,
-            tokenizer=model.tokenizer,
-            vocab_size=model.config.vocab_size,
-        )
-        self._node = Node(_node_config(settings, spec, node_id, boot_id))
+        with suppress(PipeClosed):  # found again, with the reason, when the pipe is read
+            self._worker.pipe.send(config)
         self._log.info(
             "node_started",
-            address=settings.advertised_address,
-            node_id=node_id,
-            pid=os.getpid(),
+            address=member.address,
+            node_id=member.node_id,
+            pid=member.pid,
             worker_pid=self._worker.pid,
             model=spec.name,
             model_id=spec.model_id[:12],
@@ -216,7 +230,7 @@ class Daemon:
     def _identify(self, model: LocalModel) -> ModelSpec:
         def progress(done: int, total: int) -> None:
             if self._signals.asked:
-                raise KeyboardInterrupt
+                raise _Stopped
             if total > 1 << 30:
                 self._progress("hashing_model", done, total)
 
@@ -249,32 +263,15 @@ class Daemon:
             self._read()
             if now() >= self._node.deadline:
                 self._feed(Ticked())
-            if now() >= self._serving_.deadline:
-                self._feed(*self._serving_.sweep(now()))
+            if now() >= self._serving.deadline:
+                self._feed(*self._serving.sweep(now()))
             self._tell_systemd(watchdog)
         return self._end
 
     def close(self) -> None:
-        """Say goodbye, close the sockets, end and reap the worker. Safe to call twice."""
+        """End and reap the worker, let goodbyes leave, close the sockets. Safe to call twice."""
         notify.notify(notify.STOPPING)
-        self._probes.shutdown(wait=False, cancel_futures=True)
-        if self._serving is not None:
-            self._serving.close()
-        self._pair.shutdown(GOODBYE_MS)
-        self._context.term()
-        if self._worker is not None:
-            self._worker.stop()
-            self._worker = None
-
-    @property
-    def _worker_(self) -> WorkerProcess:
-        assert self._worker is not None
-        return self._worker
-
-    @property
-    def _serving_(self) -> Serving:
-        assert self._serving is not None
-        return self._serving
+        self._undo.close()
 
     def _poller(self) -> zmq.Poller:
         poller = zmq.Poller()
@@ -284,9 +281,9 @@ class Daemon:
         return poller
 
     def _wait(self, poller: zmq.Poller, watchdog: float | None) -> None:
-        pipe = self._worker_.pipe
+        pipe = self._worker.pipe
         poller.register(pipe.fileno(), zmq.POLLIN | (zmq.POLLOUT if pipe.unsent else 0))
-        until = min(self._node.deadline, self._serving_.deadline)
+        until = min(self._node.deadline, self._serving.deadline)
         timeout = min(until - now(), watchdog or NOTIFY_S, NOTIFY_S)
         poller.poll(max(0, int(timeout * 1000) + 1))
         self._signals.drain()
@@ -311,7 +308,7 @@ class Daemon:
             message = self._decode(frame)
             if message is not None:
                 self._take(route, message)
-        self._feed(*self._serving_.tokenised())
+        self._feed(*self._serving.tokenised())
         while True:
             try:
                 self._feed(self._probed.get_nowait())
@@ -319,7 +316,7 @@ class Daemon:
                 break
 
     def _read_worker(self) -> None:
-        pipe = self._worker_.pipe
+        pipe = self._worker.pipe
         try:
             pipe.flush()
             while self._end is None and (report := pipe.receive()) is not None:
@@ -330,10 +327,8 @@ class Daemon:
                 self._feed(WorkerSaid(report=report))
         except (PipeClosed, LocalProtocolError) as error:
             if self._end is None:
-                detail = f"{error}; {self._worker_.obituary()}"
+                detail = f"{error}; {self._worker.obituary()}"
                 self._feed(WorkerDied(detail=detail))
-                # Without a worker there is nothing left to turn for.
-                self._end = self._end or Exit(error=detail, exit_code=1)
 
     def _decode(self, frame: bytes) -> ControlMessage | None:
         try:
@@ -351,8 +346,8 @@ class Daemon:
         """A message on our ROUTER: a client's, or a peer's for the core."""
         match message:
             case Submit():
-                self._feed(*self._serving_.submit(route, message, now()))
-            case Cancel() if cancelled := self._serving_.cancel(message.request_id):
+                self._feed(*self._serving.submit(route, message, now()))
+            case Cancel() if cancelled := self._serving.cancel(message.request_id):
                 self._feed(*cancelled)
             case StatusRequest():
                 body = json.dumps(self._node.status(now())).encode()
@@ -382,13 +377,14 @@ class Daemon:
             case ReplyTo():
                 self._reply(output.route, output.message)
                 if isinstance(output.message, Failed):
-                    self._serving_.forget(output.route, output.message.request_id)
+                    self._serving.forget(output.route, output.message.request_id)
             case Deliver():
-                return self._serving_.deliver(output, now())
+                return self._serving.deliver(output, now())
             case Conclude():
-                self._serving_.conclude(output, now())
+                self._serving.conclude(output, now())
             case TellWorker():
-                self._worker_.pipe.send(output.order)
+                with suppress(PipeClosed):  # its end is told when the pipe is read
+                    self._worker.pipe.send(output.order)
             case OpenLink():
                 self._open(output.address)
             case CloseLink():

@@ -32,17 +32,19 @@ class Leader:
         self._params: dict[int, SamplingParams] = {}
         self._step = 0
 
-    def run_step(self) -> list[DrawnToken | EndedReply]:
-        """Compute one step on all nodes and draw; empty when there is nothing to do.
+    def run_step(self) -> list[DrawnToken | EndedReply] | None:
+        """Compute one step on all nodes and draw; None when there is nothing to do.
 
-        Raises `StepBroken` when a member's part does not come.
+        A step without slots tells the nodes to free what the last requests held. Raises
+        `StepBroken` when a member's part does not come.
         """
         began = time.perf_counter()
         slots = self._scheduler.next_slots()
-        if not slots:
-            return []
+        ended = self._scheduler.ended_since_last()
+        if not slots and not ended:
+            return None
         self._step += 1
-        step = self._announce(slots)
+        step = self._announce(slots, ended)
         self._engine.clock.python_s += time.perf_counter() - began
         own = self._engine.compute(step)
         began, waited = time.perf_counter(), self._links.traffic.wait_s
@@ -52,14 +54,16 @@ class Leader:
         self._engine.clock.python_s += time.perf_counter() - began - waited
         return results
 
-    def _announce(self, slots: tuple[Slot, ...]) -> Step:
-        """Send the step to every other member: with it go the tokens, and so the log."""
+    def _announce(self, slots: tuple[Slot, ...], ended: tuple[int, ...]) -> Step:
+        """Send the step to every other member: with it go the tokens, and so the log.
+
+        What ended goes first: its id may be used again by one of the slots.
+        """
+        for request_id in ended:
+            self._params.pop(request_id, None)
         for slot in slots:
             if slot.params is not None:
                 self._params[slot.request_id] = slot.params
-        ended = self._scheduler.ended_since_last()
-        for request_id in ended:
-            self._params.pop(request_id, None)
         fence = self._topology.plan.fence
         for member in self._topology.others:
             number = self._links.next_sequence(member)

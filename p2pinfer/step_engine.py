@@ -85,7 +85,7 @@ class StepEngine:
             self._log(slot).write(slot)
         self._sampling = [slot for slot in step.slots if slot.sample]
         self._last = []
-        if self._runner is not None:
+        if self._runner is not None and step.slots:
             self._run(self._runner, step)
         self.clock.steps += 1
         return self._offers()

@@ -8,11 +8,9 @@ the control plane see a compute loop that hangs.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import select
 import signal
-import sys
 import time
 from collections import deque
 from pathlib import Path
@@ -43,6 +41,7 @@ from p2pinfer.core.scheduler import EndedReply, Scheduler
 from p2pinfer.core.topology import Topology, position_limit, topology, weight_bytes
 from p2pinfer.errors import ClusterError, P2pinferError, UsageError
 from p2pinfer.leader import Leader
+from p2pinfer.lifeline import die_with_parent
 from p2pinfer.limits import MAX_BULK_BYTES, MAX_STEP_BYTES
 from p2pinfer.model.checkpoint import Checkpoint
 from p2pinfer.model.config import load_config
@@ -61,8 +60,6 @@ STATS_EVERY_S = 0.2
 PROGRESS_EVERY_S = 0.2
 STEP_HWM = 2048
 """Frames queued per step link: a step's exchanges of every layer, with room."""
-
-PR_SET_PDEATHSIG = 1
 
 
 class StepInterrupted(P2pinferError):
@@ -252,7 +249,8 @@ class Worker:
                 eos_token_ids=frozenset(mine.plan.model.eos_token_ids),
             )
         else:
-            self._scheduler.restart(pool)
+            for request_id in self._scheduler.restart(pool):
+                self._refuse(request_id, "node_lost", "the nodes that remain lack room for its KV")
         self._leader = Leader(self._engine, self._links, self._scheduler)
 
     def _start(self, order: StartRequest) -> None:
@@ -260,11 +258,14 @@ class Worker:
             self._refuse(order.request_id, "not_ready", "this node does not lead a ready cluster")
             return
         try:
-            self._scheduler.add(
+            ended = self._scheduler.add(
                 order.request_id, order.prompt_ids, order.received, order.params, time.monotonic()
             )
         except ClusterError as error:
             self._refuse(order.request_id, error.code, error.message)
+            return
+        if ended is not None:
+            self._end(ended)
 
     def _refuse(self, request_id: int, code: str, message: str) -> None:
         self._pipe.send(
@@ -276,26 +277,28 @@ class Worker:
     # --- steps ------------------------------------------------------------------------------------
 
     def _lead(self, leader: Leader) -> bool:
-        assert self._scheduler is not None
-        if not self._scheduler.has_work:
-            return False
         results = leader.run_step()
+        if results is None:
+            return False
         drawn = tuple(r for r in results if isinstance(r, DrawnToken))
         if drawn:
             self._drawn += len(drawn)
             self._pipe.send(TokensDrawn(tokens=drawn))
         for result in results:
             if isinstance(result, EndedReply):
-                self._pipe.send(
-                    RequestEnded(
-                        request_id=result.request_id,
-                        reason=result.reason,
-                        total_tokens=result.total_tokens,
-                        ttft_s=result.ttft_s,
-                        tokens_per_s=result.tokens_per_s,
-                    )
-                )
+                self._end(result)
         return True
+
+    def _end(self, reply: EndedReply) -> None:
+        self._pipe.send(
+            RequestEnded(
+                request_id=reply.request_id,
+                reason=reply.reason,
+                total_tokens=reply.total_tokens,
+                ttft_s=reply.ttft_s,
+                tokens_per_s=reply.tokens_per_s,
+            )
+        )
 
     def _follow(self, engine: StepEngine) -> bool:
         inbox = self._links.inbox
@@ -331,18 +334,6 @@ def choose_device(wanted: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {wanted}: torch sees no CUDA device here; use --device cpu")
     return device
-
-
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process with the one that started it, so that none is orphaned.
-
-    Elsewhere than on Linux the end of the pipe has to do.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1:
-        raise SystemExit(1)
 
 
 @click.command()

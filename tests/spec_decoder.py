@@ -34,8 +34,7 @@ def read_sections(text: str) -> list[Section]:
     """Every heading of a Markdown text with the tables below it."""
     sections: list[Section] = []
     columns: list[str] | None = None
-    for line in text.splitlines():
-        line = line.strip()
+    for line in map(str.strip, text.splitlines()):
         if line.startswith("#"):
             sections.append(Section(line.lstrip("# "), []))
         if not line.startswith("|"):
@@ -204,7 +203,7 @@ class Pack:
             return "int", first - 256
         return self.long(first)
 
-    def long(self, first: int) -> tuple[str, Any]:
+    def long(self, first: int) -> tuple[str, Any]:  # noqa: PLR0911 - one per format
         """A value whose format is a whole byte, 0xC0 to 0xDF."""
         if first in (0xC0, 0xC2, 0xC3):
             return ("nil", None) if first == 0xC0 else ("bool", first == 0xC3)
@@ -214,7 +213,9 @@ class Pack:
             size = self.uint(1 << first - 0xC7)
             return "ext", Ext(self.take(1 + size)[0])
         if first in (0xCA, 0xCB):
-            return "float", struct.unpack(*((">f", self.take(4)) if first == 0xCA else (">d", self.take(8))))[0]
+            return "float", struct.unpack(
+                *((">f", self.take(4)) if first == 0xCA else (">d", self.take(8)))
+            )[0]
         if 0xCC <= first <= 0xCF:
             return "int", self.uint(1 << first - 0xCC)
         if 0xD0 <= first <= 0xD3:
@@ -234,7 +235,9 @@ class Pack:
         left = 1
         while left:
             kind, value = self.head()
-            left += {"map": 2, "list": 1}.get(kind, 0) * (value if kind in ("map", "list") else 0) - 1
+            left += {"map": 2, "list": 1}.get(kind, 0) * (
+                value if kind in ("map", "list") else 0
+            ) - 1
 
     def value(self, wanted: Type) -> Any:
         """The next value, which must be of type `wanted`."""

@@ -38,7 +38,7 @@ CODE_ARGUMENT = {"ClusterError": 0, "PlacementError": 0, "InvalidRequestError": 
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def of_schema(kind: inspect.Type) -> spec.Type:
+def of_schema(kind: inspect.Type) -> spec.Type:  # noqa: PLR0911 - one per kind
     """A type of the code in the specification's terms."""
     match kind:
         case inspect.Metadata():
@@ -142,7 +142,8 @@ def test_fields(name: str) -> None:
 def test_limits_are_those_of_the_code() -> None:
     """Every limit that peers share has one value, and no limit of the code is left out."""
     code = {name: value for name, value in vars(limits).items() if name.startswith("MAX_")}
-    assert spec.LIMITS == {n: v for n, v in code.items() if n not in LOCAL_LIMITS}
+    shared = {name: value for name, value in code.items() if name not in LOCAL_LIMITS}
+    assert shared == spec.LIMITS
 
 
 def test_error_table_is_the_codes_table() -> None:
@@ -206,7 +207,9 @@ def test_ranges_of_the_data_header(kind: type) -> None:
     layout = data_frames.LAYOUTS[kind]  # type: ignore[index]
     dtypes = sorted(layout.dtypes)
     assert dtypes == list(range(dtypes[0], dtypes[-1] + 1))
-    assert {name: spec.bounds(ends) for name, ends in spec.DATA_RANGES[BY_KIND[kind].name].items()} == {
+    assert {
+        name: spec.bounds(ends) for name, ends in spec.DATA_RANGES[BY_KIND[kind].name].items()
+    } == {
         "sender": (0, MAX_NODES - 1),
         "stage": (0, layout.max_stage),
         "layer": (0, layout.max_layer),

@@ -179,8 +179,8 @@ def test_exceptions_are_still_needed() -> None:
 
 @pytest.mark.parametrize("path", [*modules(), *modules(ROOT / "tests")], ids=label)
 def test_modules_have_docstrings(path: Path) -> None:
-    """Every module says what it is for."""
-    assert ast.get_docstring(tree_of(path))
+    """Every module that is not empty says what it is for."""
+    assert ast.get_docstring(tree_of(path)) or not tree_of(path).body
 
 
 @pytest.mark.parametrize("path", modules(), ids=label)

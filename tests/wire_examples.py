@@ -1,4 +1,4 @@
-"""One or more messages of every kind, from which the test vectors are made, and their plain form."""
+"""Messages of every kind, from which the test vectors are made, and their plain form."""
 
 from __future__ import annotations
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
 import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from p2pinfer.client import Client
 
 PROMPT = "Once upon a time, a little fox"
 NODES = 4
-MAX_TOKENS = 160
+MAX_TOKENS = 200
 
 
 @click.command()
@@ -21,25 +29,38 @@ def demo() -> None:
     from p2pinfer.cli.status_view import holdings_table
     from p2pinfer.client import Client
     from p2pinfer.cluster import LocalCluster, free_base_port
-    from p2pinfer.types import SamplingParams
-    from p2pinfer.wire.messages import Chunk, Finished
 
     console = Console(highlight=False)
     console.print(f"Starting {NODES} nodes on this machine; together they hold one small Llama.")
-    params = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0)
-    with LocalCluster(NODES, model="demo", base_port=free_base_port(NODES)) as cluster:
-        client = Client([cluster.nodes[1].address])
+    with ExitStack() as stack:
+        with console.status("starting ...") as progress:
+            cluster = LocalCluster(
+                NODES,
+                model="demo",
+                base_port=free_base_port(NODES),
+                on_progress=lambda line: progress.update(f"{line} ..."),
+            )
+            stack.enter_context(cluster)
+        asked = cluster.nodes[1]
+        console.print(f"[dim]Ready. {asked.name} at {asked.address} is asked for a story:[/]\n")
+        client = Client([asked.address])
+        _tell_story(console, client)
         members = client.status()["members"]
-        console.print(f"Ready. [dim]{cluster.nodes[1].name} is asked to go on with:[/]\n")
-        console.print(PROMPT, style="bold", end="")
-        for event in client.submit(PROMPT, params):
-            match event:
-                case Chunk():
-                    console.out(event.text, end="")
-                case Finished():
-                    console.out(event.text + "\n")
-                    speed = f"{event.total_tokens} tokens, {event.tokens_per_s:.0f} per second"
-                    console.print(f"[dim]{speed}[/]\n")
-    console.print("Every token was computed by all of them. Each held a part of every layer:\n")
+    console.print("Every token was computed by all of them. Each held this part of the model:\n")
     console.print(holdings_table(members))
-    console.print("\nAll nodes have ended. Next: p2pinfer cluster start --nodes 4")
+    console.print("\nThe nodes have ended. To keep some: p2pinfer cluster start --nodes 4")
+
+
+def _tell_story(console: Console, client: Client) -> None:
+    """Stream the reply to the fixed prompt, always the same one, and how fast it came."""
+    from p2pinfer.types import SamplingParams
+    from p2pinfer.wire.messages import Accepted, Finished
+
+    console.print(PROMPT, style="bold", end="")
+    for event in client.submit(PROMPT, SamplingParams(max_tokens=MAX_TOKENS)):
+        if isinstance(event, Accepted):
+            continue
+        console.out(event.text, end="", highlight=False)
+        if isinstance(event, Finished):
+            speed = f"{event.total_tokens} tokens, {event.tokens_per_s:.0f} per second"
+            console.print(f"\n\n[dim]{speed}[/]\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,8 +10,9 @@ import click
 from p2pinfer.cli.options import json_option, to_option
 
 if TYPE_CHECKING:
-    from p2pinfer.client import Client
+    from p2pinfer.client import Client, Event
     from p2pinfer.types import SamplingParams
+    from p2pinfer.wire.messages import Finished
 
 
 @click.group()
@@ -63,7 +63,8 @@ def prompt(
     client = Client(to)
     if as_json:
         return _print_object(client, given, params)
-    return _print_text(client, given, params, stream)
+    _print_text(client, given, params, stream)
+    return 0
 
 
 def _prompt(text: str | None, token_ids: str | None) -> str | tuple[int, ...]:
@@ -93,46 +94,53 @@ def _params(seed: int | None, stop: tuple[str, ...], **values: Any) -> SamplingP
 
 
 def _print_object(client: Client, given: str | tuple[int, ...], params: SamplingParams) -> int:
+    """The whole reply as one object; a failed one is in it too, with exit code 1."""
     import json
 
-    reply = client.submit_json_object(given, params)
+    reply = client.submit_json_object(given, params, on_event=_show_waiting)
     click.echo(json.dumps(reply))
     return 1 if reply["error"] else 0
 
 
 def _print_text(
     client: Client, given: str | tuple[int, ...], params: SamplingParams, stream: bool
-) -> int:
+) -> None:
     """Reply text to stdout; what it waits for and, in a terminal, a summary line to stderr."""
-    from p2pinfer.wire.messages import Accepted, Chunk, Finished
+    from p2pinfer.wire.messages import Accepted, Finished
 
     held: list[str] = []
     served_by = ""
-    for event in client.submit(given, params):
-        match event:
-            case Accepted():
+    begun = False
+    try:
+        for event in client.submit(given, params):
+            _show_waiting(event)
+            if isinstance(event, Accepted):
                 served_by = event.served_by
-                if event.waiting:
-                    click.echo(f"{served_by}: {event.waiting} ...", err=True)
-            case Chunk():
-                _show(event.text, held, stream)
-            case Finished():
-                _show(event.text, held, stream)
+                continue
+            if stream:
+                begun = True
+                click.echo(event.text, nl=False)
+            else:
+                held.append(event.text)
+            if isinstance(event, Finished):
                 click.echo("".join(held))
+                begun = False
                 if sys.stderr.isatty():
                     click.secho(_summary(event, served_by), err=True, dim=True)
-    return 0
+    finally:
+        if begun:  # broken off: what follows begins on a line of its own
+            click.echo()
 
 
-def _show(text: str, held: list[str], stream: bool) -> None:
-    if stream:
-        click.echo(text, nl=False)
-    else:
-        held.append(text)
+def _show_waiting(event: Event) -> None:
+    waiting = getattr(event, "waiting", "")
+    if waiting:
+        click.echo(f"{waiting} ...", err=True)
 
 
-def _summary(reply: Any, served_by: str) -> str:
-    parts: Iterable[str] = (
+def _summary(reply: Finished, served_by: str) -> str:
+    """One line of figures: tokens, times, why it ended, who served it."""
+    parts = (
         f"{reply.total_tokens} tokens",
         f"first after {reply.ttft_s:.2f} s",
         f"{reply.tokens_per_s:.1f} tokens/s",

@@ -20,20 +20,20 @@ class Order(Struct, frozen=True, kw_only=True, tag=True):
     """What the control plane tells the worker (the data plane's process)."""
 
 
-class LoadPlan(Order, kw_only=True):
+class LoadPlan(Order, frozen=True, kw_only=True):
     """Stop obeying the active plan; load the units that `members[me]` owns in `plan`."""
 
     plan: Plan
     me: int
 
 
-class ActivatePlan(Order, kw_only=True):
+class ActivatePlan(Order, frozen=True, kw_only=True):
     """The loaded plan of `fence` is in force; the leader's worker starts to schedule steps."""
 
     fence: Fence
 
 
-class StartRequest(Order, kw_only=True):
+class StartRequest(Order, frozen=True, kw_only=True):
     """Leader only: enter a request. `received` tokens are forced, never drawn again."""
 
     request_id: int
@@ -42,13 +42,13 @@ class StartRequest(Order, kw_only=True):
     params: SamplingParams
 
 
-class CancelRequest(Order, kw_only=True):
+class CancelRequest(Order, frozen=True, kw_only=True):
     """Leader only: end a request and free its slot."""
 
     request_id: int
 
 
-class StopWorker(Order, kw_only=True):
+class StopWorker(Order, frozen=True, kw_only=True):
     """Close the links and exit."""
 
 
@@ -59,7 +59,7 @@ class Report(Struct, frozen=True, kw_only=True, tag=True):
     """What the worker tells the control plane."""
 
 
-class WorkerReady(Report, kw_only=True):
+class WorkerReady(Report, frozen=True, kw_only=True):
     """The worker runs and can load plans."""
 
     numeric_class: str
@@ -68,21 +68,21 @@ class WorkerReady(Report, kw_only=True):
     kv_limit_bytes: int
 
 
-class WorkerFailed(Report, kw_only=True):
+class WorkerFailed(Report, frozen=True, kw_only=True):
     """The worker cannot go on, for a reason that the operator must mend."""
 
     message: str
     usage: bool = False
 
 
-class LoadProgress(Report, kw_only=True):
+class LoadProgress(Report, frozen=True, kw_only=True):
     """Bytes of the plan's weights read so far."""
 
     done_bytes: int
     total_bytes: int
 
 
-class PlanLoaded(Report, kw_only=True):
+class PlanLoaded(Report, frozen=True, kw_only=True):
     """The units of the plan of `fence` are loaded; `error` is empty when all went well."""
 
     fence: Fence
@@ -90,13 +90,13 @@ class PlanLoaded(Report, kw_only=True):
     error: str = ""
 
 
-class TokensDrawn(Report, kw_only=True):
+class TokensDrawn(Report, frozen=True, kw_only=True):
     """Leader only: tokens drawn in one step, in the order of its slots."""
 
     tokens: tuple[DrawnToken, ...]
 
 
-class RequestEnded(Report, kw_only=True):
+class RequestEnded(Report, frozen=True, kw_only=True):
     """Leader only: a request ended by itself (`stop`, `length`) or in an error code."""
 
     request_id: int
@@ -108,7 +108,7 @@ class RequestEnded(Report, kw_only=True):
     tokens_per_s: float = 0.0
 
 
-class StepFailed(Report, kw_only=True):
+class StepFailed(Report, frozen=True, kw_only=True):
     """A step could not be finished; `node_id` names whom it waited for or who sent it broken."""
 
     fence: Fence
@@ -117,13 +117,13 @@ class StepFailed(Report, kw_only=True):
     reason: str
 
 
-class LinkLost(Report, kw_only=True):
+class LinkLost(Report, frozen=True, kw_only=True):
     """The step link to a member broke."""
 
     node_id: str
 
 
-class WorkerStats(Report, kw_only=True):
+class WorkerStats(Report, frozen=True, kw_only=True):
     """Counters for heartbeats and `status`; sent a few times a second and after a request."""
 
     steps: int = 0
@@ -163,7 +163,7 @@ class Input(Struct, frozen=True, kw_only=True):
     """Something that happened to this node."""
 
 
-class Received(Input, kw_only=True):
+class Received(Input, frozen=True, kw_only=True):
     """A control message. `route` is where a reply on the same connection goes (opaque bytes);
     for answers to our own HELLO, `link` is the address of our link that they came back on."""
 
@@ -172,38 +172,38 @@ class Received(Input, kw_only=True):
     link: str = ""
 
 
-class LinkUp(Input, kw_only=True):
+class LinkUp(Input, frozen=True, kw_only=True):
     """Our control link to `address` is connected."""
 
     address: str
 
 
-class LinkDown(Input, kw_only=True):
+class LinkDown(Input, frozen=True, kw_only=True):
     """Our control link to `address` lost its connection (ZeroMQ goes on reconnecting)."""
 
     address: str
 
 
-class ProbeAnswered(Input, kw_only=True):
+class ProbeAnswered(Input, frozen=True, kw_only=True):
     """The fresh TCP connect asked for by `Probe` was refused (or not)."""
 
     address: str
     refused: bool
 
 
-class WorkerSaid(Input, kw_only=True):
+class WorkerSaid(Input, frozen=True, kw_only=True):
     """A report of this node's worker."""
 
     report: AnyReport
 
 
-class WorkerDied(Input, kw_only=True):
+class WorkerDied(Input, frozen=True, kw_only=True):
     """The worker's process ended without being told to."""
 
     detail: str
 
 
-class ClientSubmitted(Input, kw_only=True):
+class ClientSubmitted(Input, frozen=True, kw_only=True):
     """A client of this node submits, resumes or repeats a request (text is already tokenised)."""
 
     route: bytes
@@ -213,18 +213,18 @@ class ClientSubmitted(Input, kw_only=True):
     params: SamplingParams
 
 
-class ClientCancelled(Input, kw_only=True):
+class ClientCancelled(Input, frozen=True, kw_only=True):
     """A client cancels, or the serving node saw a stop string (`reason` `stop`)."""
 
     request_id: int
     reason: str = "client"
 
 
-class Ticked(Input, kw_only=True):
+class Ticked(Input, frozen=True, kw_only=True):
     """The deadline passed, or nothing happened; timers are looked at on every input anyway."""
 
 
-class ShutdownAsked(Input, kw_only=True):
+class ShutdownAsked(Input, frozen=True, kw_only=True):
     """Ctrl-C, SIGTERM or `node leave`."""
 
 
@@ -235,45 +235,45 @@ class Output(Struct, frozen=True, kw_only=True):
     """Something this node wants done."""
 
 
-class Send(Output, kw_only=True):
+class Send(Output, frozen=True, kw_only=True):
     """Send on our own link to `address` (opened by `OpenLink`)."""
 
     address: str
     message: ControlMessage
 
 
-class ReplyTo(Output, kw_only=True):
+class ReplyTo(Output, frozen=True, kw_only=True):
     """Send back on the connection that `route` came from (a client, or the answer to HELLO)."""
 
     route: bytes
     message: ControlMessage
 
 
-class OpenLink(Output, kw_only=True):
+class OpenLink(Output, frozen=True, kw_only=True):
     """Connect a DEALER to a peer's control address."""
 
     address: str
 
 
-class CloseLink(Output, kw_only=True):
+class CloseLink(Output, frozen=True, kw_only=True):
     """Close our link to `address` at once, dropping what it holds."""
 
     address: str
 
 
-class Probe(Output, kw_only=True):
+class Probe(Output, frozen=True, kw_only=True):
     """Try a fresh TCP connect to `address` and report whether it was refused."""
 
     address: str
 
 
-class TellWorker(Output, kw_only=True):
+class TellWorker(Output, frozen=True, kw_only=True):
     """Give an order to the worker."""
 
     order: AnyOrder
 
 
-class Deliver(Output, kw_only=True):
+class Deliver(Output, frozen=True, kw_only=True):
     """Reply tokens for a client of this node: detokenise and send them on."""
 
     route: bytes
@@ -282,7 +282,7 @@ class Deliver(Output, kw_only=True):
     tokens: tuple[int, ...]
 
 
-class Conclude(Output, kw_only=True):
+class Conclude(Output, frozen=True, kw_only=True):
     """A reply to a client of this node ended; with `code` set, in that error."""
 
     route: bytes
@@ -296,7 +296,7 @@ class Conclude(Output, kw_only=True):
     tokens_per_s: float = 0.0
 
 
-class Exit(Output, kw_only=True):
+class Exit(Output, frozen=True, kw_only=True):
     """Leave the process; `error` is empty for a wanted end."""
 
     error: str = ""
@@ -306,33 +306,33 @@ class Exit(Output, kw_only=True):
 # --- facts ----------------------------------------------------------------------------------------
 
 
-class Fact(Output, kw_only=True):
+class Fact(Output, frozen=True, kw_only=True):
     """Something that became true: read by logs, metrics and tests."""
 
 
-class PeerJoined(Fact, kw_only=True):
+class PeerJoined(Fact, frozen=True, kw_only=True):
     member: Member
 
 
-class PeerSuspected(Fact, kw_only=True):
+class PeerSuspected(Fact, frozen=True, kw_only=True):
     name: str
     node_id: str
     reason: str
 
 
-class PeerDead(Fact, kw_only=True):
+class PeerDead(Fact, frozen=True, kw_only=True):
     name: str
     node_id: str
     reason: str
     silence_s: float
 
 
-class PeerLeft(Fact, kw_only=True):
+class PeerLeft(Fact, frozen=True, kw_only=True):
     name: str
     node_id: str
 
 
-class PeerRefused(Fact, kw_only=True):
+class PeerRefused(Fact, frozen=True, kw_only=True):
     """Either side refused: `by_us` says which."""
 
     address: str
@@ -341,42 +341,42 @@ class PeerRefused(Fact, kw_only=True):
     by_us: bool
 
 
-class JoinWaiting(Fact, kw_only=True):
+class JoinWaiting(Fact, frozen=True, kw_only=True):
     """No `--join` address has answered yet."""
 
     addresses: tuple[str, ...]
     waited_s: float
 
 
-class LeaderElected(Fact, kw_only=True):
+class LeaderElected(Fact, frozen=True, kw_only=True):
     name: str
     node_id: str
     term: int
 
 
-class PlanProposed(Fact, kw_only=True):
+class PlanProposed(Fact, frozen=True, kw_only=True):
     fence: Fence
     members: tuple[str, ...]
     why: str
 
 
-class PlanAdopted(Fact, kw_only=True):
+class PlanAdopted(Fact, frozen=True, kw_only=True):
     fence: Fence
     members: tuple[str, ...]
 
 
-class PlanFailed(Fact, kw_only=True):
+class PlanFailed(Fact, frozen=True, kw_only=True):
     fence: Fence
     reason: str
 
 
-class RequestAccepted(Fact, kw_only=True):
+class RequestAccepted(Fact, frozen=True, kw_only=True):
     request_id: int
     prompt_tokens: int
     waiting: str = ""
 
 
-class RequestFinished(Fact, kw_only=True):
+class RequestFinished(Fact, frozen=True, kw_only=True):
     """The canonical line of one reply, on its serving node."""
 
     request_id: int
@@ -388,7 +388,7 @@ class RequestFinished(Fact, kw_only=True):
     code: str = ""
 
 
-class FrameDropped(Fact, kw_only=True):
+class FrameDropped(Fact, frozen=True, kw_only=True):
     """A control message was ignored, and why (unknown sender, foreign fence)."""
 
     reason: str

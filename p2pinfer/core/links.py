@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import inf
 
 from p2pinfer.core.events import CloseLink, OpenLink, Output
+from p2pinfer.types import Member
 
 HELLO_RETRY_S = 1.0
 
@@ -22,8 +23,11 @@ class Link:
     up: bool = False
     greeted_at: float = -inf
     node_id: str = ""
+    refused: bool = False
+    """The last answer to a greeting was a refusal."""
+
     given_up: bool = False
-    """The peer refused for good: greet it no more on this connection."""
+    """That refusal was for good: greet no more on this connection."""
 
     @property
     def unanswered(self) -> bool:
@@ -63,7 +67,7 @@ class Links:
         """The link is connected, to whom must be asked (again). None: it is no link of ours."""
         link = self._links.get(address)
         if link:
-            link.up, link.node_id, link.given_up = True, "", False
+            link.up, link.node_id, link.refused, link.given_up = True, "", False, False
         return link
 
     def went_down(self, address: str) -> str:
@@ -88,11 +92,39 @@ class Links:
         aliases = [a for a, k in self._links.items() if k.node_id == node_id and a != own_address]
         return [output for alias in aliases for output in self.close(alias)]
 
-    def greet_again(self, node_id: str) -> None:
-        """The peer has forgotten us: its links count as unanswered."""
+    def greeted(self, address: str, now: float) -> None:
+        """HELLO was sent on a link."""
+        if link := self._links.get(address):
+            link.greeted_at = now
+
+    def refused(self, address: str, *, for_good: bool) -> None:
+        """HELLO was refused on a link."""
+        if link := self._links.get(address):
+            link.refused, link.given_up = True, for_good
+
+    def greet_refused(self, address: str) -> None:
+        """Who refused us for a time is a member now, for it sends heartbeats: greet it at once."""
+        link = self._links.get(address)
+        if link and link.unanswered and link.refused:
+            link.refused, link.greeted_at = False, -inf
+
+    def greet_again_after_a_while(self, address: str, now: float) -> None:
+        """Greet on an answered link once more, but not more often than on an unanswered one."""
+        link = self._links.get(address)
+        if link and link.node_id and link.greeted_at + HELLO_RETRY_S <= now:
+            self.greet_again(address)
+
+    def greet_again(self, *addresses: str) -> None:
+        """Whoever is behind these links knows us no more: they count as unanswered."""
         for link in self._links.values():
-            if link.node_id == node_id:
-                link.node_id, link.greeted_at = "", -inf
+            if link.address in addresses:
+                link.node_id, link.greeted_at, link.given_up = "", -inf, False
+
+    def close_all(self, member: Member) -> list[Output]:
+        """Close the link to a member's own address and every other one it answered on."""
+        theirs = [k.address for k in self._links.values() if k.node_id == member.node_id]
+        addresses = dict.fromkeys((*theirs, member.address))
+        return [output for address in addresses for output in self.close(address)]
 
     def due(self, now: float) -> list[Link]:
         """Connected links whose greeting is to be sent now (again)."""

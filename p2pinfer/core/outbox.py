@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from p2pinfer.core.events import Output, Send, TellWorker
-from p2pinfer.core.events import AnyOrder as Order
+from p2pinfer.core.events import AnyOrder, Output, Send, TellWorker
 from p2pinfer.wire.messages import ControlMessage
 
 
@@ -30,7 +29,7 @@ class Outbox:
         """Put one output, or fact, at the end."""
         self._outputs.append(output)
 
-    def order(self, order: Order) -> None:
+    def order(self, order: AnyOrder) -> None:
         """Tell this node's worker."""
         self.add(TellWorker(order=order))
 

@@ -156,32 +156,28 @@ class PlanMaker:
 
     # --- answers ----------------------------------------------------------------------------------
 
-    def ack(self, message: Ack, sender: str, now: float) -> bool:
-        """A member has loaded its part; true when that was the last, and the plan is in force."""
+    def ack(self, message: Ack, now: float) -> None:
+        """A member has loaded its part; after the last one the plan is in force."""
         if self.target is None or self.activated or message.fence != self.target.fence:
-            return False
-        self._acked.add(sender)
+            return
+        self._acked.add(message.node_id)
         if self._unacked():
-            return False
+            return
         self.activated = self._served = True
         self._resend_at = now + RESEND_S
         for member in self.target.members:
             self._box.send(member.node_id, Activate(fence=self.target.fence))
-        return True
 
-    def nack(self, message: Nack, sender: str) -> None:
-        """A member cannot hold its part, or (in force already) its part of a step failed."""
-        if self.target is None or message.fence != self.target.fence:
+    def nack(self, message: Nack) -> None:
+        """A member cannot hold its part: go on without it."""
+        if self.target is None or self.activated or message.fence != self.target.fence:
             return
-        member = next((m for m in self.target.members if m.node_id == sender), None)
+        member = next((m for m in self.target.members if m.node_id == message.node_id), None)
         if member is None:
             return
         why = f"{member.name}: {message.message}"
-        if self.activated:
-            self._step_failed = why
-            return
         self._box.add(PlanFailed(fence=message.fence, reason=why))
-        if sender == self._config.member.node_id:
+        if member.node_id == self._config.member.node_id:
             # No plan goes without its leader: wait until other members would share the load.
             self._cannot_place(self.target.members, message.fence, why)
         else:

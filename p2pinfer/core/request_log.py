@@ -63,6 +63,7 @@ class RequestLog:
         """Requests that have not ended."""
         return sum(entry.ended is None for entry in self._entries.values())
 
+    @property
     def deadline(self) -> float:
         """When the first finished reply may be forgotten."""
         return min((e.ended_at + REPLY_KEPT_S for e in self._entries.values()), default=inf)
@@ -99,7 +100,11 @@ class RequestLog:
             return
         if message.serving_id != entry.serving_id:
             self._move(entry, message.serving_id, now)
-        if len(message.received) > len(entry.tokens) and entry.ended is None:
+        if len(message.received) > len(entry.tokens):
+            if entry.ended:
+                at = len(entry.tokens)
+                self._refuse(message, "log_conflict", f"the reply ended with {at} tokens")
+                return
             self._extend(entry, message.received)
         self._send_tail(entry, len(message.received))
 

@@ -33,6 +33,9 @@ FORWARD_RETRY_MAX_S = 8.0
 """A request is forwarded again after this long without a word of it; the wait doubles up to the
 second value. It is cheap, and mends whatever a broken connection lost."""
 
+GAP_RETRY_S = 0.2
+"""The same when a gap was seen: about the time in which the leader's answer should be here."""
+
 
 @dataclass(slots=True)
 class Reply:
@@ -48,6 +51,7 @@ class Reply:
     """The cluster has not been ready since this was submitted."""
 
     forward_at: float = -inf
+    forwarded_at: float = -inf
     retry_s: float = FORWARD_RETRY_S
     end: Conclude | None = None
     ended_at: float = inf
@@ -174,6 +178,11 @@ class Serving:
         for reply in self._open():
             reply.forward_at = -inf
 
+    def leader_lost(self, message: str, now: float) -> None:
+        """Nobody leads: end every open reply in a retryable error."""
+        self.leader_id = ""
+        self.fail_all("leader_lost", message, now)
+
     def drawn(self, message: Drawn, now: float) -> None:
         """The leader drew tokens: write them down, deliver those that are new, in order."""
         news: dict[int, int] = {}
@@ -194,7 +203,7 @@ class Serving:
         """Append a token if it is the next one; a gap is asked for by forwarding again."""
         known = len(reply.tokens)
         if token.index > known:
-            reply.forward_at = min(reply.forward_at, now)
+            _ask_soon(reply, now)
             return False
         if token.index < known:
             if reply.tokens[token.index] != token.token:
@@ -217,7 +226,7 @@ class Serving:
             return
         if not message.code and message.total_tokens != len(reply.tokens):
             # Some tokens were lost on the way: a reply is never cut short in silence.
-            reply.forward_at = min(reply.forward_at, now)
+            _ask_soon(reply, now)
             return
         self._conclude(
             reply,
@@ -257,6 +266,7 @@ class Serving:
                 self._forward(reply, now)
         self._forget_old(now)
 
+    @property
     def deadline(self) -> float:
         """When this wants to look again."""
         times = [inf]
@@ -271,7 +281,7 @@ class Serving:
         return min(times)
 
     def _forward(self, reply: Reply, now: float) -> None:
-        reply.forward_at = now + reply.retry_s
+        reply.forwarded_at, reply.forward_at = now, now + reply.retry_s
         reply.retry_s = min(2 * reply.retry_s, FORWARD_RETRY_MAX_S)
         forward = Forward(
             request_id=reply.request_id,
@@ -302,7 +312,8 @@ class Serving:
         )
 
     def _cancel_at_leader(self, reply: Reply, reason: str) -> None:
-        self._box.send(self.leader_id, Cancel(request_id=reply.request_id, reason=reason))
+        if self.leader_id:
+            self._box.send(self.leader_id, Cancel(request_id=reply.request_id, reason=reason))
 
     def _conclude(
         self,
@@ -340,6 +351,12 @@ class Serving:
                 code=code,
             )
         )
+
+
+def _ask_soon(reply: Reply, now: float) -> None:
+    """Something was lost on the way: forward again, but once for a whole burst of such news."""
+    soon = max(now, reply.forwarded_at + GAP_RETRY_S)
+    reply.forward_at = min(reply.forward_at, soon)
 
 
 def _check_same(request: ClientSubmitted, reply: Reply) -> None:

@@ -205,12 +205,10 @@ class Scheduler:
 
     def cancel(self, request_id: int) -> bool:
         """End a request and free its place; False when there is no such request."""
-        if self._waiting.pop(request_id, None):
-            return True
-        request = self._running.get(request_id)
+        request = self._waiting.pop(request_id, None) or self._running.pop(request_id, None)
         if request is None:
             return False
-        self._leave(request)
+        self._release(request)
         return True
 
     def next_slots(self) -> tuple[Slot, ...]:
@@ -268,19 +266,30 @@ class Scheduler:
             request.time(now)
             news.append(DrawnToken(request_id=slot.request_id, index=index, token=token))
             if reason:
-                self._leave(request)
+                del self._running[slot.request_id]
+                self._release(request)
                 news.append(request.ended(reason, now))
         return news
 
-    def restart(self) -> None:
+    def restart(self, pool: BlockPool | None = None) -> tuple[int, ...]:
         """A new fence: every running request is computed again from position 0, in the same order.
 
-        A step in flight is forgotten; known tokens are forced.
+        A step in flight is forgotten; known tokens are forced. `pool` is empty and takes the old
+        one's place where the new plan has other room. Returns the requests that it can never hold:
+        they are gone, and the caller tells their clients.
         """
-        self._in_flight = {}
         for request in self._running.values():
+            self._pool.free(request.request_id)
             request.computed = 0
             request.announced = False
+        self._pool = pool or self._pool
+        self._in_flight = {}
+        self._waiting = self._running | self._waiting
+        self._running = {}
+        lost = [r.request_id for r in self._waiting.values() if not self._pool.fits(r.capacity)]
+        for request_id in lost:
+            self.cancel(request_id)
+        return tuple(lost)
 
     def _admit(self) -> None:
         """Let waiting requests in, in their order, as long as there are slots and blocks."""
@@ -291,9 +300,8 @@ class Scheduler:
             del self._waiting[request.request_id]
             self._running[request.request_id] = request
 
-    def _leave(self, request: _Request) -> None:
-        """A running request ends: its blocks are free, and nodes may free its KV."""
-        del self._running[request.request_id]
+    def _release(self, request: _Request) -> None:
+        """A request has ended: its blocks are free, and nodes that hold KV of it may free that."""
         self._in_flight.pop(request.request_id, None)
         self._pool.free(request.request_id)
         if request.placed:

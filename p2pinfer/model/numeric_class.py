@@ -65,6 +65,7 @@ class _SeededSource:
 
 def _config(dtype: DType) -> LlamaConfig:
     return LlamaConfig(
+        architecture="LlamaForCausalLM",
         hidden_size=192,
         intermediate_size=_WIDTH,
         num_hidden_layers=1,

@@ -41,7 +41,9 @@ class Tensor(Struct, frozen=True):
     def __post_init__(self) -> None:
         view = memoryview(self.data)
         if view.format != "B" or view.ndim != 1:
-            raise LocalProtocolError("the bytes of a tensor must be a one-dimensional view of bytes")
+            raise LocalProtocolError(
+                "the bytes of a tensor must be a one-dimensional view of bytes"
+            )
         if len(view) != self.nbytes:
             raise LocalProtocolError(
                 f"a tensor {self.dtype.name} {self.shape} has {self.nbytes} bytes, not {len(view)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pinfer.core.planner import (
@@ -84,7 +84,6 @@ def any_plan(members: list[Member], model: ModelSpec, layout: str) -> Plan:
     return planned(members, model, layout)
 
 
-@settings(deadline=None)
 @given(crowds(WEIGHTS), models(), LAYOUTS)
 def test_every_unit_of_every_layer_has_one_owner(
     members: list[Member], model: ModelSpec, layout: str
@@ -117,7 +116,6 @@ def test_every_unit_of_every_layer_has_one_owner(
     assert sorted(seen) == sorted(wanted)
 
 
-@settings(deadline=None)
 @given(crowds(WEIGHTS), models(), LAYOUTS)
 def test_members_of_equal_weight_differ_by_one_unit_at_most(
     members: list[Member], model: ModelSpec, layout: str
@@ -133,7 +131,6 @@ def test_members_of_equal_weight_differ_by_one_unit_at_most(
             assert all(a <= b for v, a in shares for w, b in shares if v < w)
 
 
-@settings(deadline=None)
 @given(st.data(), crowds(WEIGHTS), models(), LAYOUTS)
 def test_the_order_of_arrival_does_not_matter(
     data: st.DataObject, members: list[Member], model: ModelSpec, layout: str
@@ -143,7 +140,6 @@ def test_the_order_of_arrival_does_not_matter(
     assert planned(data.draw(st.permutations(members)), model, plan.layout) == plan
 
 
-@settings(deadline=None)
 @given(st.data(), crowds(WEIGHTS), models(), LAYOUTS)
 def test_mutated_owners_are_caught(
     data: st.DataObject, members: list[Member], model: ModelSpec, layout: str
@@ -188,7 +184,6 @@ def bytes_of(plan: Plan, index: int) -> int:
     )
 
 
-@settings(deadline=None)
 @given(st.data(), crowds(st.sampled_from([0.5, 1.0, 2.0])), models())
 def test_no_member_is_filled_beyond_its_memory(
     data: st.DataObject, members: list[Member], model: ModelSpec

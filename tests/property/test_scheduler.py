@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import Struct
 
@@ -117,7 +117,6 @@ def check_step(slots: Sequence[Slot], work: Scheduler, tokens: int, limit: int) 
     assert bool(slots) == work.has_work
 
 
-@settings(deadline=None)
 @given(st.data(), st.lists(jobs(), min_size=1, max_size=8), BLOCKS, STEP_TOKENS, STEP_SLOTS)
 def test_any_mix_gives_each_request_the_reply_it_has_alone(
     data: st.DataObject, todo: list[Job], blocks: int, tokens: int, limit: int
@@ -147,7 +146,8 @@ def test_any_mix_gives_each_request_the_reply_it_has_alone(
             if work.cancel(victim):
                 cancelled.add(victim)
         elif event == "restart":
-            work.restart()
+            pool = BlockPool(data.draw(BLOCKS)) if data.draw(st.booleans()) else pool
+            assert work.restart(pool) == ()
             node.new_fence()
         now += 1.0
         for news in work.finish_step(slots, drawn, now):
@@ -171,7 +171,6 @@ def test_any_mix_gives_each_request_the_reply_it_has_alone(
     assert (pool.used, work.running, work.waiting) == (0, 0, 0)
 
 
-@settings(deadline=None)
 @given(st.lists(jobs(), min_size=1, max_size=6), STEP_TOKENS, STEP_SLOTS)
 def test_decoding_never_waits_for_a_prompt(todo: list[Job], tokens: int, limit: int) -> None:
     """A request that has drawn a token draws one in every step until its reply ends."""

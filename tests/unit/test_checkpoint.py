@@ -49,6 +49,11 @@ def opened(folder: Path) -> Checkpoint:
     return Checkpoint.open(folder, load_config(folder))
 
 
+def stored(path: Path) -> dict[str, torch.Tensor]:
+    """A file's tensors as the library reads them, copied: the file may be overwritten."""
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}
+
+
 def rewrite_header(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change a safetensors file's header and leave its tensors' bytes alone."""
     data = path.read_bytes()
@@ -84,7 +89,7 @@ def test_every_tensor_is_read_as_safetensors_reads_it(
 ) -> None:
     """Whole tensors, views, rows and columns have the library's own values, bit for bit."""
     write_random_model(tmp_path, files=files, dtype=dtype, attention_bias=True)
-    expected = {k: v for f in tmp_path.glob("*.safetensors") for k, v in load_file(f).items()}
+    expected = {k: v for f in tmp_path.glob("*.safetensors") for k, v in stored(f).items()}
     checkpoint = opened(tmp_path)
     weights = Weights(checkpoint)
     assert checkpoint.tensors.keys() == expected.keys()
@@ -142,11 +147,11 @@ def test_a_slice_beyond_the_tensor_is_refused(model: Path, start: int, end: int)
 
 def test_misaligned_tensors_are_read_too(model: Path) -> None:
     """A file of an old writer, whose bytes begin at an odd place, gives the same values."""
-    expected = load_file(model / FILE)
-    header = dict.fromkeys("abc", "")
+    expected = stored(model / FILE)
+    metadata = {"pad": ""}
     while (model / FILE).stat().st_size % 2 == 0:
-        header["pad"] = header.get("pad", "") + "x"
-        rewrite_header(model / FILE, lambda entries: entries.update(__metadata__=header))
+        metadata["pad"] += "x"
+        rewrite_header(model / FILE, lambda header: header.update(__metadata__=metadata))
     weights = Weights(opened(model))
     assert torch.equal(weights.mapped(Q_PROJ), expected[Q_PROJ])
     assert torch.equal(weights.rows(Q_PROJ, 1, 3), expected[Q_PROJ][1:3])
@@ -156,7 +161,7 @@ def test_tied_embeddings_need_no_head_and_ignore_one(tmp_path: Path) -> None:
     """A tied checkpoint is complete with and without `lm_head.weight`."""
     write_random_model(tmp_path, tie=True)
     assert "lm_head.weight" not in opened(tmp_path).tensors
-    tensors = load_file(tmp_path / FILE)
+    tensors = stored(tmp_path / FILE)
     save_tensors(tmp_path, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1})
     assert "lm_head.weight" not in opened(tmp_path).tensors
 
@@ -164,7 +169,7 @@ def test_tied_embeddings_need_no_head_and_ignore_one(tmp_path: Path) -> None:
 def test_buffers_of_old_checkpoints_are_ignored(model: Path) -> None:
     """`rotary_emb.inv_freq` does not make a checkpoint unknown."""
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    save_tensors(model, load_file(model / FILE) | {name: torch.ones(8)})
+    save_tensors(model, stored(model / FILE) | {name: torch.ones(8)})
     assert name not in opened(model).tensors
 
 
@@ -268,7 +273,7 @@ def test_untied_embeddings_need_a_head(tmp_path: Path) -> None:
 
 def test_a_wrong_shape_is_named_with_both_shapes(model: Path) -> None:
     """Found and expected shapes stand in the message."""
-    tensors = load_file(model / FILE)
+    tensors = stored(model / FILE)
     save_tensors(model, tensors | {Q_PROJ: torch.zeros(64, 128)})
     words = rf"{Q_PROJ} has the shape \[64, 128\], but config\.json calls for \[128, 64\]"
     with pytest.raises(ModelError, match=words):
@@ -277,7 +282,7 @@ def test_a_wrong_shape_is_named_with_both_shapes(model: Path) -> None:
 
 def test_integer_weights_are_refused(model: Path) -> None:
     """A quantised tensor is named with its element type."""
-    tensors = load_file(model / FILE)
+    tensors = stored(model / FILE)
     save_tensors(model, tensors | {Q_PROJ: torch.zeros(128, 64, dtype=torch.int8)})
     with pytest.raises(ModelError, match=rf"{Q_PROJ} is I8; weights must be one of F32, BF16, F16"):
         opened(model)
@@ -288,7 +293,7 @@ def test_integer_weights_are_refused(model: Path) -> None:
 )
 def test_tensors_that_would_be_lost_silently_are_refused(model: Path, name: str) -> None:
     """A bias or a layer that config.json denies is named."""
-    save_tensors(model, load_file(model / FILE) | {name: torch.zeros(128)})
+    save_tensors(model, stored(model / FILE) | {name: torch.zeros(128)})
     with pytest.raises(ModelError, match=rf"model\.safetensors: {name} has no place"):
         opened(model)
 

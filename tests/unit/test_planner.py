@@ -118,6 +118,13 @@ def test_weights_make_unequal_shares() -> None:
     assert Counter(stage.vocab_owners) == {0: 8, 1: 24}
 
 
+def test_of_equal_remainders_the_heavier_is_served() -> None:
+    """Two layers by weights 1 and 3 are halves left over on both sides: the heavier takes both."""
+    model = msgspec.structs.replace(MODEL, num_layers=2)
+    plan = plan_for([member(0, weight=1.0), member(1, weight=3.0)], "layers", model)
+    assert [stage_members(plan, s) for s in range(len(plan.stages))] == [(1,)]
+
+
 def test_layers_are_shared_out_by_weight() -> None:
     """Layout `layers` gives each node a whole span by its weight, and the last the vocabulary."""
     members = [member(0, weight=1.0), member(1, weight=2.0), member(2, weight=1.0)]

@@ -229,6 +229,36 @@ def test_a_restart_computes_all_known_tokens_again() -> None:
     assert work.finish_step(slots, {1: 51}, 0.0) == [DrawnToken(request_id=1, index=1, token=51)]
 
 
+def test_a_restart_with_less_room_keeps_the_order() -> None:
+    """Under a smaller pool the first go on, the others wait with the tokens that they have."""
+    work = scheduler(tokens=64)
+    for request in (1, 2):
+        work.add(request, prompt(2), (), FIVE, 0.0)
+    step(work, {1: 50, 2: 60})
+    work.add(3, prompt(2), (), FIVE, 0.0)
+    pool = BlockPool(1)
+    assert work.restart(pool) == ()
+    assert [(s.request_id, s.start, s.tokens[-1]) for s in work.next_slots()] == [(1, 0, 50)]
+    assert (pool.used, work.running, work.waiting) == (1, 1, 2)
+    work.cancel(1)
+    assert [(s.request_id, s.start, s.tokens[-1]) for s in work.next_slots()] == [(2, 0, 60)]
+    work.cancel(2)
+    assert work.ended_since_last() == (1, 2)
+    assert [s.request_id for s in work.next_slots()] == [3]
+
+
+def test_a_restart_names_the_requests_that_no_longer_fit() -> None:
+    """What the new pool can never hold is gone, and nodes are told where they may hold KV of it."""
+    work = scheduler(tokens=200, slots=2)
+    for request, length in ((1, 100), (2, 2), (3, 100)):
+        work.add(request, prompt(length), (), FIVE, 0.0)
+    work.next_slots()
+    assert work.restart(BlockPool(1)) == (1, 3)
+    assert work.ended_since_last() == (1,)
+    assert shape(work.next_slots()) == [(2, 0, 2, True)]
+    assert not work.cancel(1)
+
+
 def test_a_request_cancelled_after_a_restart_is_still_told() -> None:
     """Nodes may hold KV from before the restart; those that never had a slot are not told of."""
     work = scheduler(tokens=2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pinfer.core import tree
@@ -82,7 +82,6 @@ def test_a_tree_has_as_many_units_as_numbers_allow() -> None:
             tree.levels(n)
 
 
-@settings(deadline=None)
 @given(UNITS)
 def test_the_root_is_the_sum_by_definition(n: int) -> None:
     """All units add up to the expression that the definition gives, in one addition less."""
@@ -91,7 +90,6 @@ def test_the_root_is_the_sum_by_definition(n: int) -> None:
     assert len(values) == 2 * n - 1
 
 
-@settings(deadline=None)
 @given(st.data(), UNITS)
 def test_any_partition_gives_the_same_expression(data: st.DataObject, n: int) -> None:
     """Nodes that add what they own and exchange subtree sums all get the one expression."""
@@ -105,7 +103,6 @@ def test_any_partition_gives_the_same_expression(data: st.DataObject, n: int) ->
     assert climb(sums, n)[tree.root(n)] == expression(tree.root(n), n)
 
 
-@settings(deadline=None)
 @given(st.data(), UNITS)
 def test_a_cover_is_complete_disjoint_ordered_and_maximal(data: st.DataObject, n: int) -> None:
     """The subtrees of a cover hold exactly the owned units, in order, and no two can be added."""
@@ -122,7 +119,6 @@ def test_a_cover_is_complete_disjoint_ordered_and_maximal(data: st.DataObject, n
     assert tree.plan_additions(cover, n) == []
 
 
-@settings(deadline=None)
 @given(st.data(), UNITS)
 def test_the_subtrees_of_a_run_are_counted_without_listing_them(
     data: st.DataObject, n: int

@@ -1,0 +1,342 @@
+"""`p2pinfer bench decode`: how fast one reply is, and where a token's time goes.
+
+The cluster and, beside it, `transformers` on the same cores answer the same prompt in turn, so that
+ratios hold although the machine's speed drifts. The limit is the bytes of weights that one token
+reads over the read bandwidth measured before and after.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import psutil
+
+from p2pinfer.bench.bandwidth import read_bandwidth
+from p2pinfer.bench.reference import Reference
+from p2pinfer.client import Client
+from p2pinfer.cluster import LocalCluster
+from p2pinfer.core.topology import weight_bytes
+from p2pinfer.core.units import Slice, unit_count
+from p2pinfer.core.planner import Holding
+from p2pinfer.errors import ClusterError, UsageError
+from p2pinfer.model.config import load_config, model_spec
+from p2pinfer.model.shapes import make_model
+from p2pinfer.types import ModelSpec, SamplingParams, UnitKind
+from p2pinfer.wire.messages import Chunk
+
+MODEL_SEED = 0
+PROMPT_SEED_STEP = 7919
+COUNTERS_S = 10.0
+"""How long nodes may take to report the counters of steps that are over."""
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure; `runs` counts after one warm-up each."""
+
+    shape: str = "llama-3.2-1b"
+    nodes: int = 2
+    threads: int = 1
+    layout: str = "auto"
+    dtype: str = "auto"
+    prompt_tokens: int = 128
+    max_tokens: int = 64
+    runs: int = 5
+    concurrent: int = 0
+    base_port: int = 7820
+    reference: bool = True
+
+
+@dataclass
+class Timing:
+    """One reply as its client saw it, in seconds since the submission."""
+
+    arrivals: list[float] = field(default_factory=list)
+
+    @property
+    def ttft_s(self) -> float:
+        """To the first token."""
+        return self.arrivals[0]
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """After the first token."""
+        return (len(self.arrivals) - 1) / (self.arrivals[-1] - self.arrivals[0])
+
+
+def model_folder(shape: str) -> Path:
+    """Where the random model of a shape is kept between runs."""
+    return platformdirs.user_cache_path("p2pinfer") / "models" / shape
+
+
+def prompt_of(vocab: int, tokens: int, seed: int) -> tuple[int, ...]:
+    """A fixed prompt of token ids, without special ones at the vocabulary's end."""
+    usable = max(2, vocab // 2)
+    return tuple((seed * PROMPT_SEED_STEP + i * i * 31 + 17 * i) % usable for i in range(tokens))
+
+
+def spread(name: str, values: Sequence[float], digits: int = 4) -> dict[str, float]:
+    """A figure's median, with its least and greatest value beside it."""
+    return {
+        name: round(statistics.median(values), digits),
+        f"{name}_min": round(min(values), digits),
+        f"{name}_max": round(max(values), digits),
+    }
+
+
+def ask(client: Client, prompt: Sequence[int], tokens: int) -> Timing:
+    """One greedy reply of exactly `tokens` tokens."""
+    timing = Timing()
+    began = time.perf_counter()
+    for event in client.submit(prompt, SamplingParams(max_tokens=tokens, ignore_eos=True)):
+        if isinstance(event, Chunk):
+            now = time.perf_counter() - began
+            timing.arrivals += [now] * len(event.tokens)
+    if len(timing.arrivals) != tokens:
+        raise ClusterError("internal", f"{len(timing.arrivals)} tokens came, {tokens} were asked")
+    return timing
+
+
+def ask_together(addresses: Sequence[str], vocab: int, settings: Settings) -> float:
+    """Tokens per second of `settings.concurrent` requests at once, from the moment all decode."""
+    timings: list[Timing | BaseException] = []
+
+    def one(index: int) -> None:
+        try:
+            client = Client([addresses[index % len(addresses)]])
+            prompt = prompt_of(vocab, settings.prompt_tokens, index)
+            timings.append(ask(client, prompt, settings.max_tokens))
+        except BaseException as error:  # handed to the caller's thread
+            timings.append(error)
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(settings.concurrent)]
+    began = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    elapsed = time.perf_counter() - began
+    for timing in timings:
+        if isinstance(timing, BaseException):
+            raise timing
+    good = [t for t in timings if isinstance(t, Timing)]
+    together = max(t.arrivals[0] for t in good)
+    last = min(max(t.arrivals[-1] for t in good), elapsed)
+    after = sum(sum(1 for a in t.arrivals if a > together) for t in good)
+    return after / (last - together)
+
+
+def counters(addresses: Sequence[str], steps: int) -> list[dict[str, Any]]:
+    """Each node's counters once it has finished `steps` steps."""
+    found = []
+    for address in addresses:
+        deadline = time.monotonic() + COUNTERS_S
+        while True:
+            mine: dict[str, Any] = Client([address]).status()["counters"]
+            if mine["steps"] >= steps:
+                found.append(mine)
+                break
+            if time.monotonic() > deadline:
+                raise ClusterError("internal", f"{address} reports {mine['steps']} of {steps} steps")
+            time.sleep(0.05)
+    return found
+
+
+def token_budget(
+    addresses: Sequence[str], client: Client, prompt: Sequence[int], tokens: int
+) -> list[dict[str, float]]:
+    """Per node, where the time of one decoded token went: figures per token.
+
+    The prefill's share is taken out by the counters of a reply of one token.
+    """
+    start = counters(addresses, 0)
+    ask(client, prompt, 1)
+    first = counters(addresses, max(c["steps"] for c in start) + 1)
+    prefill_steps = first[0]["steps"] - start[0]["steps"]
+    timing = ask(client, prompt, tokens + 1)
+    last = counters(addresses, first[0]["steps"] + prefill_steps + tokens)
+    wall = 1000 * (timing.arrivals[-1] - timing.arrivals[0]) / tokens
+    rows = []
+    for a, b, c in zip(start, first, last, strict=True):
+
+        def per_token(name: str) -> float:
+            return float((c[name] - b[name]) - (b[name] - a[name])) / tokens  # noqa: B023
+
+        parts = {f"{n}_ms": 1000 * per_token(f"{n}_s") for n in ("compute", "exchange", "wait")}
+        rest = max(0.0, wall - sum(parts.values()))
+        rows.append(
+            {
+                **{name: round(value, 4) for name, value in parts.items()},
+                "python_ms": round(rest, 4),
+                "messages": round(per_token("messages_sent"), 3),
+                "bytes": round(per_token("bytes_sent"), 1),
+            }
+        )
+    return rows
+
+
+def bytes_per_token(model: ModelSpec) -> int:
+    """Bytes of weights that decoding one token reads, on all nodes together."""
+    everything = Holding(
+        stage=0,
+        span=Slice(0, model.num_layers),
+        head_units=tuple(range(unit_count(model, UnitKind.HEAD))),
+        mlp_units=tuple(range(unit_count(model, UnitKind.MLP))),
+        vocab_units=tuple(range(unit_count(model, UnitKind.VOCAB))),
+    )
+    return weight_bytes(model, everything)
+
+
+def measure(settings: Settings, tell: Tell) -> dict[str, Any]:
+    """Everything that `bench decode --json` prints."""
+    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+    used = cpus[: settings.nodes * settings.threads]
+    if settings.reference and importlib.util.find_spec("transformers") is None:
+        raise UsageError(
+            "the comparison needs transformers: pip install 'p2pinfer[bench]', or --no-reference"
+        )
+    folder = model_folder(settings.shape)
+    tell(f"the model of shape {settings.shape} in {folder}")
+    make_model(settings.shape, folder, seed=MODEL_SEED)
+    config = load_config(folder)
+    dtype = config.dtype if settings.dtype == "auto" else settings.dtype
+    spec = model_spec(config, name=settings.shape, model_id="", dtype=dtype, quant="none")
+    tell("read bandwidth")
+    bandwidth = [read_bandwidth(used)]
+    reference = None
+    if settings.reference:
+        tell("transformers: loading")
+        reference = Reference(folder, str(dtype), used)
+    try:
+        result = _measure_cluster(settings, spec, folder, reference, tell)
+    finally:
+        if reference is not None:
+            reference.close()
+    bandwidth.append(read_bandwidth(used))
+    middle = statistics.median(bandwidth)
+    limit = middle * 1e9 / bytes_per_token(spec)
+    result["read_bandwidth_gb_s"] = round(middle, 2)
+    result["limit_tokens_per_s"] = round(limit, 3)
+    result["fraction_of_limit"] = round(result["decode_tokens_per_s"] / limit, 4)
+    return result
+
+
+def _measure_cluster(
+    settings: Settings,
+    spec: ModelSpec,
+    folder: Path,
+    reference: Reference | None,
+    tell: Tell,
+) -> dict[str, Any]:
+    options = {"layout": settings.layout, "dtype": settings.dtype}
+    pin = settings.nodes * settings.threads <= (os.cpu_count() or 1)
+    began = time.perf_counter()
+    with LocalCluster(
+        settings.nodes,
+        model=str(folder),
+        base_port=settings.base_port,
+        threads=settings.threads,
+        pin=pin,
+        options=options,
+        on_progress=tell,
+    ) as cluster:
+        load_s = time.perf_counter() - began
+        addresses = [node.address for node in cluster.nodes]
+        client = Client(addresses)
+        replies, references = _runs(settings, spec, client, reference, tell)
+        tell("the budget of a token")
+        prompt = prompt_of(spec.vocab_size, settings.prompt_tokens, 0)
+        budget = token_budget(addresses, client, prompt, settings.max_tokens)
+        together = []
+        for number in range(settings.runs if settings.concurrent else 0):
+            tell(f"{settings.concurrent} requests at once, run {number + 1}")
+            together.append(ask_together(addresses, spec.vocab_size, settings))
+        rss = [_rss(node.pid) for node in cluster.nodes]
+    result: dict[str, Any] = {
+        "shape": settings.shape,
+        "nodes": settings.nodes,
+        "threads_per_node": settings.threads,
+        "layout": settings.layout,
+        "quant": spec.quant,
+        "dtype": str(spec.dtype),
+        "prompt_tokens": settings.prompt_tokens,
+        "max_tokens": settings.max_tokens,
+        "runs": settings.runs,
+        **_figures(replies, settings.prompt_tokens),
+        "per_token": {
+            name: round(statistics.mean(row[name] for row in budget), 4) for name in budget[0]
+        },
+        "per_token_by_node": budget,
+        "load_s": round(load_s, 2),
+        "rss_bytes": rss,
+        "reference": {},
+    }
+    if references:
+        result["reference"] = {"transformers": _compared(replies, references, settings)}
+    if together:
+        alone = result["decode_tokens_per_s"]
+        result["together"] = {
+            "requests": settings.concurrent,
+            **spread("tokens_per_s", together),
+            **spread("times_one", [t / alone for t in together]),
+        }
+    return result
+
+
+def _runs(
+    settings: Settings, spec: ModelSpec, client: Client, reference: Reference | None, tell: Tell
+) -> tuple[list[Timing], list[dict[str, float]]]:
+    """Cluster and reference in turn; the first of each is a warm-up."""
+    replies, references = [], []
+    for number in range(settings.runs + 1):
+        tell(f"run {number} of {settings.runs}" if number else "warming up")
+        prompt = prompt_of(spec.vocab_size, settings.prompt_tokens, number)
+        timing = ask(client, prompt, settings.max_tokens)
+        if number:
+            replies.append(timing)
+        if reference is not None:
+            answer = reference.run(prompt, settings.max_tokens)
+            if number:
+                references.append(answer)
+    return replies, references
+
+
+def _figures(replies: Sequence[Timing], prompt_tokens: int) -> dict[str, float]:
+    return {
+        **spread("ttft_s", [t.ttft_s for t in replies]),
+        **spread("prefill_tokens_per_s", [prompt_tokens / t.ttft_s for t in replies], 2),
+        **spread("decode_tokens_per_s", [t.decode_tokens_per_s for t in replies], 3),
+    }
+
+
+def _compared(
+    replies: Sequence[Timing], references: Sequence[dict[str, float]], settings: Settings
+) -> dict[str, Any]:
+    """The reference's own figures, and ours over its, run by run."""
+    pairs = list(zip(replies, references, strict=True))
+    return {
+        "threads": settings.nodes * settings.threads,
+        **spread("ttft_s", [r["ttft_s"] for r in references]),
+        **spread("prefill_tokens_per_s", [r["prefill_tokens_per_s"] for r in references], 2),
+        **spread("decode_tokens_per_s", [r["decode_tokens_per_s"] for r in references], 3),
+        **spread("decode_ratio", [t.decode_tokens_per_s / r["decode_tokens_per_s"] for t, r in pairs]),
+        **spread("prefill_ratio", [r["ttft_s"] / t.ttft_s for t, r in pairs]),
+    }
+
+
+def _rss(pid: int) -> int:
+    """Resident bytes of a node's processes, what is mapped from the model's files included."""
+    process = psutil.Process(pid)
+    family = [process, *process.children(recursive=True)]
+    return sum(int(p.memory_info().rss) for p in family)

@@ -1,0 +1,318 @@
+"""Several nodes on this one machine, as one cluster: for a first look, for tests, for measurements.
+
+Each node is a true `p2pinfer node start` process on the loopback interface. They end with this
+process, however it ends (`lifeline.py`), and nobody else's process is touched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+from p2pinfer.client import Client
+from p2pinfer.config import (
+    PORTS_PER_NODE,
+    as_flags,
+    available_cpus,
+    format_address,
+    load_settings,
+    read_config,
+)
+from p2pinfer.errors import ClusterError, UsageError
+from p2pinfer.lifeline import child_environment
+from p2pinfer.limits import MAX_NODES
+from p2pinfer.model.checkpoint import content_id
+from p2pinfer.model.config import resolve_model
+
+HOST: Final = "127.0.0.1"
+PORT_STEP: Final = 10
+READY_S: Final = 300.0
+"""How long a large model may take to load; a node that fails says so much earlier."""
+
+STOP_S: Final = 8.0
+"""How long a node may take to leave, after which it is killed."""
+
+POLL_S: Final = 0.1
+WATCH_S: Final = 1.0
+STATUS_S: Final = 2.0
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class LocalNode:
+    """One node's process. `log` is the file with all it said."""
+
+    name: str
+    address: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def pid(self) -> int:
+        """The daemon's process id."""
+        return self.process.pid
+
+    @property
+    def last_error(self) -> str:
+        """Its last error line, else its last line."""
+        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("error: ")]
+        return (errors or lines or ["it said nothing"])[-1].removeprefix("error: ")
+
+
+class LocalCluster:
+    """`nodes` nodes of one model; node i listens on `base_port` + 10 i. A context manager.
+
+    `options` are more settings by field name (`layout`, `dtype`, ...), the same for all nodes.
+    Threads are shared out equally unless given; with `pin`, so are the CPUs. `on_progress` gets a
+    line now and then while the cluster starts. `folder` keeps logs and state if given; otherwise
+    both are removed at the end.
+    """
+
+    def __init__(
+        self,
+        nodes: int,
+        *,
+        model: str = "demo",
+        base_port: int = 7720,
+        threads: int | None = None,
+        pin: bool = False,
+        options: Mapping[str, Any] | None = None,
+        config_file: Path | None = None,
+        on_progress: Progress | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        if not 1 <= nodes <= MAX_NODES:
+            raise UsageError(f"--nodes {nodes}: a cluster has 1 to {MAX_NODES} nodes")
+        self._count = nodes
+        self._base_port = base_port
+        self._pin = pin
+        self._config_file = config_file
+        self._cpus = _allowed_cpus()
+        shared = {"min_nodes": nodes, "threads": max(1, len(self._cpus) // nodes)}
+        from_file = read_config(config_file) if config_file else {}
+        given = {**_given(options or {}), **_given({"threads": threads}), "model": model}
+        self._options = {k: v for k, v in shared.items() if k not in from_file} | given
+        self._tell = on_progress or (lambda line: None)
+        self._keep = folder is not None
+        self._folder = folder or Path()
+        self.nodes: list[LocalNode] = []
+
+    def __enter__(self) -> LocalCluster:
+        """The cluster, ready."""
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """End all nodes."""
+        self.stop()
+
+    def start(self, timeout: float = READY_S) -> None:
+        """Start all nodes and return when the cluster is ready with all of them.
+
+        Raises `UsageError` for wrong settings, `ClusterError` when a node ends or time is up; its
+        message has the node's own last error.
+        """
+        # Once for all nodes, which would otherwise all hash a large model at the same time.
+        folder = resolve_model(self._options["model"])
+        self._tell(f"checking the model in {folder}")
+        content_id(folder)
+        if self._keep:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        else:
+            self._folder = Path(tempfile.mkdtemp(prefix="p2pinfer-"))
+        for index in range(self._count):
+            self.nodes.append(self.start_node(index))
+        self._await_ready(timeout)
+
+    def start_node(self, index: int, **changes: Any) -> LocalNode:
+        """Start node `index` (again), with `changes` to its settings; does not wait for it."""
+        name = f"node{index + 1}"
+        own: dict[str, Any] = {
+            "name": name,
+            "listen": format_address(HOST, self._base_port + PORT_STEP * index),
+            "state_dir": str(self._folder / name),
+        }
+        if index:
+            own["join"] = (format_address(HOST, self._base_port),)
+        if self._pin:
+            own["cpus"] = ",".join(map(str, self._cpus_of(index)))
+        values = {**self._options, **own, **changes}
+        load_settings(values, self._config_file)  # wrong settings are told here, not in a log
+        config = ["--config", str(self._config_file)] if self._config_file else []
+        log = self._folder / f"{name}.log"
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "p2pinfer", "node", "start", *config, *as_flags(values)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=child_environment(),
+                # Ctrl-C is for this process, which then ends its nodes in order.
+                process_group=0,
+            )
+        return LocalNode(name=name, address=values["listen"], process=process, log=log)
+
+    def stop(self) -> None:
+        """End this cluster's own processes: ask, then kill. All are reaped on return."""
+        for node in self.nodes:
+            if node.process.poll() is None:
+                node.process.terminate()
+        deadline = time.monotonic() + STOP_S
+        for node in self.nodes:
+            try:
+                node.process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                node.process.kill()
+                node.process.wait()
+        self.nodes.clear()
+        if not self._keep and self._folder != Path():
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def status(self, index: int = 0) -> dict[str, Any]:
+        """The cluster as node `index` sees it."""
+        return Client([self.nodes[index].address], timeout=STATUS_S).status()
+
+    def check_alive(self) -> None:
+        """Raise `ClusterError` with its last words if a node has ended."""
+        for node in self.nodes:
+            code = node.process.poll()
+            if code is not None:
+                raise ClusterError(
+                    "node_lost", f"{node.name} ended with exit code {code}: {node.last_error}"
+                )
+
+    def _await_ready(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        pause = threading.Event()
+        told = ""
+        while True:
+            self.check_alive()
+            waiting = self._waits_for()
+            if not waiting:
+                return
+            if waiting != told:
+                told = waiting
+                self._tell(waiting)
+            if time.monotonic() >= deadline:
+                raise ClusterError(
+                    "not_ready", f"the cluster is not ready after {timeout:g} s: {waiting}"
+                )
+            pause.wait(POLL_S)
+
+    def _waits_for(self) -> str:
+        """What the cluster waits for; empty once every node says that it is ready."""
+        for index, node in enumerate(self.nodes):
+            try:
+                status = self.status(index)
+            except ClusterError:
+                return f"{node.name} starts"
+            if not status["ready"]:
+                return f"{node.name}: {status.get('waiting') or 'the plan is being adopted'}"
+        return ""
+
+    def _cpus_of(self, index: int) -> list[int]:
+        """An equal run of the CPUs; nodes share them where there are fewer CPUs than nodes."""
+        each = max(1, len(self._cpus) // self._count)
+        first = index * each % len(self._cpus)
+        return self._cpus[first : first + each]
+
+
+def start_local(
+    nodes: int,
+    *,
+    base_port: int,
+    config_file: Path | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> int:
+    """`cluster start`: print one JSON line when the cluster is ready, then run until Ctrl-C.
+
+    Returns 0; raises `ClusterError` when a node ends by itself.
+    """
+    options = _given(flags or {})
+    model = options.pop("model", None) or load_settings({}, config_file).model
+    cluster = LocalCluster(
+        nodes,
+        model=model,
+        base_port=base_port,
+        options=options,
+        config_file=config_file,
+        on_progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with cluster:
+            print(json.dumps(_announcement(cluster)), flush=True)
+            pause = threading.Event()
+            while True:
+                cluster.check_alive()
+                pause.wait(WATCH_S)
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def free_base_port(nodes: int, host: str = HOST) -> int:
+    """A base port such that every port of `nodes` local nodes is free now."""
+    first, last = 20_000, 32_000 - PORT_STEP * nodes
+    while True:
+        base = first + secrets.randbelow(last - first)
+        ports = (base + PORT_STEP * i + j for i in range(nodes) for j in range(PORTS_PER_NODE))
+        if all(_is_free(host, port) for port in ports):
+            return base
+
+
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def _announcement(cluster: LocalCluster) -> dict[str, Any]:
+    status = cluster.status()
+    return {
+        "event": "cluster_ready",
+        "nodes": [
+            {"name": node.name, "address": node.address, "pid": node.pid} for node in cluster.nodes
+        ],
+        "cluster_id": status["cluster_id"],
+        "model": status["model"]["name"],
+    }
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if value is not None and value != ()}
+
+
+def _allowed_cpus() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(available_cpus()))

@@ -1,0 +1,223 @@
+"""The other members as this node sees them: its table, its links, heartbeats, doubts and losses.
+
+Who is there is decided on direct evidence: a connection that breaks makes a member suspect and has
+it probed, a refused probe or silence makes it dead, its heartbeat clears every doubt. Heartbeats
+carry the whole table as rumours; those make this node look for itself.
+"""
+
+from __future__ import annotations
+
+from math import inf
+from typing import Protocol
+
+from msgspec.structs import replace
+
+from p2pinfer.core.election import Election
+from p2pinfer.core.events import (
+    FrameDropped,
+    NodeConfig,
+    Output,
+    PeerDead,
+    PeerJoined,
+    PeerLeft,
+    PeerSuspected,
+    Probe,
+    ProbeAnswered,
+    WorkerStats,
+)
+from p2pinfer.core.links import Links
+from p2pinfer.core.membership import Membership, Peer
+from p2pinfer.core.outbox import Outbox
+from p2pinfer.limits import MAX_NODES
+from p2pinfer.types import Fence, Member
+from p2pinfer.wire.messages import ControlMessage, Heartbeat, MemberState, Rumour
+
+MAX_ROUTES = 4 * MAX_NODES
+"""Connections that are known to belong to a member; the oldest is forgotten first."""
+
+
+class OnLost(Protocol):
+    """Told of every member that is lost, once the table and the links say so."""
+
+    def __call__(self, peer: Peer, state: MemberState, reason: str, now: float) -> None: ...
+
+
+class Neighbours:
+    """`cluster_id` is empty while this node is in no cluster. Times in seconds."""
+
+    def __init__(
+        self, config: NodeConfig, links: Links, election: Election, box: Outbox, on_lost: OnLost
+    ) -> None:
+        self.cluster_id = ""
+        self.table = Membership(config.member)
+        self.links = links
+        self._config = config
+        self._election = election
+        self._box = box
+        self._on_lost = on_lost
+        self._routes: dict[bytes, str] = {}
+        self._probes: dict[str, str] = {}
+        self._heartbeat_at = -inf
+
+    @property
+    def deadline(self) -> float:
+        """When this wants to look again."""
+        if not self.table.living():
+            return inf
+        return min(self._heartbeat_at, self.table.next_death(self._config.dead_after))
+
+    def put(self, outputs: list[Output]) -> None:
+        """Pass on what a part of this returned."""
+        for output in outputs:
+            self._box.add(output)
+
+    def drop(self, message: ControlMessage, reason: str) -> None:
+        """Say that a message was ignored."""
+        self._box.add(FrameDropped(reason=f"{type(message).__name__}: {reason}"))
+
+    # --- links ------------------------------------------------------------------------------------
+
+    def open(self, address: str) -> None:
+        """Ask for a link, except to this node itself."""
+        if address != self._config.member.address:
+            self.put(self.links.open(address))
+
+    def close(self, member: Member) -> None:
+        """Close every link to a member."""
+        self.put(self.links.close_all(member))
+
+    def came_by(self, route: bytes, node_id: str) -> None:
+        """A connection to this node is known to be that member's."""
+        self._routes[route] = node_id
+        while len(self._routes) > MAX_ROUTES:
+            del self._routes[next(iter(self._routes))]
+
+    def sender(self, route: bytes) -> str:
+        """The living member at the other end of a connection to this node, or ""."""
+        peer = self.table.get(self._routes.get(route, ""))
+        return peer.member.node_id if peer and peer.living else ""
+
+    def link_down(self, address: str) -> None:
+        """One of our links broke: whoever was behind it is suspect."""
+        if peer := self.table.get(self.links.went_down(address)):
+            self.doubt(peer, "its connection broke", address)
+
+    # --- coming and going -------------------------------------------------------------------------
+
+    def add(self, member: Member, now: float, *, spoke: bool) -> None:
+        """A member is there; `spoke`: we have it from itself."""
+        if self.table.join(member, now, spoke=spoke):
+            self._box.add(PeerJoined(member=member))
+        self.open(member.address)
+
+    def doubt(self, peer: Peer, reason: str, address: str = "") -> None:
+        """Suspect a living peer, and have somebody look whether its process is there."""
+        member = peer.member
+        if not peer.living:
+            return
+        if self.table.suspect(member.node_id):
+            self._box.add(PeerSuspected(name=member.name, node_id=member.node_id, reason=reason))
+        address = address or member.address
+        self._probes[address] = member.node_id
+        self._box.add(Probe(address=address))
+
+    def probe_answered(self, event: ProbeAnswered, now: float) -> None:
+        """A suspect whose port is closed is dead; an open port proves nothing."""
+        peer = self.table.get(self._probes.pop(event.address, ""))
+        if event.refused and peer and peer.state is MemberState.SUSPECT:
+            self.lose(peer, MemberState.DEAD, "it refuses connections", now)
+
+    def lose(self, peer: Peer, state: MemberState, reason: str, now: float) -> None:
+        """A member is `DEAD` or has `LEFT`."""
+        member, node_id = peer.member, peer.member.node_id
+        self.table.lose(node_id, state, now)
+        self._routes = {r: owner for r, owner in self._routes.items() if owner != node_id}
+        self.close(member)
+        if state is MemberState.LEFT:
+            self._box.add(PeerLeft(name=member.name, node_id=node_id))
+        else:
+            silence = now - peer.heard_at
+            self._box.add(
+                PeerDead(name=member.name, node_id=node_id, reason=reason, silence_s=silence)
+            )
+        self._on_lost(peer, state, reason, now)
+
+    def forget(self) -> None:
+        """This node is in no cluster any more; whoever its links lead to knows it no more."""
+        self.cluster_id = ""
+        self.table.clear()
+        self._routes.clear()
+        self._probes.clear()
+        self.links.greet_again(*self.links.addresses())
+
+    # --- heartbeats -------------------------------------------------------------------------------
+
+    def heartbeat(self, fence: Fence, stats: WorkerStats, now: float) -> Heartbeat:
+        """This node's heartbeat, but for the echo of each receiver's clock."""
+        living = self.table.living()
+        ids = {peer.member.node_id for peer in living}
+        heard = (p for p in living if p.spoke and p.state is MemberState.ALIVE)
+        return Heartbeat(
+            node_id=self.table.me.node_id,
+            boot_id=self.table.me.boot_id,
+            incarnation=self.table.incarnation,
+            term=self._election.term,
+            fence=fence,
+            leader_id=self._election.leader_id,
+            steps=stats.steps,
+            owes_step=stats.owes_step,
+            rumours=self.table.rumours(),
+            hears_control=tuple(peer.member.node_id for peer in heard),
+            hears_steps=tuple(node_id for node_id in stats.hears_steps if node_id in ids),
+            sent_at_ms=round(now * 1000),
+            tokens_per_s=stats.tokens_per_s,
+            kv_used_bytes=stats.kv_used_bytes,
+            kv_limit_bytes=stats.kv_limit_bytes,
+        )
+
+    def look(self, fence: Fence, stats: WorkerStats, now: float) -> None:
+        """Lose who fell silent, and send heartbeats when their time has come."""
+        for peer in self.table.silent(now, self._config.dead_after):
+            # The loss of the leader empties the table.
+            if self.table.get(peer.member.node_id) is peer:
+                self.lose(peer, MemberState.DEAD, "it fell silent", now)
+        if now < self._heartbeat_at:
+            return
+        self._heartbeat_at = now + self._config.heartbeat_every
+        own = self.heartbeat(fence, stats, now)
+        for peer in self.table.living():
+            node_id = peer.member.node_id
+            self._box.send(node_id, replace(own, echo_ms=self.table.echo_ms(node_id, now)))
+
+    def heard(self, heartbeat: Heartbeat, now: float) -> bool:
+        """Take in a member's heartbeat; false when it is of another life of that node."""
+        peer = self.table[heartbeat.node_id]
+        if peer.member.boot_id != heartbeat.boot_id:
+            self.drop(heartbeat, "it is of another life of its sender")
+            return False
+        self.table.heard(heartbeat, now)
+        self.table.refute(heartbeat.rumours)
+        for rumour in heartbeat.rumours:
+            if rumour.node_id != self.table.me.node_id:
+                self._weigh(rumour, peer, now)
+        self.links.greet_refused(peer.member.address)
+        return True
+
+    def _weigh(self, rumour: Rumour, teller: Peer, now: float) -> None:
+        """A rumour about another node: look for ourselves, by greeting it or by probing it."""
+        peer = self.table.get(rumour.node_id)
+        alive = rumour.state is MemberState.ALIVE
+        if peer is None:
+            # The teller's answer to a greeting lists the members that it knows.
+            if alive:
+                self.links.greet_again_after_a_while(teller.member.address, now)
+        elif peer.living:
+            silent = now - peer.heard_at > 3 * self._config.heartbeat_every
+            gone = rumour.state in (MemberState.DEAD, MemberState.LEFT)
+            if gone and silent and peer.member.boot_id == rumour.boot_id:
+                self.doubt(peer, f"{teller.member.name} has lost it")
+        elif teller.member.node_id == self._election.leader_id:
+            if alive:
+                self.open(peer.member.address)
+            else:
+                self.close(peer.member)

@@ -1,0 +1,103 @@
+"""The object that `status --json` prints: one node's picture of the cluster, as plain values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from p2pinfer.core.membership import Membership, Peer
+from p2pinfer.core.planner import holding
+from p2pinfer.core.units import unit_count
+from p2pinfer.types import Member, ModelSpec, Plan, UnitKind
+from p2pinfer.wire.messages import Heartbeat, MemberState
+
+Json = dict[str, Any]
+
+
+def make_status(
+    *,
+    cluster_id: str,
+    leader_id: str,
+    term: int,
+    ready: bool,
+    waiting: str,
+    plan: Plan | None,
+    model: ModelSpec | None,
+    membership: Membership,
+    own: Heartbeat,
+) -> Json:
+    """The status object; `plan` is the one in force here, `own` this node's present heartbeat.
+
+    Fields: as the README lists them; `rtt_ms` is null where none was measured, `waiting` is null
+    when the cluster is ready. Members that are gone are listed with their state, and own nothing.
+    """
+    peers: list[tuple[Member, Peer | None]] = [(membership.me, None)]
+    peers += [(peer.member, peer) for peer in membership.everybody()]
+    peers.sort(key=lambda pair: (pair[0].name, pair[0].node_id))
+    names = {member.node_id: member.name for member, _ in peers}
+    known = plan.model if plan else model
+    return {
+        "cluster_id": cluster_id,
+        "leader": names.get(leader_id, ""),
+        "term": term,
+        "epoch": plan.fence.epoch if plan else 0,
+        "ready": ready,
+        "waiting": None if ready else waiting,
+        "layout": plan.layout if plan else "",
+        "model": _model(known) if known else None,
+        "voters": [plan.members[index].name for index in plan.voters] if plan else [],
+        "tolerates": [],
+        "members": [_member(member, peer, plan, own) for member, peer in peers],
+    }
+
+
+def _model(model: ModelSpec) -> Json:
+    return {
+        "name": model.name,
+        "model_id": model.model_id,
+        "dtype": model.dtype.value,
+        "quant": model.quant,
+        "num_layers": model.num_layers,
+        "num_units": {kind.value: unit_count(model, kind) for kind in UnitKind},
+    }
+
+
+def _member(member: Member, peer: Peer | None, plan: Plan | None, own: Heartbeat) -> Json:
+    health = peer.heartbeat if peer else own
+    owned = _owned(member, plan) if plan and (peer is None or peer.living) else []
+    return {
+        "name": member.name,
+        "node_id": member.node_id,
+        "boot_id": member.boot_id,
+        "numeric_class": member.numeric_class,
+        "state": (peer.state if peer else MemberState.ALIVE).value,
+        "pid": member.pid,
+        "address": member.address,
+        "witness": member.witness,
+        "owned": owned,
+        "standby": [],
+        "head_units": [unit for part in owned for unit in part["head_units"]],
+        "standby_head_units": [],
+        "rtt_ms": round(peer.rtt_s * 1000, 1) if peer and peer.rtt_s is not None else None,
+        "tokens_per_s": health.tokens_per_s if health else 0.0,
+        "kv": {
+            "used_bytes": health.kv_used_bytes if health else 0,
+            "limit_bytes": health.kv_limit_bytes if health else 0,
+        },
+    }
+
+
+def _owned(member: Member, plan: Plan) -> list[Json]:
+    for index, planned in enumerate(plan.members):
+        if (planned.node_id, planned.boot_id) == (member.node_id, member.boot_id):
+            held = holding(plan, index)
+            if held.stage is None:
+                return []
+            return [
+                {
+                    "span": list(held.span),
+                    "head_units": list(held.head_units),
+                    "mlp_units": list(held.mlp_units),
+                    "vocab_units": list(held.vocab_units),
+                }
+            ]
+    return []

@@ -1,0 +1,371 @@
+"""The command line: instant help, exit codes, and that no mistake ends in a traceback."""
+
+from __future__ import annotations
+
+import io
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from p2pinfer import __version__
+from p2pinfer.cli import main, node, root
+from p2pinfer.cli.status_view import runs, status_view
+from p2pinfer.client import Event
+from p2pinfer.errors import ClusterError, InvalidRequestError, ModelError, UsageError
+from p2pinfer.types import SamplingParams
+from p2pinfer.wire.messages import Accepted, Chunk, Finished
+
+HEAVY = ("torch", "numpy", "zmq", "transformers", "tokenizers", "rich", "structlog")
+
+
+def verbs(command: click.Command = root, words: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every group and command by its words."""
+    yield words
+    if isinstance(command, click.Group):
+        for name, child in command.commands.items():
+            yield from verbs(child, (*words, name))
+
+
+@pytest.mark.parametrize("words", [*verbs()], ids=" ".join)
+def test_help_is_instant(words: tuple[str, ...]) -> None:
+    """The help of no verb imports torch, numpy, ZeroMQ or anything else that is slow."""
+    program = (
+        "import sys; from p2pinfer.cli import main; code = main(sys.argv[1:]);"
+        f"print('imported:', *(name for name in {HEAVY} if name in sys.modules)); sys.exit(code)"
+    )
+    command = [sys.executable, "-c", program, *words, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"Usage: {' '.join(('p2pinfer', *words))} ")
+    assert done.stdout.endswith("imported:\n")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--version` prints the package's version."""
+    assert main(["--version"]) == 0
+    assert __version__ in capsys.readouterr().out
+
+
+def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a verb the help is shown on stderr, as a usage error."""
+    assert main([]) == 2
+    assert "Usage: p2pinfer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["dance"], "No such command 'dance'"),
+        (["node", "start", "--no-such"], "No such option"),
+        (["node", "start", "--threads", "many"], "'many' is not a valid integer"),
+        (["node", "start", "--quant", "int4"], "not available in this version"),
+        (["node", "start", "--layout", "9x9"], "--layout 9x9"),
+        (["node", "start", "--join", "udp://x"], "only tcp:// is spoken"),
+        (["node", "start", "--config", "/nonexistent.toml"], "/nonexistent.toml"),
+        (["cluster", "start"], "Missing option '--nodes'"),
+        (["cluster", "start", "--nodes", "17"], "17 is not in the range"),
+        (["submit", "prompt"], "give either TEXT"),
+        (["submit", "prompt", "hi", "--token-ids", "1"], "give either TEXT"),
+        (["submit", "prompt", "--token-ids", "1,x"], "write whole numbers"),
+        (["submit", "prompt", "--token-ids", "1,-2"], "write whole numbers"),
+        (["submit", "prompt", "hi", "--max-tokens", "0"], "max-tokens"),
+        (["model", "inspect", "/nonexistent"], "/nonexistent"),
+        (["model", "make", "--shape", "giant", "/nonexistent/x"], "giant"),
+        (["doctor", "--listen", "h:99999"], "the port must be"),
+    ],
+)
+def test_usage_errors(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A wrong command line exits with 2 and one line on stderr that says what is wrong."""
+    assert main(arguments) == 2
+    seen = capsys.readouterr()
+    assert seen.out == ""
+    assert seen.err.startswith("error: ") and message in seen.err
+    assert len(seen.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--temperature", "-1"], "temperature"),
+        (["--top-p", "0"], "top_p"),
+        (["--top-k", "9999"], "top_k"),
+        (["--repetition-penalty", "nan"], "repetition_penalty"),
+    ],
+)
+def test_impossible_sampling_values(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sampling values that no sampler could obey are refused before a node is asked."""
+    assert main(["submit", "prompt", "hi", "--to", "127.0.0.1:1", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "message"),
+    [
+        (UsageError("flag"), 2, "error: flag\n"),
+        (ModelError("folder"), 2, "error: folder\n"),
+        (ClusterError("node_lost", "lost", retryable=True), 1, "error: lost\n"),
+        (InvalidRequestError("empty"), 1, "error: empty\n"),
+        (KeyboardInterrupt(), 130, "\n"),
+    ],
+)
+def test_exit_codes(
+    raised: BaseException,
+    code: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Whatever a verb raises on purpose becomes an exit code and a line, never a traceback."""
+
+    def verb(**_: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr(node.start, "callback", verb)
+    assert main(["node", "start"]) == code
+    assert capsys.readouterr().err == message
+
+
+def test_a_verbs_own_exit_code_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number that a verb returns is the exit code."""
+    monkeypatch.setattr(node.start, "callback", lambda **_: 1)
+    assert main(["node", "start"]) == 1
+
+
+def test_a_closed_pipe_is_no_traceback() -> None:
+    """When the reader of stdout goes away the program ends without a word."""
+    command = [sys.executable, "-m", "p2pinfer", "model", "inspect", "demo"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(30) == 1
+
+
+def test_model_make_and_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`model make` writes a model that `model inspect` reads, as text and as JSON."""
+    folder = tmp_path / "made"
+    assert main(["model", "make", "--shape", "tiny", str(folder)]) == 0
+    assert "tiny" in capsys.readouterr().err
+    assert main(["model", "inspect", str(folder), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert main(["model", "inspect", str(folder)]) == 0
+    assert facts["model_id"] in capsys.readouterr().out
+
+
+def test_doctor_reports_taken_ports(capsys: pytest.CaptureFixture[str]) -> None:
+    """`doctor` exits with 1 when another program holds one of the ports."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen(1)
+        port = min(other.getsockname()[1], 65533)
+        assert main(["doctor", "--listen", f"127.0.0.1:{port}", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    levels = {row["check"]: row["level"] for row in report["checks"]}
+    assert not report["ok"] and levels["ports"] == "fail"
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [([], "-"), ([3], "3"), ([0, 1, 2], "0-2"), ([5, 0, 1, 7, 8], "0-1,5,7-8")],
+)
+def test_runs_of_numbers(numbers: list[int], text: str) -> None:
+    """Unit numbers are shown as ranges."""
+    assert runs(numbers) == text
+
+
+def member(name: str, **others: Any) -> dict[str, Any]:
+    """A member as `status --json` lists it."""
+    owned = [
+        {"span": [0, 4], "head_units": [0, 1], "mlp_units": [0], "vocab_units": []},
+        {"span": [4, 8], "head_units": [2], "mlp_units": [3], "vocab_units": [0, 1]},
+    ]
+    return {
+        "name": name,
+        "state": "alive",
+        "address": "tcp://127.0.0.1:7720",
+        "owned": owned,
+        "rtt_ms": 0.25,
+        "tokens_per_s": 12.0,
+        "kv": {"used_bytes": 1 << 20, "limit_bytes": 1 << 30},
+        **others,
+    }
+
+
+def rendered(status: dict[str, Any]) -> str:
+    """The status view as plain text of 140 columns."""
+    from rich.console import Console
+
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(status_view(status))
+    return console.export_text()
+
+
+def test_status_view_shows_who_holds_what() -> None:
+    """The status table has a line per member with state, layers, units and figures."""
+    members = [member("a"), member("b", state="dead", owned=[], rtt_ms=None, kv={})]
+    text = rendered(
+        {"model": {"name": "m"}, "leader": "a", "epoch": 3, "ready": True, "members": members}
+    )
+    head, _, first, second = text.splitlines()
+    assert head.split() == ["m", "leader", "a", "epoch", "3", "ready"]
+    assert [*first.split()] == [
+        *("a", "alive", "127.0.0.1:7720", "0-3", "|", "4-7", "0-1", "|", "2"),
+        *("0", "|", "3", "0.2", "12.0", "1/1024"),
+    ]
+    assert second.split() == ["b", "dead", "127.0.0.1:7720", "-", "-", "-", "-", "12.0", "0/0"]
+
+
+def test_status_view_says_what_is_waited_for() -> None:
+    """A cluster that is not ready says why."""
+    text = rendered({"model": None, "leader": None, "waiting": "1 of 3 nodes", "members": []})
+    assert "no model" in text and "not ready: 1 of 3 nodes" in text
+
+
+class FakeClient:
+    """Stands in for `p2pinfer.client.Client`: replies as told, and remembers what it was asked."""
+
+    def __init__(self, *events: Event | ClusterError) -> None:
+        self.events = events
+        self.asked: tuple[Any, SamplingParams] | None = None
+        self.addresses: tuple[str, ...] = ()
+
+    def __call__(self, addresses: tuple[str, ...]) -> FakeClient:
+        self.addresses = addresses
+        return self
+
+    def submit(self, prompt: str | tuple[int, ...], params: SamplingParams) -> Iterator[Event]:
+        self.asked = (prompt, params)
+        for event in self.events:
+            if isinstance(event, ClusterError):
+                raise event
+            yield event
+
+    def submit_json_object(
+        self, prompt: Any, params: SamplingParams, on_event: Callable[[Event], None]
+    ) -> dict[str, Any]:
+        try:
+            for event in self.submit(prompt, params):
+                on_event(event)
+        except ClusterError as error:
+            return {"error": {"code": error.code, "message": error.message}}
+        return {"error": None, "text": "whole"}
+
+    def status(self) -> dict[str, Any]:
+        members = [member("a")]
+        return {"model": {"name": "m"}, "leader": "a", "ready": True, "members": members}
+
+
+REPLY: tuple[Event, ...] = (
+    Accepted(request_id=1, served_by="a", prompt_ids=(1,), waiting="waiting for 1 more node"),
+    Chunk(request_id=1, start=0, tokens=(1,), text="a fox"),
+    Finished(request_id=1, reason="stop", total_tokens=2, text=" ran"),
+)
+
+
+@pytest.fixture
+def ask(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeClient]:
+    """A function that runs a command line against a fake client and returns that client."""
+
+    def run(*arguments: str, events: tuple[Any, ...] = REPLY, code: int = 0) -> FakeClient:
+        client = FakeClient(*events)
+        monkeypatch.setattr("p2pinfer.client.Client", client)
+        assert main(list(arguments)) == code
+        return client
+
+    return run
+
+
+@pytest.mark.parametrize("how", ["--stream", "--no-stream"])
+def test_submit_prints_the_reply(
+    how: str, ask: Callable[..., FakeClient], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The reply's text is all that stdout gets; what it waited for goes to stderr."""
+    client = ask("submit", "prompt", "hi", how, "--to", "h:1", "--to", "h:2")
+    assert capsys.readouterr() == ("a fox ran\n", "waiting for 1 more node ...\n")
+    assert client.addresses == ("h:1", "h:2")
+
+
+def test_submit_passes_all_sampling_options(ask: Callable[..., FakeClient]) -> None:
+    """Every option of `submit prompt` reaches the request."""
+    options = "--max-tokens 3 --temperature 0.5 --top-k 4 --top-p 0.9 --min-p 0.1"
+    more = "--repetition-penalty 1.1 --seed 7 --stop x --stop y --ignore-eos --token-ids 1,2"
+    client = ask("submit", "prompt", *options.split(), *more.split())
+    assert client.asked == (
+        (1, 2),
+        SamplingParams(
+            max_tokens=3,
+            temperature=0.5,
+            top_k=4,
+            top_p=0.9,
+            min_p=0.1,
+            repetition_penalty=1.1,
+            seed=7,
+            stop=("x", "y"),
+            ignore_eos=True,
+        ),
+    )
+
+
+def test_submit_without_a_seed_draws_one(ask: Callable[..., FakeClient]) -> None:
+    """Two calls without --seed have different seeds."""
+    seeds = {ask("submit", "prompt", "hi").asked[1].seed for _ in range(2)}  # type: ignore[index]
+    assert len(seeds) == 2
+
+
+def test_submit_reads_standard_input(
+    ask: Callable[..., FakeClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt of `-` is read from standard input, as it is."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("two\nlines\n"))
+    client = ask("submit", "prompt", "-")
+    assert client.asked is not None and client.asked[0] == "two\nlines\n"
+
+
+def test_a_broken_reply_is_an_error(
+    ask: Callable[..., FakeClient], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A reply that breaks off keeps what came, and ends in an error with exit code 1."""
+    lost = ClusterError("node_lost", "node b died", retryable=True)
+    ask("submit", "prompt", "hi", events=(*REPLY[:2], lost), code=1)
+    seen = capsys.readouterr()
+    assert seen.out == "a fox\n" and seen.err.endswith("error: node b died\n")
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_submit_json_is_one_object(
+    broken: bool, ask: Callable[..., FakeClient], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--json` prints one object, for a failed request too, and the exit code tells them apart."""
+    lost = ClusterError("node_lost", "node b died", retryable=True)
+    ask("submit", "prompt", "hi", "--json", events=(lost,) if broken else REPLY, code=int(broken))
+    reply = json.loads(capsys.readouterr().out)
+    assert bool(reply["error"]) == broken
+
+
+def test_status_prints_a_table_or_the_object(
+    ask: Callable[..., FakeClient], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`status` shows the members; `--json` prints what the node said, unchanged."""
+    client = ask("status")
+    assert "leader a" in capsys.readouterr().out
+    ask("status", "--json")
+    assert json.loads(capsys.readouterr().out) == client.status()
+
+
+def test_tables_are_plain_in_a_pipe(
+    ask: Callable[..., FakeClient], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Outside a terminal the status table is plain text without colours."""
+    ask("status")
+    assert "\x1b" not in capsys.readouterr().out
