@@ -257,7 +257,6 @@ class Daemon:
             self._wait(poller, watchdog)
             if self._signals.asked and not asked:
                 asked = True
-                notify.notify(notify.STOPPING)
                 self._log.info("stopping")
                 self._feed(ShutdownAsked())
             self._read()

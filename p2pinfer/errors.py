@@ -56,14 +56,14 @@ ERROR_CODES: dict[str, bool] = {
     "leaving": True,
     "cancelled": False,
     "log_conflict": False,
-    "internal": False,
+    "internal": True,
     "wrong_version": False,
     "wrong_model": False,
     "wrong_settings": False,
     "wrong_cluster": False,
     "identity_taken": False,
     "name_taken": False,
-    "cluster_full": False,
+    "cluster_full": True,
     "not_a_member": True,
 }
 """Every error code of `proto_spec.md`, and whether the same call may succeed later."""

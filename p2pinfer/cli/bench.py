@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from p2pinfer.cli.interrupt import sigterm_is_ctrl_c
 from p2pinfer.cli.options import json_option
 
 
@@ -21,11 +22,36 @@ def bench() -> None:
 @click.option("--layout", default="auto", show_default=True, metavar="auto|heads|layers|SxH")
 @click.option("--dtype", default="auto", show_default=True, metavar="NAME", help="Number format.")
 @click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True)
-@click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--max-tokens", type=click.IntRange(2), default=64, show_default=True)
+@click.option("--runs", type=click.IntRange(1), default=5, show_default=True, help="Of each kind.")
+@click.option(
+    "--concurrent",
+    type=click.IntRange(0, 64),
+    default=8,
+    show_default=True,
+    metavar="N",
+    help="Requests at once, measured too; 0 leaves that out.",
+)
+@click.option("--base-port", type=click.IntRange(1, 65000), default=7820, show_default=True)
+@click.option("--reference/--no-reference", default=True, help="Measure transformers beside it.")
 @click.option("--report", type=click.Path(path_type=Path), metavar="DIR", help="Markdown and plot.")
 @json_option
-def decode(report: Path | None, as_json: bool, **options: object) -> int:
-    """Time to first token, prefill and decode speed, beside the unsplit model by transformers."""
-    from p2pinfer.bench.decode import run
+def decode(report: Path | None, as_json: bool, **options: object) -> None:
+    """Time to first token, prefill and decode speed, beside the unsplit model by transformers.
 
-    return run(report=report, as_json=as_json, **options)
+    N nodes of one cluster run on this machine with --threads threads each, pinned. The model of
+    the shape is made with random weights once and kept.
+    """
+    import json
+
+    from p2pinfer.bench.decode import Settings, measure
+    from p2pinfer.bench.report import summary_lines, write_report
+
+    def tell(line: str) -> None:
+        click.echo(line, err=True)
+
+    with sigterm_is_ctrl_c():
+        result = measure(Settings(**options), tell)  # type: ignore[arg-type]
+    if report is not None:
+        tell(f"report: {write_report(result, report)}")
+    click.echo(json.dumps(result) if as_json else "\n".join(summary_lines(result)))

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from p2pinfer.cli.interrupt import sigterm_is_ctrl_c
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -33,6 +35,7 @@ def demo() -> None:
     console = Console(highlight=False)
     console.print(f"Starting {NODES} nodes on this machine; together they hold one small Llama.")
     with ExitStack() as stack:
+        stack.enter_context(sigterm_is_ctrl_c())
         with console.status("starting ...") as progress:
             cluster = LocalCluster(
                 NODES,

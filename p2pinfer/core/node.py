@@ -162,6 +162,7 @@ class Node:
             model=self._config.model,
             membership=self._near.table,
             own=self._near.heartbeat(self._holder.obeyed, self._stats, now),
+            stats=self._stats,
         )
 
     # --- inputs -----------------------------------------------------------------------------------

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
+from p2pinfer.core.events import WorkerStats
 from p2pinfer.core.membership import Membership, Peer
 from p2pinfer.core.planner import holding
 from p2pinfer.core.units import unit_count
@@ -24,11 +27,13 @@ def make_status(
     model: ModelSpec | None,
     membership: Membership,
     own: Heartbeat,
+    stats: WorkerStats,
 ) -> Json:
     """The status object; `plan` is the one in force here, `own` this node's present heartbeat.
 
     Fields: as the README lists them; `rtt_ms` is null where none was measured, `waiting` is null
     when the cluster is ready. Members that are gone are listed with their state, and own nothing.
+    `counters` are those of the answering node's worker, since it started.
     """
     peers: list[tuple[Member, Peer | None]] = [(membership.me, None)]
     peers += [(peer.member, peer) for peer in membership.everybody()]
@@ -47,7 +52,13 @@ def make_status(
         "voters": [plan.members[index].name for index in plan.voters] if plan else [],
         "tolerates": [],
         "members": [_member(member, peer, plan, own) for member, peer in peers],
+        "counters": _counters(stats),
     }
+
+
+def _counters(stats: WorkerStats) -> Json:
+    fields: Json = msgspec.structs.asdict(stats)
+    return fields | {"hears_steps": list(stats.hears_steps)}
 
 
 def _model(model: ModelSpec) -> Json:

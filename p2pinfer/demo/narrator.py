@@ -53,7 +53,7 @@ class Story:
         self._set_scene()
 
     def _character(self, other: Character | None) -> Character:
-        """Draw a character; a friend differs from the hero in name, in kind and mostly in gender."""
+        """Draw a character; a friend differs from the hero in name, kind and gender."""
         female = self.rng.random() < 0.5
         if other is not None:
             female = not other.female

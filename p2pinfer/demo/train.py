@@ -304,7 +304,7 @@ def save(model: Llama, tokenizer: Tokenizer, out: Path) -> None:
         "model_type": "llama",
         **vars(shape),
         "hidden_act": "silu",
-        "initializer_range": 0.02,
+        "initializer_range": shape.hidden_size**-0.5,
         "attention_bias": False,
         "attention_dropout": 0.0,
         "mlp_bias": False,

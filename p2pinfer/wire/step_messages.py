@@ -37,7 +37,7 @@ class Slot(Struct, frozen=True, kw_only=True):
     """A request's run of positions `[start, start + len(tokens))` in one step.
 
     `capacity` (positions to reserve) and `params` come with the first slot of a request in a
-    fence; `drops` KV beyond `start`. `sample` asks for candidates after the last position.
+    fence. KV from `start` on is void before. `sample` asks for candidates after the last position.
     """
 
     request_id: U63
@@ -79,7 +79,7 @@ class Candidates(DataFrame, frozen=True, kw_only=True):
     """Best candidates of some vocab units for every sampling slot, in the order of the step.
 
     `ids` and `logits` are [slots, units, k] (unused places: id -1), `lse` is [slots, units]: the
-    log-sum-exp of the unit's logits after penalty and temperature.
+    log-sum-exp of the unit's logits. What they are for each kind of draw: `proto_spec.md`, 9.3.
     """
 
     units: Annotated[tuple[Unit, ...], Meta(min_length=1, max_length=MAX_UNITS)]

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec import inspect
 
@@ -212,6 +212,7 @@ def messages(kind: type) -> st.SearchStrategy[m.Message]:
 def test_what_is_encoded_is_decoded(kind: type) -> None:
     """`decode(encode(message))` is the message, and both decoders give the same values."""
 
+    @settings(max_examples=max(20, settings.default.max_examples // 3))
     @given(messages(kind))
     def check(message: m.Message) -> None:
         frame = encode(message)

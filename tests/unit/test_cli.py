@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 
 from p2pinfer import __version__
 from p2pinfer.cli import main, node, root
+from p2pinfer.cli.interrupt import sigterm_is_ctrl_c
 from p2pinfer.cli.status_view import runs, status_view
 from p2pinfer.client import Event
 from p2pinfer.errors import ClusterError, InvalidRequestError, ModelError, UsageError
@@ -369,3 +371,11 @@ def test_tables_are_plain_in_a_pipe(
     """Outside a terminal the status table is plain text without colours."""
     ask("status")
     assert "\x1b" not in capsys.readouterr().out
+
+
+def test_sigterm_is_ctrl_c_only_inside_the_block() -> None:
+    """SIGTERM raises KeyboardInterrupt while the block runs, and is then as before."""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), sigterm_is_ctrl_c():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before

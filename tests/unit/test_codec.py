@@ -11,15 +11,13 @@ import pytest
 
 from p2pinfer.errors import LocalProtocolError, RemoteProtocolError
 from p2pinfer.limits import MAX_CONTROL_BYTES, MAX_TEXT_CHARS
-from p2pinfer.types import Fence, SamplingParams
+from p2pinfer.types import SamplingParams
 from p2pinfer.wire import codec
 from p2pinfer.wire.codec import HEADER, MAGIC, decode, encode, max_frame_bytes
 from p2pinfer.wire.messages import (
     BY_KIND,
     MESSAGES,
-    Ack,
     Candidates,
-    CoverageRun,
     Credit,
     Failed,
     Heartbeat,
@@ -168,16 +166,6 @@ LIMITED: list[tuple[str, Callable[[], Any], str]] = [
         "both text and prompt_ids",
     ),
     ("an infinity", lambda: replace(EXAMPLES["ended"], ttft_s=float("inf")), "float"),
-    (
-        "more than a frame holds",
-        lambda: Ack(
-            fence=Fence(1, 1),
-            node_id="0" * 16,
-            coverage=(CoverageRun(request_id=1, stage=0, units=(4095,) * 4096, positions=1),)
-            * 1024,
-        ),
-        "ACK cannot be sent: .* above 8388608",
-    ),
     ("a term", lambda: replace(EXAMPLES["hidden"], step=1 << 63), "Hidden cannot be sent"),
     ("a sender", lambda: replace(EXAMPLES["hidden"], sender=16), "sender is 16"),
     ("a layer", lambda: replace(EXAMPLES["partial"], layer=1 << 16), "Partial cannot be sent"),
@@ -216,10 +204,13 @@ def test_encode_refuses_what_a_peer_would_drop(build: Callable[[], Any], complai
 
 
 def test_encode_refuses_a_frame_above_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A data frame above the limit of its plane is not sent."""
+    """A frame above the limit of its body and plane is not sent."""
     monkeypatch.setitem(codec._DATA_LIMITS, Plane.STEPS, 100)
+    monkeypatch.setattr(codec, "MAX_CONTROL_BYTES", 50)
     with pytest.raises(LocalProtocolError, match="PARTIAL cannot be sent: 200 bytes are above 100"):
         encode(EXAMPLES["partial"])
+    with pytest.raises(LocalProtocolError, match=r"STEP cannot be sent: .* bytes are above 50"):
+        encode(EXAMPLES["step"])
 
 
 @pytest.mark.parametrize(

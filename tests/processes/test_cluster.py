@@ -1,0 +1,540 @@
+"""Whole nodes as real processes on the loopback: serving, losing nodes, leaving, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import zmq
+
+from p2pinfer.client import Client, new_request_id
+from p2pinfer.cluster import LocalCluster, LocalNode, free_base_port
+from p2pinfer.demo import MODEL_DIR
+from p2pinfer.errors import ClusterError, UsageError
+from p2pinfer.limits import MAX_CONTROL_BYTES
+from p2pinfer.types import Member, SamplingParams
+from p2pinfer.wire.codec import decode, encode
+from p2pinfer.wire.messages import Accepted, Chunk, Finished, Hello, Refused
+
+PROMPT = "Once upon a time"
+DEADLINE_S = 60.0
+LONG = SamplingParams(max_tokens=1500, ignore_eos=True)
+"""A reply of several seconds, to lose nodes in."""
+
+
+def until(holds: Callable[[], object], within: float = DEADLINE_S) -> float:
+    """Wait for a condition; returns the seconds it took."""
+    began = time.monotonic()
+    while not holds():
+        assert time.monotonic() - began < within, "it did not come about in time"
+        select.select((), (), (), 0.02)
+    return time.monotonic() - began
+
+
+def facts(node: LocalNode, event: str, **fields: object) -> list[dict[str, Any]]:
+    """The log lines of a node that tell of this event, with these fields."""
+    found = []
+    for line in node.log.read_text().splitlines():
+        if line.startswith("{"):
+            fact = json.loads(line)
+            if fact["event"] == event and fields.items() <= fact.items():
+                found.append(fact)
+    return found
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """A process and all its descendants."""
+    process = psutil.Process(pid)
+    return [process, *process.children(recursive=True)]
+
+
+def all_gone(processes: list[psutil.Process]) -> bool:
+    """Whether none of them runs (one that ended and waits to be reaped does not)."""
+    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
+
+
+def start_cli(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """Start `p2pinfer` with pipes for its output."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "p2pinfer", *arguments],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Exit code and output of a command that ends by itself."""
+    out, err = process.communicate(timeout=DEADLINE_S)
+    return process.returncode, out, err
+
+
+def node_flags(folder: Path, port: int, name: str = "lone") -> list[str]:
+    """`node start` on the loopback with its own state folder."""
+    return [
+        "node",
+        "start",
+        "--listen",
+        f"127.0.0.1:{port}",
+        "--name",
+        name,
+        "--threads",
+        "1",
+        "--state-dir",
+        str(folder / name),
+    ]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    """Two nodes that several tests ask; each leaves them as they were."""
+    folder = tmp_path_factory.mktemp("pair")
+    with LocalCluster(2, threads=1, base_port=free_base_port(2), folder=folder) as cluster:
+        yield cluster
+
+
+# --- serving --------------------------------------------------------------------------------------
+
+
+def test_any_node_takes_a_prompt_and_all_give_the_same_reply(pair: LocalCluster) -> None:
+    """Through the leader and through a follower, the reply is the same, text and tokens."""
+    params = SamplingParams(max_tokens=24)
+    replies = [Client([node.address]).submit_json_object(PROMPT, params) for node in pair.nodes]
+    assert [reply["served_by"] for reply in replies] == ["node1", "node2"]
+    first, second = replies
+    assert first["error"] is None
+    assert first["finish_reason"] in ("stop", "length")
+    assert first["text"]
+    assert 0 < len(first["token_ids"]) <= 24
+    for key in ("text", "token_ids", "prompt_token_ids", "finish_reason"):
+        assert first[key] == second[key]
+    assert first["ttft_s"] > 0
+    assert first["tokens_per_s"] > 0
+
+
+def test_status_names_the_members_and_what_they_own(pair: LocalCluster) -> None:
+    """Both nodes tell of a ready cluster whose units are all owned once."""
+    for index in range(2):
+        status = pair.status(index)
+        assert status["ready"]
+        assert status["leader"] == "node1"
+        assert [member["name"] for member in status["members"]] == ["node1", "node2"]
+        heads = [unit for member in status["members"] for unit in member["head_units"]]
+        assert sorted(heads) == list(range(status["model"]["num_units"]["head"]))
+
+
+def test_twenty_clients_at_once_get_what_each_would_get_alone(pair: LocalCluster) -> None:
+    """Requests served together, through different nodes, equal the same requests alone."""
+    params = SamplingParams(max_tokens=12, temperature=0.8, seed=11)
+    prompts = [f"{PROMPT}, {number} little foxes" for number in range(20)]
+
+    def ask(number: int) -> list[int]:
+        node = pair.nodes[number % 2]
+        reply = Client([node.address]).submit_json_object(prompts[number], params)
+        assert reply["error"] is None, reply
+        ids: list[int] = reply["token_ids"]
+        return ids
+
+    with ThreadPoolExecutor(max_workers=20) as clients:
+        together = list(clients.map(ask, range(20)))
+    assert together == [ask(number) for number in range(20)]
+
+
+def test_a_stop_string_ends_the_reply_before_it(pair: LocalCluster) -> None:
+    """The text is what comes before the stop string, and the reason is stop."""
+    client = Client([pair.nodes[1].address])
+    params = SamplingParams(max_tokens=40)
+    whole = client.submit_json_object(PROMPT, params)["text"]
+    word = whole.split()[6]
+    stopped = client.submit_json_object(PROMPT, SamplingParams(max_tokens=40, stop=(word,)))
+    assert stopped["text"] == whole[: whole.index(word)]
+    assert stopped["finish_reason"] == "stop"
+
+
+def test_token_ids_are_a_prompt_too(pair: LocalCluster) -> None:
+    """The ids that a text becomes give the same reply as the text."""
+    client = Client([pair.nodes[0].address])
+    params = SamplingParams(max_tokens=8)
+    by_text = client.submit_json_object(PROMPT, params)
+    by_ids = client.submit_json_object(by_text["prompt_token_ids"], params)
+    assert by_ids["token_ids"] == by_text["token_ids"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "code"),
+    [
+        ("", "empty_prompt"),
+        ("fox " * 3000, "prompt_too_long"),
+        ([5, 1_000_000], "invalid_request"),
+    ],
+)
+def test_an_impossible_prompt_is_refused_by_name(
+    pair: LocalCluster, prompt: str | list[int], code: str
+) -> None:
+    """Empty, longer than the context, or of unknown tokens: each has its error code."""
+    with pytest.raises(ClusterError) as error:
+        list(Client([pair.nodes[1].address]).submit(prompt, SamplingParams()))
+    assert error.value.code == code
+    assert not error.value.retryable
+
+
+def test_a_client_that_breaks_off_frees_its_slot(pair: LocalCluster) -> None:
+    """Ending the iteration cancels the request on the leader."""
+    request_id = new_request_id()
+    events = Client([pair.nodes[1].address]).submit(PROMPT, LONG, request_id=request_id)
+    assert isinstance(next(events), Accepted)
+    assert isinstance(next(events), Chunk)
+    events.close()  # type: ignore[attr-defined]
+    label = format(request_id, "016x")
+    until(lambda: facts(pair.nodes[1], "request_finished", request_id=label, reason="cancelled"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_client_that_ends_early_frees_its_slot(
+    pair: LocalCluster, number: signal.Signals
+) -> None:
+    """Killed or by Ctrl-C, its request is cancelled: the one is found out, the other says so."""
+    before = len(facts(pair.nodes[1], "request_finished", reason="cancelled"))
+    flags = ("--max-tokens", "1500", "--ignore-eos", "--to", pair.nodes[1].address)
+    with start_cli("submit", "prompt", PROMPT, *flags) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1)
+        process.send_signal(number)
+        assert finish(process)[0] == (130 if number is signal.SIGINT else -signal.SIGKILL)
+    until(lambda: len(facts(pair.nodes[1], "request_finished", reason="cancelled")) > before)
+
+
+def test_another_client_may_cancel_by_the_request_id(pair: LocalCluster) -> None:
+    """Who knows the id cancels; the one who waits is told."""
+    request_id = new_request_id()
+    client = Client([pair.nodes[1].address])
+    events = client.submit(PROMPT, LONG, request_id=request_id)
+    assert isinstance(next(events), Accepted)
+    client.cancel(request_id)
+    with pytest.raises(ClusterError) as error:
+        list(events)
+    assert error.value.code == "cancelled"
+
+
+def test_nodes_live_on_after_bytes_that_are_no_message(pair: LocalCluster) -> None:
+    """Random bytes, an oversize frame and a forged length are dropped, counted and told."""
+    node = pair.nodes[1]
+    port = int(node.address.rsplit(":", 1)[1])
+    context = zmq.Context()
+    for target in (port, port + 1, port + 2):
+        with socket.create_connection(("127.0.0.1", target)) as stranger:
+            stranger.sendall(os.urandom(4096))
+        with context.socket(zmq.DEALER) as hostile:
+            hostile.setsockopt(zmq.LINGER, 1000)
+            hostile.connect(f"tcp://127.0.0.1:{target}")
+            hostile.send(os.urandom(64))
+            hostile.send(b"P2PI\x01\x00\x20\x00\xff\xff\xff\x7f\x00\x00\x00\x00" + bytes(64))
+            hostile.send(bytes(MAX_CONTROL_BYTES + 1))
+    context.term()
+    until(lambda: facts(node, "frame_undecodable"))
+    reply = Client([node.address]).submit_json_object(PROMPT, SamplingParams(max_tokens=4))
+    assert reply["error"] is None
+
+
+def test_the_control_process_holds_no_tensors(pair: LocalCluster) -> None:
+    """It never imports torch, so it stays small; the worker is its only child."""
+    process, *children = family(pair.nodes[1].pid)
+    assert not any("libtorch" in region.path for region in process.memory_maps())
+    assert process.memory_info().rss < 200 << 20
+    assert len(children) == 1
+
+
+# --- joining --------------------------------------------------------------------------------------
+
+
+def test_a_node_with_another_model_is_refused_on_both_sides(
+    pair: LocalCluster, tmp_path: Path
+) -> None:
+    """The joiner exits with the reason, the member logs it; the cluster serves on."""
+    other = tmp_path / "other"
+    shutil.copytree(MODEL_DIR, other)
+    (other / "generation_config.json").write_text('{"eos_token_id": 3}')
+    joiner = start_cli(
+        *node_flags(tmp_path, free_base_port(1)),
+        *("--model", str(other), "--join", pair.nodes[1].address),
+    )
+    code, _, err = finish(joiner)
+    assert code == 1
+    assert "this cluster serves model demo" in err.splitlines()[-1]
+    assert '"by_us": false' in err
+    assert facts(pair.nodes[1], "peer_refused", code="wrong_model", by_us=True)
+
+
+def test_a_node_with_another_number_format_is_refused(pair: LocalCluster, tmp_path: Path) -> None:
+    """The message names both formats."""
+    joiner = start_cli(
+        *node_flags(tmp_path, free_base_port(1)),
+        *("--dtype", "bfloat16", "--join", pair.nodes[0].address),
+    )
+    code, _, err = finish(joiner)
+    assert code == 1
+    assert "as float32" in err.splitlines()[-1]
+    assert "bfloat16" in err.splitlines()[-1]
+
+
+def test_a_peer_of_another_protocol_version_is_refused(pair: LocalCluster) -> None:
+    """The answer names the versions of both sides; the member logs the refusal."""
+    stranger = Member(
+        node_id="f" * 16, boot_id="e" * 16, name="stranger", address="tcp://127.0.0.1:9"
+    )
+    hello = Hello(versions=(9,), member=stranger, model_id="", dtype="", quant="")
+    context = zmq.Context()
+    with context.socket(zmq.DEALER) as dealer:
+        dealer.setsockopt(zmq.LINGER, 0)
+        dealer.connect(pair.nodes[0].address)
+        dealer.send(encode(hello))
+        assert dealer.poll(int(DEADLINE_S * 1000))
+        refused = decode(dealer.recv())
+    context.term()
+    assert isinstance(refused, Refused)
+    assert (refused.code, refused.retryable) == ("wrong_version", False)
+    assert "protocol version 1, stranger 9" in refused.message
+    until(lambda: facts(pair.nodes[0], "peer_refused", code="wrong_version", by_us=True))
+
+
+def test_a_megabyte_of_text_does_not_hold_up_heartbeats(pair: LocalCluster) -> None:
+    """It is tokenised beside the loop; no peer is suspected meanwhile."""
+    before = [len(facts(node, "peer_dead")) for node in pair.nodes]
+    with pytest.raises(ClusterError, match="tokens") as error:
+        list(Client([pair.nodes[1].address]).submit("fox " * 250_000, SamplingParams()))
+    assert error.value.code == "prompt_too_long"
+    assert [len(facts(node, "peer_dead")) for node in pair.nodes] == before
+    assert pair.status(0)["ready"]
+
+
+def test_a_name_belongs_to_one_node(pair: LocalCluster, tmp_path: Path) -> None:
+    """A second node1 is told to take another name."""
+    flags = node_flags(tmp_path, free_base_port(1), "node1")
+    code, _, err = finish(start_cli(*flags, "--join", pair.nodes[1].address))
+    assert code == 1
+    assert "--name" in err.splitlines()[-1]
+
+
+def test_joining_nobody_is_given_up(tmp_path: Path) -> None:
+    """After --join-timeout the node ends with the address and what to do."""
+    flags = node_flags(tmp_path, free_base_port(1))
+    nobody = f"127.0.0.1:{free_base_port(1)}"
+    code, _, err = finish(start_cli(*flags, "--join", nobody, "--join-timeout", "0.5"))
+    assert code == 1
+    assert f"error: no node answered at tcp://{nobody}" in err.splitlines()[-1]
+
+
+def test_a_request_before_the_cluster_is_ready_waits_and_is_served(tmp_path: Path) -> None:
+    """It is told what it waits for, and goes on when the second node is there."""
+    cluster = LocalCluster(2, threads=1, base_port=free_base_port(2), folder=tmp_path)
+    try:
+        cluster.nodes.append(cluster.start_node(0))
+        client = Client([cluster.nodes[0].address])
+        until(lambda: answers(client))
+        events = client.submit(PROMPT, SamplingParams(max_tokens=4))
+        accepted = next(events)
+        assert isinstance(accepted, Accepted)
+        assert accepted.waiting
+        cluster.nodes.append(cluster.start_node(1))
+        assert isinstance(list(events)[-1], Finished)
+    finally:
+        cluster.stop()
+
+
+def answers(client: Client) -> bool:
+    """Whether a node answers there."""
+    try:
+        client.status()
+    except ClusterError:
+        return False
+    return True
+
+
+# --- losing nodes ---------------------------------------------------------------------------------
+
+
+def lose(cluster: LocalCluster, lost: LocalNode, by: LocalNode) -> tuple[ClusterError, float]:
+    """Kill a node in the middle of a reply; returns the reply's error and how long it took."""
+    events = Client([by.address]).submit(PROMPT, LONG)
+    while not isinstance(next(events), Chunk):
+        pass
+    os.kill(lost.pid, signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(ClusterError) as error:
+        list(events)
+    return error.value, time.monotonic() - began
+
+
+def test_a_reply_ends_in_an_error_when_a_follower_dies_and_the_rest_serves_on(
+    tmp_path: Path,
+) -> None:
+    """Within two seconds the client knows; the next request is served by those who remain."""
+    with LocalCluster(
+        3, threads=1, base_port=free_base_port(3), options={"min_nodes": 2}, folder=tmp_path
+    ) as cluster:
+        family_of_lost = family(cluster.nodes[2].pid)
+        error, took = lose(cluster, cluster.nodes[2], by=cluster.nodes[1])
+        assert (error.code, error.retryable) == ("node_lost", True)
+        assert "node3" in error.message
+        assert took < 2.0
+        until(lambda: all_gone(family_of_lost))
+        reply = Client([cluster.nodes[1].address]).submit_json_object(
+            PROMPT, SamplingParams(max_tokens=8)
+        )
+        assert reply["error"] is None, reply
+        states = {m["name"]: m["state"] for m in cluster.status()["members"]}
+        assert states["node3"] == "dead"
+
+
+def test_a_reply_ends_in_an_error_when_the_leader_or_the_serving_node_dies(
+    tmp_path: Path,
+) -> None:
+    """Within two seconds: by the serving node if the leader dies, by the client if its own does."""
+    with LocalCluster(2, threads=1, base_port=free_base_port(2), folder=tmp_path) as cluster:
+        error, took = lose(cluster, cluster.nodes[0], by=cluster.nodes[1])
+        assert (error.code, error.retryable) == ("leader_lost", True)
+        assert took < 2.0
+        # The leader's place is taken by a new process: a new cluster, which the other joins.
+        cluster.nodes[0].process.wait()
+        cluster.nodes[0] = cluster.start_node(0)
+        until(lambda: answers(Client([cluster.nodes[0].address])))
+        until(lambda: cluster.status()["ready"])
+        error, took = lose(cluster, cluster.nodes[1], by=cluster.nodes[1])
+        assert (error.code, error.retryable) == ("node_lost", True)
+        assert took < 2.0
+
+
+def test_a_node_whose_worker_is_killed_ends_and_says_so(tmp_path: Path) -> None:
+    """A daemon does not outlive its worker: exit code 1 and the signal in its last line."""
+    with LocalCluster(1, threads=1, base_port=free_base_port(1), folder=tmp_path) as cluster:
+        node = cluster.nodes[0]
+        _, worker = family(node.pid)
+        worker.kill()
+        assert node.process.wait(DEADLINE_S) == 1
+        assert "SIGKILL" in node.last_error
+
+
+# --- leaving --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_signal_ends_a_node_cleanly(tmp_path: Path, number: signal.Signals) -> None:
+    """Exit code 0 within seconds, systemd is told, no process and no socket file is left."""
+    port = free_base_port(1)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(DEADLINE_S)
+        node = start_cli(*node_flags(tmp_path, port), NOTIFY_SOCKET=str(tmp_path / "notify"))
+        assert manager.recv(64) == b"READY=1"
+        processes = family(node.pid)
+        assert len(processes) == 2
+        began = time.monotonic()
+        node.send_signal(number)
+        code, _, err = finish(node)
+        assert code == 0, err
+        assert time.monotonic() - began < 5
+        assert manager.recv(64) == b"STOPPING=1"
+    assert all_gone(processes)
+    assert [path.name for path in (tmp_path / "lone").iterdir()] == ["node_id"]
+
+
+def test_a_stop_signal_ends_a_node_that_is_still_starting(tmp_path: Path) -> None:
+    """While its worker starts it ends just as cleanly."""
+    node = start_cli(*node_flags(tmp_path, free_base_port(1)))
+    assert node.stderr is not None
+    assert "node_started" in node.stderr.readline()
+    processes = family(node.pid)
+    node.send_signal(signal.SIGTERM)
+    assert finish(node)[0] == 0
+    assert all_gone(processes)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_cluster_start_leaves_no_process(number: signal.Signals) -> None:
+    """Ended or killed, `cluster start` takes all its nodes and their workers with it."""
+    port = free_base_port(2)
+    process = start_cli("cluster", "start", "--nodes", "2", "--base-port", str(port))
+    assert process.stdout is not None
+    ready = json.loads(process.stdout.readline())
+    assert ready["event"] == "cluster_ready"
+    assert [node["name"] for node in ready["nodes"]] == ["node1", "node2"]
+    assert [node["address"] for node in ready["nodes"]] == [
+        f"tcp://127.0.0.1:{port}",
+        f"tcp://127.0.0.1:{port + 10}",
+    ]
+    processes = family(process.pid)
+    assert {node["pid"] for node in ready["nodes"]} < {p.pid for p in processes}
+    assert len(processes) == 5
+    process.send_signal(number)
+    assert finish(process)[0] == (0 if number is signal.SIGTERM else -signal.SIGKILL)
+    until(lambda: all_gone(processes))
+
+
+# --- what cannot start ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offset", [0, 1, 2])
+def test_a_taken_port_is_named(tmp_path: Path, offset: int) -> None:
+    """Any of a node's three ports: exit code 2 and the port's number, and nothing was started."""
+    port = free_base_port(1)
+    with socket.create_server(("127.0.0.1", port + offset)):
+        code, _, err = finish(start_cli(*node_flags(tmp_path, port)))
+    assert code == 2
+    assert f"error: port {port + offset} is taken on 127.0.0.1" in err.splitlines()[-1]
+
+
+def test_a_missing_model_is_named(tmp_path: Path) -> None:
+    """Exit code 2 and the folder."""
+    flags = node_flags(tmp_path, free_base_port(1))
+    code, _, err = finish(start_cli(*flags, "--model", str(tmp_path / "none")))
+    assert code == 2
+    assert f"{tmp_path / 'none'}: no such model folder" in err.splitlines()[-1]
+
+
+def test_a_state_dir_in_use_is_named(tmp_path: Path) -> None:
+    """Two nodes of one name on one machine do not share their identity."""
+    with LocalCluster(1, threads=1, base_port=free_base_port(1), folder=tmp_path):
+        code, _, err = finish(start_cli(*node_flags(tmp_path, free_base_port(1), "node1")))
+    assert code == 2
+    assert "another node of this machine is using it" in err.splitlines()[-1]
+
+
+def test_a_local_cluster_tells_why_a_node_ended(tmp_path: Path) -> None:
+    """The error has the node's own last error line."""
+    port = free_base_port(2)
+    cluster = LocalCluster(2, threads=1, base_port=port, folder=tmp_path)
+    with (
+        socket.create_server(("127.0.0.1", port + 10)),
+        pytest.raises(
+            ClusterError, match=f"node2 ended with exit code 2: port {port + 10} is taken"
+        ),
+        cluster,
+    ):
+        pass
+    assert cluster.nodes == []
+    with pytest.raises(UsageError, match="1 to 16 nodes"):
+        LocalCluster(17)
+
+
+def test_a_client_says_that_nobody_is_there() -> None:
+    """All addresses are named, with the command that starts a node."""
+    one, two = (f"127.0.0.1:{free_base_port(1)}" for _ in range(2))
+    with pytest.raises(ClusterError, match=f"tcp://{one}, tcp://{two}.*p2pinfer node start"):
+        Client([one, two]).status()
+    reply = Client([one]).submit_json_object(PROMPT, SamplingParams())
+    assert reply["finish_reason"] == "error"
+    assert reply["error"]["code"] == "not_ready"

@@ -1,0 +1,246 @@
+"""The client against a scripted node: what it accepts as a reply, and what it calls a failure."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import zmq
+
+from p2pinfer.client import Client
+from p2pinfer.errors import ClusterError, InvalidRequestError, UsageError
+from p2pinfer.limits import MAX_CONTROL_BYTES, MAX_TEXT_CHARS
+from p2pinfer.transport import PairLimits, SocketPair
+from p2pinfer.types import Failover, SamplingParams
+from p2pinfer.wire.codec import decode, encode
+from p2pinfer.wire.messages import (
+    Accepted,
+    Cancel,
+    Chunk,
+    ControlMessage,
+    Failed,
+    Finished,
+    Message,
+    StatusReply,
+    StatusRequest,
+    Submit,
+)
+
+PARAMS = SamplingParams(max_tokens=4)
+ID = 7
+
+Answer = Callable[[ControlMessage], list[ControlMessage] | None]
+
+
+class Node:
+    """Answers each message by a script; on None it closes the connection. Keeps what it got."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.got: list[Message] = []
+        self.arrived = threading.Semaphore(0)
+        self._answer = answer
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._pair = SocketPair(self._context, limits=PairLimits(MAX_CONTROL_BYTES, 64, 64))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        self._pair.bind("127.0.0.1", port)
+        self.address = f"tcp://127.0.0.1:{port}"
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            while not self._over.is_set():
+                self._pair.router.poll(20)
+                received = self._pair.receive()
+                if received is None:
+                    continue
+                route, frame = received
+                message = decode(frame)
+                self.got.append(message)
+                self.arrived.release()
+                assert isinstance(message, ControlMessage)
+                answers = self._answer(message)
+                if answers is None:
+                    return
+                for answer in answers:
+                    self._pair.reply(route, encode(answer))
+        finally:
+            self._pair.shutdown()
+
+    def close(self) -> None:
+        """End the thread and its sockets."""
+        self._over.set()
+        self._thread.join()
+        self._context.term()
+
+
+@pytest.fixture
+def make_node() -> Iterator[Callable[[Answer], Node]]:
+    """Makes scripted nodes and ends them."""
+    nodes: list[Node] = []
+
+    def make(answer: Answer) -> Node:
+        nodes.append(Node(answer))
+        return nodes[-1]
+
+    yield make
+    for node in nodes:
+        node.close()
+
+
+MakeNode = Callable[[Answer], Node]
+
+ACCEPTED = Accepted(request_id=ID, served_by="node1", prompt_ids=(1, 2))
+FINISHED = Finished(request_id=ID, reason="length", total_tokens=3, text="!", ttft_s=0.5)
+
+
+def chunk(start: int, *tokens: int, text: str = "") -> Chunk:
+    """A part of the reply."""
+    return Chunk(request_id=ID, start=start, tokens=tokens, text=text)
+
+
+def to_submit(*answers: ControlMessage) -> Answer:
+    """A script that answers SUBMIT by these, and nothing else."""
+    return lambda message: list(answers) if isinstance(message, Submit) else []
+
+
+def test_a_reply_is_one_object(make_node: MakeNode) -> None:
+    """Text and tokens add up; keep-alives and answers to others are not part of it."""
+    lost = Failover(position=2, lost=("b",), rung="replay", detect_s=0.1, stall_s=0.2)
+    node = make_node(
+        to_submit(
+            ACCEPTED,
+            chunk(0, 10, text="a"),
+            chunk(1),
+            Chunk(request_id=ID + 1, start=5, tokens=(99,), text="not ours"),
+            Failed(request_id=ID + 1, code="internal", message="not ours"),
+            chunk(1, 11, 12, text="b"),
+            Finished(request_id=ID, reason="stop", total_tokens=3, text="c", failovers=(lost,)),
+        )
+    )
+    seen: list[object] = []
+    reply = Client([node.address]).submit_json_object(
+        "hello", PARAMS, request_id=ID, on_event=seen.append
+    )
+    assert reply == {
+        "request_id": "0000000000000007",
+        "text": "abc",
+        "token_ids": [10, 11, 12],
+        "prompt_token_ids": [1, 2],
+        "finish_reason": "stop",
+        "error": None,
+        "ttft_s": 0.0,
+        "tokens_per_s": 0.0,
+        "served_by": "node1",
+        "failovers": [
+            {
+                "position": 2,
+                "lost": ["b"],
+                "rung": "replay",
+                "detect_s": 0.1,
+                "stall_s": 0.2,
+                "exact": True,
+            }
+        ],
+    }
+    assert [type(event) for event in seen] == [Accepted, Chunk, Chunk, Finished]
+    assert node.got == [Submit(request_id=ID, text="hello", params=PARAMS)]
+
+
+def test_a_prompt_of_ids_and_received_tokens_are_sent_as_they_are(make_node: MakeNode) -> None:
+    """A resumed request goes on after the tokens that the client has."""
+    node = make_node(to_submit(ACCEPTED, chunk(2, 12), FINISHED))
+    events = Client([node.address]).submit([1, 2], PARAMS, request_id=ID, received=[10, 11])
+    assert list(events) == [ACCEPTED, chunk(2, 12), FINISHED]
+    assert node.got == [Submit(request_id=ID, prompt_ids=(1, 2), received=(10, 11), params=PARAMS)]
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [(ACCEPTED, chunk(1, 11)), (ACCEPTED, chunk(0, 10), FINISHED)],
+    ids=["hole", "short"],
+)
+def test_a_reply_with_a_hole_is_an_error(
+    make_node: MakeNode, answers: tuple[ControlMessage, ...]
+) -> None:
+    """A truncation is never dressed as success."""
+    node = make_node(to_submit(*answers))
+    with pytest.raises(ClusterError, match="of the reply were lost") as error:
+        list(Client([node.address]).submit("hello", PARAMS, request_id=ID))
+    assert error.value.retryable
+
+
+@pytest.mark.parametrize("failed_id", [ID, 0])
+def test_a_failure_is_raised_with_its_code(make_node: MakeNode, failed_id: int) -> None:
+    """FAILED of our request, or of our last message, ends it; the text so far is kept."""
+    failed = Failed(request_id=failed_id, code="node_lost", message="b is gone", retryable=True)
+    node = make_node(to_submit(ACCEPTED, chunk(0, 10, text="a"), failed))
+    client = Client([node.address])
+    with pytest.raises(ClusterError, match="b is gone") as error:
+        list(client.submit("hello", PARAMS, request_id=ID))
+    assert (error.value.code, error.value.retryable) == ("node_lost", True)
+    reply = client.submit_json_object("hello", PARAMS, request_id=ID)
+    assert (reply["finish_reason"], reply["text"]) == ("error", "a")
+    assert reply["error"] == {"code": "node_lost", "message": "b is gone"}
+
+
+def test_a_node_that_goes_away_is_an_error(make_node: MakeNode) -> None:
+    """A connection that breaks before the end of a reply is told at once."""
+    node = make_node(lambda message: None)
+    with pytest.raises(ClusterError, match=r"the connection .* broke") as error:
+        list(Client([node.address]).submit("hello", PARAMS))
+    assert (error.value.code, error.value.retryable) == ("node_lost", True)
+
+
+def test_a_silent_node_is_an_error_and_gets_a_cancel(make_node: MakeNode) -> None:
+    """After `timeout` seconds of silence the client gives up, and says so to the node."""
+    node = make_node(to_submit(ACCEPTED))
+    with pytest.raises(ClusterError, match=r"silent for 0\.3 s"):
+        list(Client([node.address], timeout=0.3).submit("hello", PARAMS, request_id=ID))
+    assert node.arrived.acquire(timeout=10)
+    assert node.arrived.acquire(timeout=10)
+    assert node.got[1] == Cancel(request_id=ID)
+
+
+def test_the_next_address_is_tried(make_node: MakeNode) -> None:
+    """An address that refuses, and one where something else listens, are passed over."""
+    status = {"ready": True}
+
+    def answer(message: ControlMessage) -> list[ControlMessage]:
+        assert isinstance(message, StatusRequest)
+        body = json.dumps(status).encode()
+        foreign = StatusReply(request_id=message.request_id ^ 1, body=b"{}")
+        return [foreign, StatusReply(request_id=message.request_id, body=body)]
+
+    node = make_node(answer)
+    with socket.create_server(("127.0.0.1", 0)) as mute, socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        others = [f"127.0.0.1:{s.getsockname()[1]}" for s in (closed, mute)]
+        assert Client([*others, node.address], timeout=0.3).status() == status
+
+
+def test_what_no_cluster_would_take_is_not_sent() -> None:
+    """Impossible parameters, too long a text and a bad address are errors before any connect."""
+    client = Client(["127.0.0.1:1"])
+    with pytest.raises(InvalidRequestError, match="temperature"):
+        list(client.submit("hello", SamplingParams(temperature=-1.0)))
+    with pytest.raises(InvalidRequestError, match="at most 1048576") as error:
+        list(client.submit("x" * (MAX_TEXT_CHARS + 1), PARAMS))
+    assert error.value.code == "prompt_too_long"
+    with pytest.raises(InvalidRequestError):
+        client.submit_json_object("hello", SamplingParams(top_p=0.0))
+    with pytest.raises(UsageError):
+        Client(["udp://127.0.0.1:7720"])
+
+
+def test_a_message_that_breaks_the_protocol_is_the_callers_mistake(make_node: MakeNode) -> None:
+    """A token id that does not exist anywhere is refused with the field's name."""
+    node = make_node(to_submit())
+    with pytest.raises(InvalidRequestError, match="SUBMIT cannot be sent"):
+        list(Client([node.address]).submit([1 << 40], PARAMS))
