@@ -7,24 +7,19 @@ Happens: messages, connections made and lost, the worker's reports, signals, tim
 from __future__ import annotations
 
 import json
-import os
 import socket
-import sys
-import time
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Final
 
-import psutil
 import zmq
 
 from p2pinfer import logs, notify
-from p2pinfer.config import PORTS_PER_NODE, NodeSettings, parse_address
+from p2pinfer.clock import LoopClock
+from p2pinfer.config import NodeSettings, parse_address
 from p2pinfer.core.events import (
     CloseLink,
     Conclude,
@@ -35,7 +30,6 @@ from p2pinfer.core.events import (
     LinkDown,
     LinkUp,
     LoadProgress,
-    NodeConfig,
     OpenLink,
     Output,
     Probe,
@@ -59,15 +53,13 @@ from p2pinfer.errors import (
 )
 from p2pinfer.lifeline import die_with_parent
 from p2pinfer.limits import MAX_CONTROL_BYTES
-from p2pinfer.model.checkpoint import Checkpoint, content_id
-from p2pinfer.model.config import LlamaConfig, load_config, model_spec, resolve_model
-from p2pinfer.model.tokenizer import Tokenizer
-from p2pinfer.pipe import PipeClosed, WorkerConfig
+from p2pinfer.node_setup import LocalModel, check_worker_ports, node_config, worker_config
+from p2pinfer.pipe import PipeClosed
 from p2pinfer.serving import Serving
 from p2pinfer.signals import StopSignals
-from p2pinfer.state_dir import StateDir, new_identity
+from p2pinfer.state_dir import StateDir
 from p2pinfer.transport import LinkKind, PairLimits, Reply, SocketPair
-from p2pinfer.types import DType, Member, ModelSpec
+from p2pinfer.types import Member, ModelSpec
 from p2pinfer.wire.codec import decode, encode
 from p2pinfer.wire.messages import (
     Cancel,
@@ -94,31 +86,10 @@ COMPLAIN_S: Final = 5.0
 """At most one log line about undecodable frames, and one about progress, in that time."""
 
 PROGRESS_S: Final = 2.0
+SLOW_TO_HASH_BYTES: Final = 1 << 30
 NOTIFY_S: Final = 0.5
 GOODBYE_MS: Final = 300
 """How long LEAVE and last replies may take to leave the sockets at the end."""
-
-
-@dataclass(frozen=True)
-class LocalModel:
-    """The model's folder, found whole as far as headers tell."""
-
-    folder: Path
-    config: LlamaConfig
-    tokenizer: Tokenizer
-    dtype: DType
-    name: str
-
-    @classmethod
-    def open(cls, settings: NodeSettings) -> LocalModel:
-        """Check configuration, weights files and tokenizer; raises `ModelError`."""
-        folder = resolve_model(settings.model)
-        config = load_config(folder)
-        Checkpoint.open(folder, config)
-        tokenizer = Tokenizer.load(folder, config)
-        dtype = config.dtype if settings.dtype == "auto" else DType(settings.dtype)
-        name = "demo" if settings.model == "demo" else folder.resolve().name
-        return cls(folder, config, tokenizer, dtype, name)
 
 
 def run_node(settings: NodeSettings) -> int:
@@ -163,12 +134,13 @@ class Daemon:
         self._undecodable = 0
         self._complained_at = self._progress_at = self._notified_at = 0.0
         self._worker_ready = self._told_ready = False
+        self._clock = LoopClock()
         with ExitStack() as undo:
             self._pair = self._listen(undo)
             # Started before the model is hashed: importing torch takes as long.
             self._worker = WorkerProcess(settings.threads)
             undo.callback(self._worker.stop)
-            spec = self._identify(model)
+            spec = model.spec(settings.quant, self._hashing)
             self._serving = Serving(
                 send=self._reply,
                 wake=signals.wake,
@@ -178,7 +150,7 @@ class Daemon:
             undo.callback(self._serving.close)
             self._probes = ThreadPoolExecutor(max_workers=4, thread_name_prefix="probe")
             undo.callback(self._probes.shutdown, wait=False, cancel_futures=True)
-            config = _node_config(settings, spec, node_id, boot_id=new_identity())
+            config = node_config(settings, spec, node_id)
             self._node = Node(config)
             self._undo = undo.pop_all()
         self._introduce(model, spec, config.member)
@@ -191,30 +163,13 @@ class Daemon:
         pair = SocketPair(context, limits=limits)
         undo.callback(pair.shutdown, GOODBYE_MS)
         pair.bind(host, port)
-        for other in range(port + 1, port + PORTS_PER_NODE):
-            _check_port(host, other)
+        check_worker_ports(host, port)
         return pair
 
     def _introduce(self, model: LocalModel, spec: ModelSpec, member: Member) -> None:
         """Tell the worker, and the log, who this node is."""
-        settings = self._settings
-        host, port = parse_address(settings.listen)
-        config = WorkerConfig(
-            node_id=member.node_id,
-            boot_id=member.boot_id,
-            name=member.name,
-            model_folder=str(model.folder.resolve()),
-            model=spec,
-            listen_host=host,
-            step_port=port + 1,
-            bulk_port=port + 2,
-            device=settings.device,
-            threads=settings.threads,
-            kv_limit_bytes=settings.kv_memory,
-            cpus=settings.cpus,
-        )
         with suppress(PipeClosed):  # found again, with the reason, when the pipe is read
-            self._worker.pipe.send(config)
+            self._worker.pipe.send(worker_config(self._settings, model.folder, spec, member))
         self._log.info(
             "node_started",
             address=member.address,
@@ -224,24 +179,14 @@ class Daemon:
             model=spec.name,
             model_id=spec.model_id[:12],
             dtype=spec.dtype.value,
-            join=list(settings.join),
+            join=list(self._settings.join),
         )
 
-    def _identify(self, model: LocalModel) -> ModelSpec:
-        def progress(done: int, total: int) -> None:
-            if self._signals.asked:
-                raise _Stopped
-            if total > 1 << 30:
-                self._progress("hashing_model", done, total)
-
-        model_id = content_id(model.folder, progress=progress)
-        return model_spec(
-            model.config,
-            name=model.name,
-            model_id=model_id,
-            dtype=model.dtype,
-            quant=self._settings.quant,
-        )
+    def _hashing(self, done: int, total: int) -> None:
+        if self._signals.asked:
+            raise _Stopped
+        if total > SLOW_TO_HASH_BYTES:
+            self._progress("hashing_model", done, total)
 
     # --- the loop ---------------------------------------------------------------------------------
 
@@ -260,10 +205,10 @@ class Daemon:
                 self._log.info("stopping")
                 self._feed(ShutdownAsked())
             self._read()
-            if now() >= self._node.deadline:
+            if self._clock() >= self._node.deadline:
                 self._feed(Ticked())
-            if now() >= self._serving.deadline:
-                self._feed(*self._serving.sweep(now()))
+            if self._clock() >= self._serving.deadline:
+                self._feed(*self._serving.sweep(self._clock()))
             self._tell_systemd(watchdog)
         return self._end
 
@@ -283,8 +228,10 @@ class Daemon:
         pipe = self._worker.pipe
         poller.register(pipe.fileno(), zmq.POLLIN | (zmq.POLLOUT if pipe.unsent else 0))
         until = min(self._node.deadline, self._serving.deadline)
-        timeout = min(until - now(), watchdog or NOTIFY_S, NOTIFY_S)
+        timeout = min(until - self._clock(), watchdog or NOTIFY_S, NOTIFY_S)
+        self._clock.plan_sleep(timeout)
         poller.poll(max(0, int(timeout * 1000) + 1))
+        self._clock()
         self._signals.drain()
 
     def _read(self) -> None:
@@ -334,8 +281,8 @@ class Daemon:
             message = decode(frame, Plane.CONTROL)
         except RemoteProtocolError as error:
             self._undecodable += 1
-            if now() - self._complained_at >= COMPLAIN_S:
-                self._complained_at = now()
+            if self._clock() - self._complained_at >= COMPLAIN_S:
+                self._complained_at = self._clock()
                 self._log.warning("frame_undecodable", error=str(error), so_far=self._undecodable)
             return None
         assert isinstance(message, ControlMessage)
@@ -345,11 +292,11 @@ class Daemon:
         """A message on our ROUTER: a client's, or a peer's for the core."""
         match message:
             case Submit():
-                self._feed(*self._serving.submit(route, message, now()))
+                self._feed(*self._serving.submit(route, message, self._clock()))
             case Cancel() if cancelled := self._serving.cancel(message.request_id):
                 self._feed(*cancelled)
             case StatusRequest():
-                body = json.dumps(self._node.status(now())).encode()
+                body = json.dumps(self._node.status(self._clock())).encode()
                 self._reply(route, StatusReply(request_id=message.request_id, body=body))
             case Drain():
                 error = "draining a node is not available in this version"
@@ -366,7 +313,7 @@ class Daemon:
         """Hand inputs to the core and do what it wants, and what follows from that."""
         waiting = deque(inputs)
         while waiting:
-            for output in self._node.handle(waiting.popleft(), now()):
+            for output in self._node.handle(waiting.popleft(), self._clock()):
                 waiting.extend(self._act(output))
 
     def _act(self, output: Output) -> Iterable[Input]:
@@ -378,9 +325,9 @@ class Daemon:
                 if isinstance(output.message, Failed):
                     self._serving.forget(output.route, output.message.request_id)
             case Deliver():
-                return self._serving.deliver(output, now())
+                return self._serving.deliver(output, self._clock())
             case Conclude():
-                self._serving.conclude(output, now())
+                self._serving.conclude(output, self._clock())
             case TellWorker():
                 with suppress(PipeClosed):  # its end is told when the pipe is read
                     self._worker.pipe.send(output.order)
@@ -430,77 +377,22 @@ class Daemon:
     # --- telling others ---------------------------------------------------------------------------
 
     def _progress(self, event: str, done: int, total: int) -> None:
-        if now() - self._progress_at >= PROGRESS_S:
-            self._progress_at = now()
+        if self._clock() - self._progress_at >= PROGRESS_S:
+            self._progress_at = self._clock()
             self._log.info(event, percent=int(100 * done / max(1, total)), total_bytes=total)
 
     def _tell_systemd(self, watchdog: float | None) -> None:
         """READY when this node is a member with a working worker, even if the cluster still waits
         for others: a unit's start must not depend on machines that boot later."""
-        if now() - self._notified_at < min(NOTIFY_S, watchdog or NOTIFY_S):
+        if self._clock() - self._notified_at < min(NOTIFY_S, watchdog or NOTIFY_S):
             return
-        self._notified_at = now()
+        self._notified_at = self._clock()
         if watchdog is not None:
             notify.notify(notify.WATCHDOG)
-        if self._worker_ready and not self._told_ready and self._node.status(now())["cluster_id"]:
+        if (
+            self._worker_ready
+            and not self._told_ready
+            and self._node.status(self._clock())["cluster_id"]
+        ):
             self._told_ready = True
             notify.notify(notify.READY)
-
-
-def now() -> float:
-    """Seconds that go on while the machine sleeps, so that it knows afterwards."""
-    if sys.platform.startswith("linux"):
-        return time.clock_gettime(time.CLOCK_BOOTTIME)
-    return time.monotonic()
-
-
-def _node_config(settings: NodeSettings, spec: ModelSpec, node_id: str, boot_id: str) -> NodeConfig:
-    return NodeConfig(
-        member=Member(
-            node_id=node_id,
-            boot_id=boot_id,
-            name=settings.name,
-            address=settings.advertised_address,
-            pid=os.getpid(),
-            threads=settings.threads,
-            weight=settings.work_weight,
-            memory_bytes=_offered_memory(settings.device),
-        ),
-        model=spec,
-        cluster_id=new_identity(),
-        join=settings.join,
-        layout="heads" if settings.layout == "auto" else settings.layout,
-        min_nodes=settings.min_nodes,
-        join_timeout=settings.join_timeout,
-        wait_for_nodes=settings.wait_for_nodes,
-    )
-
-
-def _offered_memory(device: str) -> int:
-    """Bytes for weights and KV: what is available now, within the control group's limit.
-
-    0 (unknown) where a GPU may be used: its memory is seen by the worker only.
-    """
-    if device != "cpu":
-        return 0
-    available = psutil.virtual_memory().available
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):  # no control group, or "max"
-        return int(available)
-    return int(min(available, max(0, limit - used)))
-
-
-def _check_port(host: str, port: int) -> None:
-    """Raise `UsageError` when the worker could not listen on this port."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("" if host == "*" else host, port))
-        except OSError as error:
-            raise UsageError(
-                f"port {port} is taken on {host}: {error.strerror}; a node uses its port and the "
-                f"next {PORTS_PER_NODE - 1}: choose another address with --listen"
-            ) from error

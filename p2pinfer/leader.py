@@ -151,8 +151,8 @@ class Leader:
             if unit in wanted:
                 tensor = arrived[unit].tensor
                 if tensor.shape != (len(slots), width):
-                    member = t.plan.members[wanted[unit]]
-                    raise StepBroken(member.node_id, "logits of the wrong size")
+                    owner = t.plan.members[wanted[unit]]
+                    raise StepBroken(owner.node_id, "logits of the wrong size")
                 values = np.frombuffer(tensor.data, np.float32).reshape(tensor.shape)
             else:
                 values = self._engine.own_logits(unit, slots)

@@ -159,7 +159,11 @@ class StepEngine:
 
     def _send_parts(self, step: Step, need: NeedSum, parts: dict[int, torch.Tensor]) -> None:
         t = self.topology
-        stacked = next(iter(parts.values()))[None] if len(parts) == 1 else torch.stack(list(parts.values()))
+        stacked = (
+            next(iter(parts.values()))[None]
+            if len(parts) == 1
+            else torch.stack(list(parts.values()))
+        )
         if not bool(torch.isfinite(stacked).all()):
             raise StepBroken(self._id(t.me), "a partial that is not finite")
         tensor = to_wire(stacked)
@@ -182,7 +186,9 @@ class StepEngine:
         sender = self.topology.hidden_from
         assert sender is not None
         inbox = self._links.inbox
-        self._links.wait(lambda: step.step in inbox.hidden, self._deadline, lambda: self._id(sender))
+        self._links.wait(
+            lambda: step.step in inbox.hidden, self._deadline, lambda: self._id(sender)
+        )
         hidden = from_wire(inbox.hidden.pop(step.step).tensor)
         if hidden.shape[0] != rows or not bool(torch.isfinite(hidden).all()):
             raise StepBroken(self._id(sender), "hidden states of the wrong size or not finite")
@@ -286,4 +292,4 @@ class StepEngine:
 def _array(values: NDArray[np.float32] | NDArray[np.int32]) -> WireTensor:
     kind = WireDType.INT32 if values.dtype == np.int32 else WireDType.FLOAT32
     contiguous = np.ascontiguousarray(values)
-    return WireTensor(kind, tuple(contiguous.shape), memoryview(contiguous).cast("B"))
+    return WireTensor(kind, tuple(contiguous.shape), contiguous.data.cast("B"))

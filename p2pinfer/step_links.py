@@ -45,7 +45,7 @@ EVENTS_EVERY_S = 0.05
 
 STEP_PORT_OFFSET = 1
 MAX_ROUTES = 4 * MAX_NODES
-"""Connections whose owner is remembered: each reconnect makes a new one, the oldest is forgotten."""
+"""Connections whose owner is remembered; each reconnect makes one more, the oldest goes."""
 
 LINK_TIMEOUT_S = 10.0
 """How long links to the members of a new plan may take to connect."""
@@ -94,7 +94,7 @@ def to_wire(tensor: Tensor) -> WireTensor:
     """A float32 or int32 CPU copy of a tensor, as it lies on the wire."""
     array = tensor.detach().cpu().contiguous().numpy()
     kind = WireDType.INT32 if array.dtype == np.int32 else WireDType.FLOAT32
-    return WireTensor(kind, tuple(array.shape), memoryview(array).cast("B"))
+    return WireTensor(kind, tuple(array.shape), array.data.cast("B"))
 
 
 def from_wire(tensor: WireTensor) -> Tensor:
@@ -163,7 +163,8 @@ class StepLinks:
             while not self.pair.send(address, opening):
                 if time.monotonic() > deadline:
                     raise StepBroken(
-                        member.node_id, f"no step link to {member.name} at {address}: is the port open?"
+                        member.node_id,
+                        f"no step link to {member.name} at {address}: is the port open?",
                     )
                 self._poll(deadline)
 
@@ -209,7 +210,9 @@ class StepLinks:
 
     # --- receiving --------------------------------------------------------------------------------
 
-    def wait(self, ready: Callable[[], bool], deadline: float, waiting_for: Callable[[], str]) -> None:
+    def wait(
+        self, ready: Callable[[], bool], deadline: float, waiting_for: Callable[[], str]
+    ) -> None:
         """File frames until `ready()`; raises `StepBroken` at `deadline` (monotonic seconds),
         blaming the member whose node id `waiting_for()` returns."""
         if ready():
@@ -229,7 +232,7 @@ class StepLinks:
 
     def _poll(self, deadline: float) -> None:
         left = min(EVENTS_EVERY_S, max(0.0, deadline - time.monotonic()))
-        for socket, _ in self._poller.poll(left * 1000):
+        for socket, _ in self._poller.poll(int(left * 1000)):
             if socket == self._pipe_fd:
                 self._interrupt()
         self.pump()

@@ -6,12 +6,10 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import suppress
 from typing import Final
 
-from p2pinfer.core.events import StopWorker
 from p2pinfer.lifeline import child_environment
-from p2pinfer.pipe import DaemonPipe, PipeClosed, daemon_side
+from p2pinfer.pipe import DaemonPipe, daemon_side
 
 WORKER_MODULE: Final = "p2pinfer.worker"
 
@@ -58,10 +56,10 @@ class WorkerProcess:
         return f"the worker exited with code {code}; its own message is above"
 
     def stop(self) -> None:
-        """End the worker: ask, then terminate, then kill. It is reaped on return."""
-        with suppress(PipeClosed):
-            self.pipe.send(StopWorker())
-        # A worker that is just reporting must not wait for us to read.
+        """End the worker: close its pipe, which it obeys as an order, then terminate, then kill.
+
+        What it was told before (`StopWorker`, say) it still reads. It is reaped on return.
+        """
         self.pipe.close()
         for patience, harder in ((STOP_S, signal.SIGTERM), (TERMINATE_S, signal.SIGKILL)):
             try:

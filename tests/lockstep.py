@@ -1,7 +1,7 @@
 """Runs a whole plan in one process: every node's true runner, exchanging in lockstep.
 
-No network and no threads: what a step yields is answered from the other runners' yields. Used by the
-tests of the arithmetic; the same runners behind ZeroMQ are tested by processes.
+No network and no threads: what a step yields is answered from the other runners' yields. Used by
+the tests of the arithmetic; the same runners behind ZeroMQ are tested by processes.
 """
 
 from __future__ import annotations
@@ -113,12 +113,15 @@ class Lockstep:
                 sent.update(subtree_sums(need.partials, units))
         # Each node adds in its own order of arrival: the sum may not depend on it.
         orders = (dict(sent), dict(reversed(sent.items())))
-        return {
-            node: whole_sum(orders[place % 2], units) for place, node in enumerate(needs)
-        }
+        return {node: whole_sum(orders[place % 2], units) for place, node in enumerate(needs)}
 
     def prefill(
-        self, tokens: Sequence[int], *, request_id: int = 1, chunk: int = 10**9, start: int = 0,
+        self,
+        tokens: Sequence[int],
+        *,
+        request_id: int = 1,
+        chunk: int = 10**9,
+        start: int = 0,
         capacity: int = 512,
     ) -> np.ndarray:
         """Logits [1, vocab] after the last of `tokens`, computed in chunks."""
@@ -128,14 +131,14 @@ class Lockstep:
             piece = tuple(tokens[end - start : end - start + chunk])
             last = end + len(piece) == start + len(tokens)
             first = capacity if end == 0 else 0
-            slot = Slot(
-                request_id=request_id, start=end, tokens=piece, sample=last, capacity=first
-            )
+            slot = Slot(request_id=request_id, start=end, tokens=piece, sample=last, capacity=first)
             logits = self.step((slot,))
             end += len(piece)
         return logits
 
-    def greedy(self, prompt: Sequence[int], count: int, *, chunk: int = 10**9) -> tuple[list[int], np.ndarray]:
+    def greedy(
+        self, prompt: Sequence[int], count: int, *, chunk: int = 10**9
+    ) -> tuple[list[int], np.ndarray]:
         """`count` greedy tokens after `prompt`, and the logits [count, vocab] they came from."""
         rows = [self.prefill(prompt, chunk=chunk, capacity=len(prompt) + count)[0]]
         tokens = [int(rows[0].argmax())]

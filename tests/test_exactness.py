@@ -48,18 +48,41 @@ def _case(name: str, **shape: Any) -> Case:
 CASES = (
     _case("defaults"),
     _case("one query head per KV head", num_attention_heads=4, num_key_value_heads=4),
-    _case("two per KV head, three KV heads", hidden_size=96, num_attention_heads=6, num_key_value_heads=3),
+    _case(
+        "two per KV head, three KV heads",
+        hidden_size=96,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+    ),
     _case("four per KV head, tied", num_attention_heads=8, num_key_value_heads=2, tie=True),
     _case("eight per KV head", num_attention_heads=16, num_key_value_heads=2),
     _case("one KV head", num_attention_heads=8, num_key_value_heads=1),
-    _case("five KV heads, uneven MLP", hidden_size=80, num_attention_heads=5, num_key_value_heads=5, intermediate_size=333),
-    _case("seven KV heads", hidden_size=112, num_attention_heads=14, num_key_value_heads=7, vocab_size=1001),
+    _case(
+        "five KV heads, uneven MLP",
+        hidden_size=80,
+        num_attention_heads=5,
+        num_key_value_heads=5,
+        intermediate_size=333,
+    ),
+    _case(
+        "seven KV heads",
+        hidden_size=112,
+        num_attention_heads=14,
+        num_key_value_heads=7,
+        vocab_size=1001,
+    ),
     _case("head_dim 24", head_dim=24),
     _case("head_dim 32, tied", head_dim=32, tie=True),
     _case("head_dim 64", head_dim=64, num_attention_heads=4, num_key_value_heads=2),
     _case("head_dim 80", head_dim=80, num_attention_heads=4, num_key_value_heads=4),
     _case("head_dim 128", head_dim=128, num_attention_heads=4, num_key_value_heads=2, files=3),
-    _case("head_dim implied", head_dim=None, hidden_size=96, num_attention_heads=6, num_key_value_heads=2),
+    _case(
+        "head_dim implied",
+        head_dim=None,
+        hidden_size=96,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+    ),
     _case("attention biases", attention_bias=True),
     _case("MLP biases", mlp_bias=True, intermediate_size=500),
     _case("all biases, tied, many files", attention_bias=True, mlp_bias=True, tie=True, files=3),
@@ -121,7 +144,12 @@ def test_every_plan_says_what_transformers_says(case: Case, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "shape",
     [
-        {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 700},
+        {
+            "hidden_size": 96,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "intermediate_size": 700,
+        },
         {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64, "tie": True},
         {"num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 128, "hidden_size": 512},
     ],
@@ -168,9 +196,7 @@ def test_bits_do_not_depend_on_the_batch(dtype: DType, tmp_path: Path) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
     nexts = [int(row.argmax()) for row in alone]
     single = [
-        lockstep.step(
-            (Slot(request_id=10 + i, start=len(p), tokens=(nexts[i],), sample=True),)
-        )[0]
+        lockstep.step((Slot(request_id=10 + i, start=len(p), tokens=(nexts[i],), sample=True),))[0]
         for i, p in enumerate(prompts)
     ]
     mixed = lockstep.step(

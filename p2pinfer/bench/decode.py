@@ -24,13 +24,13 @@ from p2pinfer.bench.bandwidth import read_bandwidth
 from p2pinfer.bench.reference import Reference
 from p2pinfer.client import Client
 from p2pinfer.cluster import LocalCluster
+from p2pinfer.core.planner import Holding
 from p2pinfer.core.topology import weight_bytes
 from p2pinfer.core.units import Slice, unit_count
-from p2pinfer.core.planner import Holding
 from p2pinfer.errors import ClusterError, UsageError
 from p2pinfer.model.config import load_config, model_spec
 from p2pinfer.model.shapes import make_model
-from p2pinfer.types import ModelSpec, SamplingParams, UnitKind
+from p2pinfer.types import DType, ModelSpec, SamplingParams, UnitKind
 from p2pinfer.wire.messages import Chunk
 
 MODEL_SEED = 0
@@ -148,7 +148,9 @@ def counters(addresses: Sequence[str], steps: int) -> list[dict[str, Any]]:
                 found.append(mine)
                 break
             if time.monotonic() > deadline:
-                raise ClusterError("internal", f"{address} reports {mine['steps']} of {steps} steps")
+                raise ClusterError(
+                    "internal", f"{address} reports {mine['steps']} of {steps} steps"
+                )
             time.sleep(0.05)
     return found
 
@@ -210,7 +212,7 @@ def measure(settings: Settings, tell: Tell) -> dict[str, Any]:
     tell(f"the model of shape {settings.shape} in {folder}")
     make_model(settings.shape, folder, seed=MODEL_SEED)
     config = load_config(folder)
-    dtype = config.dtype if settings.dtype == "auto" else settings.dtype
+    dtype = config.dtype if settings.dtype == "auto" else DType(settings.dtype)
     spec = model_spec(config, name=settings.shape, model_id="", dtype=dtype, quant="none")
     tell("read bandwidth")
     bandwidth = [read_bandwidth(used)]
@@ -330,7 +332,9 @@ def _compared(
         **spread("ttft_s", [r["ttft_s"] for r in references]),
         **spread("prefill_tokens_per_s", [r["prefill_tokens_per_s"] for r in references], 2),
         **spread("decode_tokens_per_s", [r["decode_tokens_per_s"] for r in references], 3),
-        **spread("decode_ratio", [t.decode_tokens_per_s / r["decode_tokens_per_s"] for t, r in pairs]),
+        **spread(
+            "decode_ratio", [t.decode_tokens_per_s / r["decode_tokens_per_s"] for t, r in pairs]
+        ),
         **spread("prefill_ratio", [r["ttft_s"] / t.ttft_s for t, r in pairs]),
     }
 

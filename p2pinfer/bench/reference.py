@@ -62,9 +62,9 @@ def main(model: Path, dtype: str, cpus: str) -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, numbers)
     torch.set_num_threads(len(numbers))
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     llama = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
-    llama.eval()
+    llama.train(False)
     print(json.dumps({"ready": True}), flush=True)
     with torch.inference_mode():
         for line in sys.stdin:

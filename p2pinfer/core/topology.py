@@ -58,13 +58,14 @@ def topology(plan: Plan, me: int) -> Topology:
     mine = holding(plan, me)
     units = (unit_count(plan.model, UnitKind.HEAD), unit_count(plan.model, UnitKind.MLP))
     vocab = {
-        member: held
+        member: owned
         for member in range(len(plan.members))
-        if (held := holding(plan, member).vocab_units)
+        if (owned := holding(plan, member).vocab_units)
     }
     peers: tuple[int, ...] = ()
     parts: tuple[dict[int, tuple[int, ...]], dict[int, tuple[int, ...]]] = ({}, {})
-    hidden_from, hidden_to = None, ()
+    hidden_from: int | None = None
+    hidden_to: tuple[int, ...] = ()
     if mine.stage is not None:
         members = stage_members(plan, mine.stage)
         peers = tuple(m for m in members if m != me)
@@ -124,5 +125,7 @@ def weight_bytes(model: ModelSpec, held: Holding) -> int:
         (UnitKind.VOCAB, held.vocab_units, 1),
     )
     return sum(
-        unit_weight_bytes(model, kind, unit) * times for kind, units, times in kinds for unit in units
+        unit_weight_bytes(model, kind, unit) * times
+        for kind, units, times in kinds
+        for unit in units
     )

@@ -9,7 +9,7 @@ independent of the batch). Decode is a tile of one position: prefill and decode 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -18,20 +18,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from p2pinfer.core.blocks import BLOCK_POSITIONS
-from p2pinfer.model.kv_cache import KvCache
 
 ROW_MULTIPLE = 8
 
 
 class Tile(NamedTuple):
-    """Rows `[row, row + count)` of a step: positions of `request_id` inside one block.
+    """Rows `[row, row + length)` of a step: positions of `request_id` inside one block.
 
     `mask` is [1, 1, padded query rows, keys], 0 where a key may be seen and -inf where not.
     """
 
     request_id: int
     row: int
-    count: int
+    length: int
     keys: int
     mask: Tensor
 
@@ -45,7 +44,14 @@ class Run(NamedTuple):
     end: int
 
 
-def make_tiles(runs: list[Run], group: int, dtype: torch.dtype, device: torch.device) -> list[Tile]:
+class Rows(NamedTuple):
+    """What a step's rows attend to: where their keys are written, and in which tiles they read."""
+
+    runs: list[Run]
+    tiles: list[Tile]
+
+
+def make_rows(runs: list[Run], group: int, dtype: torch.dtype, device: torch.device) -> Rows:
     """Cut every run at block boundaries; `group` is the number of query heads per KV head."""
     tiles: list[Tile] = []
     for run in runs:
@@ -54,15 +60,18 @@ def make_tiles(runs: list[Run], group: int, dtype: torch.dtype, device: torch.de
             block = start // BLOCK_POSITIONS
             keys = (block + 1) * BLOCK_POSITIONS
             stop = min(run.end, keys)
-            mask = _tile_mask(start, stop, group, keys, dtype, device)
-            tiles.append(Tile(run.request_id, run.row + start - run.start, stop - start, keys, mask))
+            mask = _tile_mask(start, stop, group, dtype, device)
+            tiles.append(
+                Tile(run.request_id, run.row + start - run.start, stop - start, keys, mask)
+            )
             start = stop
-    return tiles
+    return Rows(runs, tiles)
 
 
 def _tile_mask(
-    start: int, stop: int, group: int, keys: int, dtype: torch.dtype, device: torch.device
+    start: int, stop: int, group: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
+    keys = (start // BLOCK_POSITIONS + 1) * BLOCK_POSITIONS
     rows = (stop - start) * group
     padded = -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
     mask = torch.zeros((1, 1, padded, keys), dtype=dtype, device=device)
@@ -88,28 +97,29 @@ def _one_thread(device: torch.device) -> Iterator[None]:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, cache: KvCache, layer: int, runs: list[Run], tiles: list[Tile]
+    q: Tensor, k: Tensor, v: Tensor, rows_of_step: Rows, store_of: Callable[[int], Tensor]
 ) -> Tensor:
     """Write the new keys and values by position, then attend.
 
     `q` [rows, units, group, head_dim], `k` and `v` [rows, units, head_dim], all in the cache's
-    dtype. Returns [units, rows, group * head_dim]; rows outside every tile are zero.
+    dtype. `store_of(request)` is [units, 2, capacity, head_dim]: the cache of one layer. Returns
+    [units, rows, group * head_dim]; rows outside every tile are zero.
     """
     rows, units, group, head_dim = q.shape
-    for run in runs:
-        store = cache.layer(run.request_id, layer)
+    for run in rows_of_step.runs:
+        store = store_of(run.request_id)
         last = run.row + run.end - run.start
         store[:, 0, run.start : run.end] = k[run.row : last].transpose(0, 1)
         store[:, 1, run.start : run.end] = v[run.row : last].transpose(0, 1)
     out = torch.zeros((units, rows, group * head_dim), dtype=q.dtype, device=q.device)
     with _one_thread(q.device):
-        for tile in tiles:
-            store = cache.layer(tile.request_id, layer)
-            query_rows = tile.count * group
+        for tile in rows_of_step.tiles:
+            store = store_of(tile.request_id)
+            query_rows = tile.length * group
             query = torch.zeros(
                 (1, units, tile.mask.shape[2], head_dim), dtype=q.dtype, device=q.device
             )
-            mine = q[tile.row : tile.row + tile.count]
+            mine = q[tile.row : tile.row + tile.length]
             query[0, :, :query_rows] = mine.transpose(0, 1).reshape(units, query_rows, head_dim)
             mixed = functional.scaled_dot_product_attention(
                 query,
@@ -117,7 +127,7 @@ def attend(
                 store[None, :, 1, : tile.keys],
                 attn_mask=tile.mask,
             )
-            out[:, tile.row : tile.row + tile.count] = mixed[0, :, :query_rows].reshape(
-                units, tile.count, group * head_dim
+            out[:, tile.row : tile.row + tile.length] = mixed[0, :, :query_rows].reshape(
+                units, tile.length, group * head_dim
             )
     return out

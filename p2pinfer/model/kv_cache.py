@@ -9,6 +9,7 @@ the cache in place. Limits are accounted for in blocks by `core/blocks.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,9 +83,10 @@ class KvCache:
     def __len__(self) -> int:
         return len(self._store)
 
-    def layer(self, request_id: int, layer: int) -> Tensor:
-        """[units, 2, capacity, head_dim] of one layer of the span (0 is its first)."""
-        return self._store[request_id][:, layer]
+    def of_layer(self, layer: int) -> Callable[[int], Tensor]:
+        """A function that gives a request's KV of one layer of the span (0 is its first):
+        [units, 2, capacity, head_dim]."""
+        return lambda request_id: self._store[request_id][:, layer]
 
     def capacity(self, request_id: int) -> int:
         """Positions reserved."""

@@ -17,9 +17,8 @@ from torch.nn import functional
 
 from p2pinfer.core.planner import Holding
 from p2pinfer.core.units import group_size, unit_bounds
-from p2pinfer.model.attention import Run, Tile, attend
+from p2pinfer.model.attention import Rows, attend
 from p2pinfer.model.config import LlamaConfig
-from p2pinfer.model.kv_cache import KvCache
 from p2pinfer.model.linear import Linear, pack
 from p2pinfer.model.rope import rotate
 from p2pinfer.types import DType, ModelSpec, UnitKind
@@ -60,98 +59,80 @@ class TensorSource(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of one step: runs of positions, their attention tiles and rotary angles."""
+    """The rows of one step: what they attend to, and their rotary angles."""
 
-    runs: list[Run]
-    tiles: list[Tile]
+    rows: Rows
     cos: Tensor
     sin: Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
 class AttentionHalf:
-    """Head units of one layer: norm, q/k/v as one product, attention, `o_proj` per unit."""
+    """Head units of one layer: norm, q/k/v as one product, attention, `o_proj` per unit.
 
-    def __init__(
-        self,
-        model: ModelSpec,
-        units: Sequence[int],
-        norm: Tensor,
-        qkv: Linear | None,
-        out: Sequence[Linear],
-        bias: Tensor | None,
-    ) -> None:
-        self._group = group_size(model)
-        self._head_dim = model.head_dim
-        self._kv_dtype = TORCH_DTYPES[model.kv_dtype]
-        self._dtype = TORCH_DTYPES[model.dtype]
-        self._units = tuple(units)
-        self._norm = norm
-        self._qkv = qkv
-        self._out = tuple(out)
-        self.bias = bias
+    `bias` is that of `o_proj`; the caller adds it once, after the sum over all units.
+    """
+
+    model: ModelSpec
+    units: tuple[int, ...]
+    norm: Tensor
+    qkv: Linear | None
+    out: tuple[Linear, ...]
+    bias: Tensor | None
 
     def partials(
-        self, x: Tensor, eps: float, batch: Batch, cache: KvCache, layer: int
+        self, x: Tensor, eps: float, batch: Batch, store_of: Callable[[int], Tensor]
     ) -> dict[int, Tensor]:
-        """[rows, hidden] float32 per owned unit, of `x` [rows, hidden] float32."""
-        if self._qkv is None:
+        """[rows, hidden] float32 per owned unit, of `x` [rows, hidden] float32.
+
+        `store_of(request)` is the KV of this layer, [units, 2, capacity, head_dim].
+        """
+        if self.qkv is None:
             return {}
-        h = functional.rms_norm(x, (x.shape[1],), self._norm, eps).to(self._dtype)
-        rows, units, group, dim = x.shape[0], len(self._units), self._group, self._head_dim
-        qkv = self._qkv(h)
+        dtype, kind = TORCH_DTYPES[self.model.dtype], TORCH_DTYPES[self.model.kv_dtype]
+        h = functional.rms_norm(x, (x.shape[1],), self.norm, eps).to(dtype)
+        rows, units, dim = x.shape[0], len(self.units), self.model.head_dim
+        group = group_size(self.model)
+        qkv = self.qkv(h)
         keys_at, values_at = units * group * dim, units * (group + 1) * dim
         q = rotate(qkv[:, :keys_at].view(rows, units * group, dim), batch.cos, batch.sin)
         k = rotate(qkv[:, keys_at:values_at].view(rows, units, dim), batch.cos, batch.sin)
         v = qkv[:, values_at:].view(rows, units, dim)
-        kind = self._kv_dtype
-        mixed = attend(
-            q.to(kind).view(rows, units, group, dim),
-            k.to(kind),
-            v.to(kind),
-            cache,
-            layer,
-            batch.runs,
-            batch.tiles,
-        ).to(self._dtype)
-        each = zip(self._units, mixed.unbind(), self._out, strict=True)
+        q, k, v = q.to(kind).view(rows, units, group, dim), k.to(kind), v.to(kind)
+        mixed = attend(q, k, v, batch.rows, store_of).to(dtype)
+        each = zip(self.units, mixed.unbind(), self.out, strict=True)
         return {unit: out(rows_of_unit).float() for unit, rows_of_unit, out in each}
 
     @property
     def nbytes(self) -> int:
         """Bytes of weight that one pass reads."""
-        return (self._qkv.nbytes if self._qkv else 0) + sum(o.nbytes for o in self._out)
+        return (self.qkv.nbytes if self.qkv else 0) + sum(o.nbytes for o in self.out)
 
 
+@dataclass(frozen=True, kw_only=True)
 class MlpHalf:
-    """MLP units of one layer: norm, gate and up as one product, `down_proj` per unit."""
+    """MLP units of one layer: norm, gate and up as one product, `down_proj` per unit.
 
-    def __init__(
-        self,
-        dtype: torch.dtype,
-        units: Sequence[int],
-        widths: Sequence[int],
-        norm: Tensor,
-        gate_up: Linear | None,
-        down: Sequence[Linear],
-        bias: Tensor | None,
-    ) -> None:
-        self._dtype = dtype
-        self._units = tuple(units)
-        self._widths = tuple(widths)
-        self._norm = norm
-        self._gate_up = gate_up
-        self._down = tuple(down)
-        self.bias = bias
+    `widths` are the units' padded widths; `bias` is that of `down_proj`, added by the caller.
+    """
+
+    dtype: torch.dtype
+    units: tuple[int, ...]
+    widths: tuple[int, ...]
+    norm: Tensor
+    gate_up: Linear | None
+    down: tuple[Linear, ...]
+    bias: Tensor | None
 
     def partials(self, x: Tensor, eps: float) -> dict[int, Tensor]:
         """[rows, hidden] float32 per owned unit, of `x` [rows, hidden] float32."""
-        if self._gate_up is None:
+        if self.gate_up is None:
             return {}
-        h = functional.rms_norm(x, (x.shape[1],), self._norm, eps).to(self._dtype)
-        active = _silu_mul(self._gate_up(h))
+        h = functional.rms_norm(x, (x.shape[1],), self.norm, eps).to(self.dtype)
+        active = _silu_mul(self.gate_up(h))
         sums: dict[int, Tensor] = {}
         start = 0
-        for unit, width, down in zip(self._units, self._widths, self._down, strict=True):
+        for unit, width, down in zip(self.units, self.widths, self.down, strict=True):
             sums[unit] = down(active[:, start : start + width].contiguous()).float()
             start += width
         return sums
@@ -159,7 +140,7 @@ class MlpHalf:
     @property
     def nbytes(self) -> int:
         """Bytes of weight that one pass reads."""
-        return (self._gate_up.nbytes if self._gate_up else 0) + sum(d.nbytes for d in self._down)
+        return (self.gate_up.nbytes if self.gate_up else 0) + sum(d.nbytes for d in self.down)
 
 
 def _silu_mul(gate_up: Tensor) -> Tensor:
@@ -257,7 +238,9 @@ class StageLoader:
         norm = self._norm(prefix + "input_layernorm.weight")
         bias = self._bias(base + "o_proj.bias", self._config.attention_bias)
         if not units:
-            return AttentionHalf(self._model, (), norm, None, (), bias)
+            return AttentionHalf(
+                model=self._model, units=(), norm=norm, qkv=None, out=(), bias=bias
+            )
         heights = (("q_proj", group * dim), ("k_proj", dim), ("v_proj", dim))
         rows = [
             (f"{base}{name}", unit * height, (unit + 1) * height, height)
@@ -266,9 +249,13 @@ class StageLoader:
         ]
         qkv = self._stacked(rows, self._config.attention_bias)
         width = group * dim
-        columns = [self._weights.cols(base + "o_proj.weight", u * width, (u + 1) * width) for u in units]
+        columns = [
+            self._weights.cols(base + "o_proj.weight", u * width, (u + 1) * width) for u in units
+        ]
         out = [pack(self._place(column)) for column in columns]
-        return AttentionHalf(self._model, units, norm, qkv, out, bias)
+        return AttentionHalf(
+            model=self._model, units=tuple(units), norm=norm, qkv=qkv, out=tuple(out), bias=bias
+        )
 
     def _stacked(self, pieces: Sequence[tuple[str, int, int, int]], biased: bool) -> Linear:
         """One column-parallel product of `(weight, first row, end row, padded height)` stacked."""
@@ -287,7 +274,15 @@ class StageLoader:
         biased = self._config.mlp_bias
         bias = self._bias(base + "down_proj.bias", biased)
         if not units:
-            return MlpHalf(self._dtype, (), (), norm, None, (), bias)
+            return MlpHalf(
+                dtype=self._dtype,
+                units=(),
+                widths=(),
+                norm=norm,
+                gate_up=None,
+                down=(),
+                bias=bias,
+            )
         bounds = [unit_bounds(self._model, UnitKind.MLP, u) for u in units]
         widths = [-(-(b - a) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE for a, b in bounds]
         pieces = [
@@ -300,7 +295,15 @@ class StageLoader:
             pack(self._place(_wider(self._weights.cols(base + "down_proj.weight", a, b), width)))
             for (a, b), width in zip(bounds, widths, strict=True)
         ]
-        return MlpHalf(self._dtype, units, widths, norm, gate_up, down, bias)
+        return MlpHalf(
+            dtype=self._dtype,
+            units=tuple(units),
+            widths=tuple(widths),
+            norm=norm,
+            gate_up=gate_up,
+            down=tuple(down),
+            bias=bias,
+        )
 
     def _vocab(self, units: Sequence[int]) -> VocabHead:
         tied = self._config.tie_word_embeddings

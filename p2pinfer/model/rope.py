@@ -10,21 +10,22 @@ import math
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from p2pinfer.core.blocks import BLOCK_POSITIONS
 from p2pinfer.model.config import LlamaConfig
 
 
-def inverse_frequencies(config: LlamaConfig) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+def inverse_frequencies(config: LlamaConfig) -> NDArray[np.float32]:
     """[head_dim / 2] in radians per position, in float32 as `transformers` has them."""
     half = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    base = (1.0 / np.power(np.float32(config.rope_theta), half)).astype(np.float32)
+    base: NDArray[np.float32] = (1.0 / np.power(np.float32(config.rope_theta), half)).astype("f4")
     scaling = config.rope_scaling
     if scaling is None:
         return base
     if scaling.rope_type == "linear":
-        return (base / np.float32(scaling.factor)).astype(np.float32)
+        return np.asarray(base / np.float32(scaling.factor), np.float32)
     # llama3 (Llama 3.1): long wavelengths are stretched, short ones kept, those between blended.
     old = scaling.original_max_position_embeddings
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
@@ -33,7 +34,7 @@ def inverse_frequencies(config: LlamaConfig) -> np.ndarray[tuple[int], np.dtype[
     blended = (1 - smooth) * base / scaling.factor + smooth * base
     scaled = np.where(wavelength > old / low, base / scaling.factor, base)
     between = (wavelength <= old / low) & (wavelength >= old / high)
-    return np.where(between, blended, scaled).astype(np.float32)
+    return np.asarray(np.where(between, blended, scaled), np.float32)
 
 
 class Rope:
@@ -58,11 +59,9 @@ class Rope:
         """Cosines and sines, each [rows, 1, head_dim / 2], for runs `[start, end)` of positions."""
         pieces: list[Tensor] = []
         for start, end in runs:
-            while start < end:
-                number, offset = divmod(start, BLOCK_POSITIONS)
-                stop = min(end, (number + 1) * BLOCK_POSITIONS)
-                pieces.append(self._block(number)[offset : offset + stop - start])
-                start = stop
+            for number in range(start // BLOCK_POSITIONS, (end - 1) // BLOCK_POSITIONS + 1):
+                first = number * BLOCK_POSITIONS
+                pieces.append(self._block(number)[max(start - first, 0) : end - first])
         both = torch.cat(pieces)
         return both[:, 0].unsqueeze(1), both[:, 1].unsqueeze(1)
 

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from p2pinfer.core.planner import Holding
-from p2pinfer.model.attention import Run, make_tiles
+from p2pinfer.core.units import group_size
+from p2pinfer.model.attention import Run, make_rows
 from p2pinfer.model.config import LlamaConfig
 from p2pinfer.model.kv_cache import KvCache, KvShape
 from p2pinfer.model.linear import padded_rows
 from p2pinfer.model.llama import TORCH_DTYPES, Batch, StageModel
 from p2pinfer.model.rope import Rope
-from p2pinfer.core.units import group_size
 from p2pinfer.types import ModelSpec
 from p2pinfer.wire.messages import Slot
 
@@ -36,7 +36,7 @@ class NeedHidden:
 
 @dataclass(frozen=True)
 class NeedSum:
-    """My unit partials of a half layer, each [rows, hidden] float32; send me the sum of all units'."""
+    """My unit partials of a half layer, each [rows, hidden] float32; send me the sum of all."""
 
     layer: int
     half: int
@@ -96,8 +96,10 @@ class StageRunner:
             x[:rows] = hidden
         for index, (attention, mlp) in enumerate(self._stage.layers):
             layer = self._span.start + index
-            partials = attention.partials(x, self._eps, batch, self.cache, index)
-            x = self._add(x, rows, (yield self._need(layer, ATTENTION, partials, rows)), attention.bias)
+            partials = attention.partials(x, self._eps, batch, self.cache.of_layer(index))
+            x = self._add(
+                x, rows, (yield self._need(layer, ATTENTION, partials, rows)), attention.bias
+            )
             partials = mlp.partials(x, self._eps)
             x = self._add(x, rows, (yield self._need(layer, MLP, partials, rows)), mlp.bias)
         for run in runs:
@@ -134,8 +136,8 @@ class StageRunner:
         if filler:
             spans.append((0, filler))
         cos, sin = self._rope.rows(spans)
-        tiles = make_tiles(runs, self._group, self._kv_dtype, self._device)
-        return Batch(runs, tiles, cos, sin)
+        rows_of_step = make_rows(runs, self._group, self._kv_dtype, self._device)
+        return Batch(rows_of_step, cos, sin)
 
     def _embed(self, slots: Sequence[Slot]) -> Tensor:
         """Rows of the mapped table: the table itself is never loaded."""

@@ -37,7 +37,7 @@ def _mix(x: U64) -> U64:
 
 
 def gumbel_noise(seed: int, position: int, ids: NDArray[np.int64]) -> F64:
-    """Standard Gumbel noise for token `ids` [n] at one position: output `id` of a SplitMix64 stream.
+    """Standard Gumbel noise for token `ids` [n] at a position: output `id` of a SplitMix64 stream.
 
     The stream starts at mix(mix(seed) + position).
     """
@@ -49,9 +49,7 @@ def gumbel_noise(seed: int, position: int, ids: NDArray[np.int64]) -> F64:
 
 def is_filtered(params: SamplingParams) -> bool:
     """Whether some ids are ruled out before the draw."""
-    return params.temperature > 0 and (
-        params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
-    )
+    return params.temperature > 0 and (params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0)
 
 
 def candidates_wanted(params: SamplingParams) -> int:
@@ -109,9 +107,7 @@ def unit_candidates(
     return UnitCandidates(ids, logits[best_first], np.float32(lse).item())
 
 
-def perturbed(
-    logits: F32, ids: NDArray[np.int64], params: SamplingParams, position: int
-) -> F32:
+def perturbed(logits: F32, ids: NDArray[np.int64], params: SamplingParams, position: int) -> F32:
     """logit / temperature + Gumbel noise, [n], rounded to float32 so that all compare alike."""
     noise = gumbel_noise(params.seed, position, ids)
     return (logits.astype(np.float64) / params.temperature + noise).astype(np.float32)

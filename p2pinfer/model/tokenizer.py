@@ -203,7 +203,9 @@ def _load_fast(folder: Path, config: LlamaConfig) -> Tokenizer:
     add_bos = settings.get("add_bos_token")
 
     def encode(text: str) -> list[int]:
-        ids: list[int] = library.encode(text, add_special_tokens=add_bos is not False).ids
+        # As a batch of one: alone, the library holds the interpreter's lock until it is done.
+        (encoding,) = library.encode_batch_fast([text], add_special_tokens=add_bos is not False)
+        ids: list[int] = encoding.ids
         return _with_bos(ids, bos_id, add_bos)
 
     def token_bytes(token_id: int) -> bytes:

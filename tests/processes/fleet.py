@@ -136,7 +136,9 @@ class Fleet:
     def start(self, request_id: int, prompt: list[int], params: SamplingParams) -> None:
         """Enter a request at the leader."""
         self.workers[0].pipe.send(
-            StartRequest(request_id=request_id, prompt_ids=tuple(prompt), received=(), params=params)
+            StartRequest(
+                request_id=request_id, prompt_ids=tuple(prompt), received=(), params=params
+            )
         )
 
     def reply(self, request_id: int) -> list[int]:

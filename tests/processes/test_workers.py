@@ -75,7 +75,9 @@ def test_the_messages_and_bytes_of_a_request_are_exactly_these(
                     parts = mine.parts[half].get(node, ())
                     if parts:
                         messages += layers * len(mine.peers)
-                        size = DATA_HEADER + _padded(2 * len(parts)) + 4 * len(parts) * count * hidden
+                        size = (
+                            DATA_HEADER + _padded(2 * len(parts)) + 4 * len(parts) * count * hidden
+                        )
                         data_bytes += layers * len(mine.peers) * (HEADER + size)
                 messages += len(mine.hidden_to)
                 data_bytes += len(mine.hidden_to) * (HEADER + DATA_HEADER + 4 * count * hidden)
@@ -149,8 +151,15 @@ def test_hostile_frames_are_dropped_and_counted(folder: Path) -> None:
                 tensor = Tensor(WireDType.FLOAT32, (1, 1, columns), bytes(4 * columns))
                 return encode(
                     Partial(
-                        fence=fence, step=1, link_seq=0, sender=0, stage=0, layer=0, half=0,
-                        parts=(0,), tensor=tensor,
+                        fence=fence,
+                        step=1,
+                        link_seq=0,
+                        sender=0,
+                        stage=0,
+                        layer=0,
+                        half=0,
+                        parts=(0,),
+                        tensor=tensor,
                     )
                 )
 

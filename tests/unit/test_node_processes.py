@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from p2pinfer.clock import LoopClock
 from p2pinfer.errors import UsageError
 from p2pinfer.lifeline import PARENT_VARIABLE, child_environment, die_with_parent
 from p2pinfer.pipe import PipeClosed
@@ -74,6 +75,25 @@ def test_a_stop_signal_is_a_flag_and_a_readable_descriptor() -> None:
             assert select.select((signals,), (), (), DEADLINE_S)[0]
     assert signal.getsignal(signal.SIGTERM) is before
     signals.wake()  # a thread that comes late does no harm
+
+
+def test_the_loops_own_stalls_do_not_count_as_time() -> None:
+    """A late turn is excused, a planned wait and a machine's sleep are not; time goes on."""
+    raw = [100.0]
+    clock = LoopClock(lambda: raw[0])
+
+    def after(seconds: float, planned: float = 0.0) -> float:
+        before = clock()
+        clock.plan_sleep(planned)
+        raw[0] += seconds
+        return round(clock() - before, 6)
+
+    assert after(0.1) == 0.1
+    assert after(1.5, planned=1.5) == 1.5
+    assert after(1.5) == 0.0
+    assert after(1.5, planned=0.5) == 0.5
+    assert after(3600.0) == 3600.0
+    assert LoopClock()() <= LoopClock()()
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -145,8 +165,12 @@ def fake_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
             while True:
                 signal.pause()
         import select
-        while pipe.receive() is None:
-            select.select((pipe,), (), ())
+        from p2pinfer.pipe import PipeClosed
+        try:
+            while pipe.receive() is None:
+                select.select((pipe,), (), ())
+        except PipeClosed:
+            pass
         """)
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -35,11 +37,8 @@ def split_offer(
 ) -> Offer:
     """What the leader gets when the vocabulary is cut at `bounds`."""
     edges = [0, *bounds, len(logits)]
-    pieces = [
-        unit_candidates(logits[a:b], a, params, position)
-        for a, b in zip(edges, edges[1:], strict=False)
-    ]
-    widths = [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [unit_candidates(logits[a:b], a, params, position) for a, b in pairwise(edges)]
+    widths = [b - a for a, b in pairwise(edges)]
     return gather(pieces, widths)
 
 

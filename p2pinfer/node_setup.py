@@ -1,0 +1,126 @@
+"""What a node finds out about itself before it starts: its model, its memory, its free ports."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from p2pinfer.config import PORTS_PER_NODE, NodeSettings, parse_address
+from p2pinfer.core.events import NodeConfig
+from p2pinfer.errors import UsageError
+from p2pinfer.model.checkpoint import Checkpoint, Progress, content_id
+from p2pinfer.model.config import LlamaConfig, load_config, model_spec, resolve_model
+from p2pinfer.model.tokenizer import Tokenizer
+from p2pinfer.pipe import WorkerConfig
+from p2pinfer.state_dir import new_identity
+from p2pinfer.types import DType, Member, ModelSpec
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """The model's folder, found whole as far as headers tell."""
+
+    folder: Path
+    config: LlamaConfig
+    tokenizer: Tokenizer
+    dtype: DType
+    name: str
+
+    @classmethod
+    def open(cls, settings: NodeSettings) -> LocalModel:
+        """Check configuration, weights files and tokenizer; raises `ModelError`."""
+        folder = resolve_model(settings.model)
+        config = load_config(folder)
+        Checkpoint.open(folder, config)
+        tokenizer = Tokenizer.load(folder, config)
+        dtype = config.dtype if settings.dtype == "auto" else DType(settings.dtype)
+        name = "demo" if settings.model == "demo" else folder.resolve().name
+        return cls(folder, config, tokenizer, dtype, name)
+
+    def spec(self, quant: str, progress: Progress) -> ModelSpec:
+        """What the cluster must agree on; hashes all files, which takes a second per gigabyte
+        the first time. `progress` gets (bytes done, bytes in all)."""
+        model_id = content_id(self.folder, progress=progress)
+        return model_spec(
+            self.config, name=self.name, model_id=model_id, dtype=self.dtype, quant=quant
+        )
+
+
+def node_config(settings: NodeSettings, spec: ModelSpec, node_id: str) -> NodeConfig:
+    """What the core needs to know of this start of this node."""
+    return NodeConfig(
+        member=Member(
+            node_id=node_id,
+            boot_id=new_identity(),
+            name=settings.name,
+            address=settings.advertised_address,
+            pid=os.getpid(),
+            threads=settings.threads,
+            weight=settings.work_weight,
+            memory_bytes=offered_memory(settings.device),
+        ),
+        model=spec,
+        cluster_id=new_identity(),
+        join=settings.join,
+        layout="heads" if settings.layout == "auto" else settings.layout,
+        min_nodes=settings.min_nodes,
+        join_timeout=settings.join_timeout,
+        wait_for_nodes=settings.wait_for_nodes,
+    )
+
+
+def worker_config(
+    settings: NodeSettings, folder: Path, spec: ModelSpec, member: Member
+) -> WorkerConfig:
+    """What the worker needs to know of its node."""
+    host, port = parse_address(settings.listen)
+    return WorkerConfig(
+        node_id=member.node_id,
+        boot_id=member.boot_id,
+        name=member.name,
+        model_folder=str(folder.resolve()),
+        model=spec,
+        listen_host=host,
+        step_port=port + 1,
+        bulk_port=port + 2,
+        device=settings.device,
+        threads=settings.threads,
+        kv_limit_bytes=settings.kv_memory,
+        cpus=settings.cpus,
+    )
+
+
+def offered_memory(device: str) -> int:
+    """Bytes for weights and KV: what is available now, within the control group's limit.
+
+    0 (unknown) where a GPU may be used: its memory is seen by the worker only.
+    """
+    if device != "cpu":
+        return 0
+    available = psutil.virtual_memory().available
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):  # no control group, or "max"
+        return int(available)
+    return int(min(available, max(0, limit - used)))
+
+
+def check_worker_ports(host: str, port: int) -> None:
+    """Raise `UsageError` when the worker of the node on `port` could not listen on its own two."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for other in range(port + 1, port + PORTS_PER_NODE):
+        with socket.socket(family) as probe:
+            # As libzmq binds: connections of a node that has just ended do not count.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("" if host == "*" else host, other))
+            except OSError as error:
+                raise UsageError(
+                    f"port {other} is taken on {host}: {error.strerror}; a node uses its port and "
+                    f"the next {PORTS_PER_NODE - 1}: choose another address with --listen"
+                ) from error
