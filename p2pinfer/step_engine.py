@@ -24,7 +24,7 @@ from p2pinfer.model.sampling import (
     penalise,
     unit_candidates,
 )
-from p2pinfer.step_links import StepBroken, StepLinks, from_wire, to_wire
+from p2pinfer.step_links import StepBroken, StepLinks, from_wire, is_finite, to_wire
 from p2pinfer.types import SamplingParams, UnitKind
 from p2pinfer.wire.messages import Candidates, Hidden, Logits, LogitsRequest, Partial, Slot, Step
 from p2pinfer.wire.tensors import Tensor as WireTensor
@@ -115,6 +115,7 @@ class StepEngine:
                 need = run.send(answer)
             except StopIteration as done:
                 self._last = [logits.cpu().numpy() for logits in done.value]
+                self._check_logits()
                 return
             finally:
                 self.clock.compute_s += time.perf_counter() - began
@@ -129,6 +130,12 @@ class StepEngine:
                     answer = None
             waited = self._links.traffic.wait_s - waited
             self.clock.exchange_s += time.perf_counter() - began - waited
+
+    def _check_logits(self) -> None:
+        """Where no partial was exchanged, this is the only place that sees a broken product."""
+        with np.errstate(all="ignore"):
+            if not all(np.isfinite(logits.sum()) for logits in self._last):
+                raise StepBroken(self._id(self.topology.me), "logits that are not finite")
 
     # --- exchanges --------------------------------------------------------------------------------
 
@@ -151,9 +158,9 @@ class StepEngine:
         self._links.wait(lambda: not missing(), self._deadline, lambda: self._id(missing()[0]))
         device = next(iter(parts.values())).device if parts else torch.device("cpu")
         for member, partial in inbox.partials.pop(key).items():
-            sums = from_wire(partial.tensor)
-            if sums.shape[1] != rows or not bool(torch.isfinite(sums).all()):
+            if partial.tensor.shape[1] != rows or not is_finite(partial.tensor):
                 raise StepBroken(self._id(member), "a partial of the wrong size or not finite")
+            sums = from_wire(partial.tensor)
             parts.update(zip(partial.parts, sums.to(device).unbind(), strict=True))
         return whole_sum(parts, units)
 
@@ -164,9 +171,9 @@ class StepEngine:
             if len(parts) == 1
             else torch.stack(list(parts.values()))
         )
-        if not bool(torch.isfinite(stacked).all()):
-            raise StepBroken(self._id(t.me), "a partial that is not finite")
         tensor = to_wire(stacked)
+        if not is_finite(tensor):
+            raise StepBroken(self._id(t.me), "a partial that is not finite")
         assert t.holding.stage is not None
         for peer in t.peers:
             frame = Partial(
@@ -189,10 +196,10 @@ class StepEngine:
         self._links.wait(
             lambda: step.step in inbox.hidden, self._deadline, lambda: self._id(sender)
         )
-        hidden = from_wire(inbox.hidden.pop(step.step).tensor)
-        if hidden.shape[0] != rows or not bool(torch.isfinite(hidden).all()):
+        hidden = inbox.hidden.pop(step.step).tensor
+        if hidden.shape[0] != rows or not is_finite(hidden):
             raise StepBroken(self._id(sender), "hidden states of the wrong size or not finite")
-        return hidden
+        return from_wire(hidden)
 
     def _give(self, step: Step, need: GiveHidden) -> None:
         t = self.topology

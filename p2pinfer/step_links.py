@@ -18,7 +18,7 @@ import torch
 import zmq
 from torch import Tensor
 
-from p2pinfer.core.topology import HALVES, Topology
+from p2pinfer.core.topology import Topology
 from p2pinfer.errors import P2pinferError, RemoteProtocolError
 from p2pinfer.limits import MAX_HELD_BYTES, MAX_NODES, MAX_STEP_TOKENS
 from p2pinfer.transport import LinkEvent, LinkKind, SocketPair
@@ -102,6 +102,12 @@ def from_wire(tensor: WireTensor) -> Tensor:
     out = torch.empty(tensor.shape, dtype=torch.float32)
     np.copyto(out.numpy(), np.frombuffer(tensor.data, dtype=np.float32).reshape(tensor.shape))
     return out
+
+
+def is_finite(tensor: WireTensor) -> bool:
+    """Whether a float32 wire tensor has no infinity and no NaN (a sum keeps either)."""
+    with np.errstate(all="ignore"):
+        return bool(np.isfinite(np.frombuffer(tensor.data, np.float32).sum()))
 
 
 class StepLinks:
@@ -355,6 +361,3 @@ class StepLinks:
                 inbox.candidates.setdefault(message.step, {})[sender] = message
             case Logits():
                 inbox.logits.setdefault(message.step, {})[message.unit] = message
-
-
-__all__ = ["HALVES", "StepBroken", "StepLinks", "Traffic", "from_wire", "port_shifted", "to_wire"]

@@ -100,7 +100,7 @@ class Node:
         if not self._started:
             self._started = True
             self._start(now)
-        for step in (self._take, self._look):
+        for step in (self._take, self._look_around, self._look):
             if not self._stopped:
                 step(event, now)
                 self._hear_itself(now)
@@ -213,10 +213,13 @@ class Node:
         if self._maker and self._maker.in_force(self._near.table.members()):
             self._log.start_all()
 
-    def _look(self, _event: Input, now: float) -> None:
-        """Everything that time alone, or what just happened elsewhere, brings about."""
+    def _look_around(self, _event: Input, now: float) -> None:
+        """What time brings about among the members: silence, heartbeats, greetings."""
         self._near.look(self._holder.obeyed, self._stats, now)
         self._greeter.look(now)
+
+    def _look(self, _event: Input, now: float) -> None:
+        """What time, or what just happened, brings about for plans and requests."""
         if self._maker:
             table = self._near.table
             living = table.living()
@@ -280,6 +283,7 @@ class Node:
             self._near.forget()
             self._greeter.rejoin(member, addresses, now)
         elif self._maker:
+            self._maker.lost(member)
             self._log.serving_lost(node_id)
             if state is MemberState.DEAD and self._maker.is_owner(node_id):
                 self._log.fail_started(

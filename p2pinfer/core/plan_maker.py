@@ -12,16 +12,13 @@ from math import inf
 
 from p2pinfer.core.events import NodeConfig, PlanFailed, PlanProposed
 from p2pinfer.core.outbox import Outbox
-from p2pinfer.core.plan_rules import Situation, decide
+from p2pinfer.core.plan_rules import Boot, Situation, boot, boots, decide
 from p2pinfer.core.planner import PlacementError, holding, make_plan
 from p2pinfer.types import Fence, Member, ModelSpec, Plan
 from p2pinfer.wire.messages import Ack, Activate, Nack, Propose
 
 RESEND_S = 1.0
 """How long after a PROPOSE or ACTIVATE without effect it is sent again."""
-
-Boot = tuple[str, str]
-"""Node id and boot id: one life of one node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +48,7 @@ class PlanMaker:
         self._box = box
         self._acked: set[str] = set()
         self._obeyed: dict[str, Fence] = {}
+        self._broken: set[Boot] = set()
         self._unable: dict[Boot, str] = {}
         self._unplaceable: tuple[frozenset[Boot], str] = (frozenset(), "")
         self._step_failed = ""
@@ -67,7 +65,7 @@ class PlanMaker:
         """Whether the plan is active and all its members live: requests may be started."""
         if self.target is None or not self.activated or self._step_failed:
             return False
-        return _boots(self.target.members) <= _boots(living)
+        return boots(self.target.members) <= boots(living) - self._broken
 
     def is_owner(self, node_id: str) -> bool:
         """Whether a node owns any unit of the plan that was activated."""
@@ -81,21 +79,21 @@ class PlanMaker:
         return (
             self.target is not None
             and member.node_id in self._acked
-            and (member.node_id, member.boot_id) in _boots(self.target.members)
+            and (member.node_id, member.boot_id) in boots(self.target.members)
         )
 
     # --- deciding ---------------------------------------------------------------------------------
 
     def look(self, view: View, now: float) -> None:
         """Propose if the rules say so, and send again what may have been lost."""
-        here = _boots(view.living)
-        self._unable = {boot: why for boot, why in self._unable.items() if boot in here}
-        known = _boots(self.target.members) if self.target else frozenset()
+        here = boots(view.living)
+        self._unable = {life: why for life, why in self._unable.items() if life in here}
+        known = boots(self.target.members if self.target else ()) - self._broken
         able = tuple(
             member
             for member in view.living
-            if (member.node_id in view.reached or _boot(member) in known)
-            and _boot(member) not in self._unable
+            if (member.node_id in view.reached or boot(member) in known)
+            and boot(member) not in self._unable
         )
         decision = decide(self._situation(view, able, now))
         self.waiting = decision.why
@@ -114,12 +112,13 @@ class PlanMaker:
             unable=tuple(self._unable.values()),
             suspects=view.suspects,
             target=self.target,
+            broken=frozenset(self._broken),
             loading=tuple(m.name for m in self._unacked()) if not self.activated else (),
             settled=now >= view.quiet_since + self._config.settle,
             min_nodes=self._config.min_nodes,
             served=self._served,
             step_failed=self._step_failed,
-            unplaceable=why if members == _boots(able) else "",
+            unplaceable=why if members == boots(able) else "",
         )
 
     def _propose(self, able: tuple[Member, ...], why: str, now: float) -> None:
@@ -138,7 +137,7 @@ class PlanMaker:
             return
         self._epoch += 1
         self.target, self.activated, self._step_failed = plan, False, ""
-        self._acked = set()
+        self._acked, self._broken = set(), set()
         self._resend_at = now + RESEND_S
         names = tuple(member.name for member in plan.members)
         self._box.add(PlanProposed(fence=fence, members=names, why=why))
@@ -149,7 +148,7 @@ class PlanMaker:
     def _cannot_place(self, able: Iterable[Member], fence: Fence, why: str) -> None:
         """These members cannot hold the model: wait for others; the old plan is over."""
         why = "; ".join((why, *self._unable.values()))
-        self._unplaceable = (_boots(able), why)
+        self._unplaceable = (boots(able), why)
         self.target, self.activated, self.waiting = None, False, why
         self._resend_at = inf
         self._box.add(PlanFailed(fence=fence, reason=why))
@@ -181,7 +180,7 @@ class PlanMaker:
             # No plan goes without its leader: wait until other members would share the load.
             self._cannot_place(self.target.members, message.fence, why)
         else:
-            self._unable[_boot(member)] = why
+            self._unable[boot(member)] = why
 
     def step_failed(self, fence: Fence, why: str) -> bool:
         """A step of the plan in force broke: the same members begin a new epoch. False: stale."""
@@ -189,6 +188,10 @@ class PlanMaker:
             return False
         self._step_failed = why
         return True
+
+    def lost(self, member: Member) -> None:
+        """A member died or left: if it comes back it knows nothing of the plan any more."""
+        self._broken.add(boot(member))
 
     def obeys(self, node_id: str, fence: Fence) -> None:
         """A heartbeat says which plan a member obeys."""
@@ -211,11 +214,3 @@ class PlanMaker:
             others = member.node_id != self._config.member.node_id
             if others and self._obeyed.get(member.node_id) != plan.fence:
                 self._box.send(member.node_id, Activate(fence=plan.fence))
-
-
-def _boot(member: Member) -> Boot:
-    return member.node_id, member.boot_id
-
-
-def _boots(members: Iterable[Member]) -> frozenset[Boot]:
-    return frozenset(_boot(member) for member in members)

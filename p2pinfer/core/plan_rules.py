@@ -5,10 +5,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from p2pinfer.types import Member, Plan
+
+
+Boot = tuple[str, str]
+"""Node id and boot id: one life of one node."""
+
+
+def boot(member: Member) -> Boot:
+    """Which life of which node a member is."""
+    return member.node_id, member.boot_id
+
+
+def boots(members: Iterable[Member]) -> frozenset[Boot]:
+    """The lives of some members."""
+    return frozenset(map(boot, members))
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +39,9 @@ class Situation:
     unable: tuple[str, ...]
     suspects: tuple[str, ...]
     target: Plan | None
+    broken: frozenset[Boot]
+    """Members of the target that were lost since it was proposed, even if they are back."""
+
     loading: tuple[str, ...]
     settled: bool
     """No member has come or gone for a while."""
@@ -40,15 +57,15 @@ class Situation:
     @property
     def lost(self) -> tuple[str, ...]:
         """Names of members of the target that are gone, or that cannot hold their part."""
-        here = {(m.node_id, m.boot_id) for m in self.able}
+        here = boots(self.able) - self.broken
         members = self.target.members if self.target else ()
-        return tuple(m.name for m in members if (m.node_id, m.boot_id) not in here)
+        return tuple(m.name for m in members if boot(m) not in here)
 
     @property
     def newcomers(self) -> tuple[str, ...]:
         """Names of members that the target does not know."""
-        there = {(m.node_id, m.boot_id) for m in (self.target.members if self.target else ())}
-        return tuple(m.name for m in self.able if (m.node_id, m.boot_id) not in there)
+        there = boots(self.target.members if self.target else ())
+        return tuple(m.name for m in self.able if boot(m) not in there)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +118,9 @@ def _step_failed(s: Situation) -> Decision | None:
 def _newcomers(s: Situation) -> Decision | None:
     if not s.newcomers:
         return None
-    return Decision(propose=s.settled, why=f"{_names(s.newcomers)} joined")
+    if not s.settled:
+        return Decision(propose=False, why="the members to settle")
+    return Decision(propose=True, why=f"{_names(s.newcomers)} joined")
 
 
 def _loading(s: Situation) -> Decision | None:

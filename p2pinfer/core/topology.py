@@ -15,9 +15,6 @@ from p2pinfer.core.units import kv_bytes_per_position, unit_count, unit_weight_b
 from p2pinfer.limits import MAX_POSITIONS, MAX_REQUESTS
 from p2pinfer.types import ModelSpec, Plan, UnitKind
 
-HALVES = (UnitKind.HEAD, UnitKind.MLP)
-"""The unit kind of each half layer, by its number on the wire."""
-
 
 class Topology(Struct, frozen=True, kw_only=True):
     """Members are indices into `plan.members`.

@@ -229,7 +229,10 @@ def fear(story: Story) -> None:
     story.paragraph()
     story.say(
         "One {time}, {hero} told {his} secret to {friend}, {a_ftrait} {fkind}.",
-        "One {weather} {time}, {he} met {a_ftrait} {fkind} named {friend} and told {fhim} about it.",
+        (
+            "One {weather} {time}, {he} met {a_ftrait} {fkind} named {friend} and told {fhim} "
+            "about it."
+        ),
         "One {time}, {a_fkind} named {friend} asked {him} why {he} looked so sad.",
     )
     story.say(
@@ -287,8 +290,14 @@ def sharing(story: Story) -> None:
         "{Hero} thought about it for a long time. Then {he} knew what to do.",
     )
     story.say(
-        'The next morning, {he} went to {friend}. "I am sorry," {he} said. "Let us share the {noun}."',
-        'Early the next day, {he} knocked at the door of {friend}. "You can have the {noun}," {he} said.',
+        (
+            'The next morning, {he} went to {friend}. "I am sorry," {he} said. "Let us share the '
+            '{noun}."'
+        ),
+        (
+            'Early the next day, {he} knocked at the door of {friend}. "You can have the '
+            '{noun}," {he} said.'
+        ),
     )
     story.say(
         '"I am sorry too," said {friend}. "It is more fun when we play together."',
@@ -368,7 +377,10 @@ def garden(story: Story) -> None:
         "{He} waited one day, two days, three days, but nothing happened.",
     )
     story.maybe(
-        "When it was hot, {he} brought water. When it was cold, {he} covered the ground with straw.",
+        (
+            "When it was hot, {he} brought water. When it was cold, {he} covered the ground with "
+            "straw."
+        ),
         "{He} even sang a song to the seed before going to bed.",
         "Some of the others laughed, but {hero} did not give up.",
         chance=0.7,

@@ -1,17 +1,18 @@
 """Train the demo model from nothing: corpus, tokenizer, Llama, Hugging Face files.
 
-Run ``python -m p2pinfer.demo.train --steps 3000 --out DIR``. The same arguments give the same
+Run ``python -m p2pinfer.demo.train --steps 2600 --out DIR``. The same arguments give the same
 model on the same machine; the model is small enough for one thread of an ordinary processor.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torch import nn
 from torch.nn import functional
 
 from p2pinfer.demo import MODEL_DIR
+from p2pinfer.demo.primer import prime
 from p2pinfer.demo.stories import stories
 
 BEGIN = "<|begin_of_text|>"
@@ -36,6 +38,7 @@ SPLIT = (
 TOKENIZER_STORIES = 8000
 ROW_LENGTHS = (320, 640, 1024, 2048)
 ROW_WEIGHTS = (14, 4, 1, 1)
+PRIMER_LENGTH = 96
 
 
 @dataclass(frozen=True)
@@ -225,18 +228,30 @@ def train_tokenizer(shape: Shape, seed: int) -> Tokenizer:
     return tokenizer
 
 
-def batches(tokenizer: Tokenizer, seed: int, tokens_per_step: int) -> Iterator[torch.Tensor]:
-    """Yield batches of rows, each filled with fresh stories from a beginning on.
+def texts(seed: int, primer_share: Callable[[], float]) -> Iterator[str]:
+    """Yield a fresh text every time: a primer text with the wanted probability, else a story."""
+    rng = random.Random(seed)
+    source = stories(seed + TOKENIZER_STORIES)
+    while True:
+        number = rng.getrandbits(32)
+        yield prime(number) if rng.random() < primer_share() else next(source)
+
+
+def batches(tokenizer: Tokenizer, args: argparse.Namespace) -> Iterator[torch.Tensor]:
+    """Yield batches of rows, each filled with fresh texts from a beginning on.
 
     Most rows are short, because one story is; the longer ones teach the late positions.
     """
-    rng = random.Random(seed)
-    source = stories(seed + TOKENIZER_STORIES)
+    rng = random.Random(args.seed)
+    share = 1.0
+    source = texts(args.seed, lambda: share)
     end = token_id(tokenizer, END)
-    while True:
-        length = min(rng.choices(ROW_LENGTHS, ROW_WEIGHTS)[0], tokens_per_step)
+    for step in itertools.count():
+        # The second stretch mixes both kinds, so that what was learned carries over to stories.
+        share = 1.0 if step < args.primer_steps else 0.3 if step < 2 * args.primer_steps else 0.0
+        length = rng.choices(ROW_LENGTHS, ROW_WEIGHTS)[0] if share < 1.0 else PRIMER_LENGTH
         rows = []
-        for _ in range(max(1, tokens_per_step // length)):
+        for _ in range(max(1, args.tokens_per_step // length)):
             row: list[int] = []
             while len(row) <= length:
                 row.extend([*tokenizer.encode(next(source)).ids, end])
@@ -259,7 +274,7 @@ def train(model: Llama, tokenizer: Tokenizer, args: argparse.Namespace) -> float
     vectors = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
-        betas=(0.9, 0.95),
+        betas=(0.9, 0.98),
         fused=True,
     )
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -267,7 +282,7 @@ def train(model: Llama, tokenizer: Tokenizer, args: argparse.Namespace) -> float
     start = time.monotonic()
     with Progress(*columns, TimeRemainingColumn()) as progress:
         task = progress.add_task("training", total=args.steps)
-        source = batches(tokenizer, args.seed, args.tokens_per_step)
+        source = batches(tokenizer, args)
         for step in range(args.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args.steps, args.learning_rate)
@@ -337,10 +352,11 @@ def save(model: Llama, tokenizer: Tokenizer, out: Path) -> None:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m p2pinfer.demo.train", description=__doc__)
-    parser.add_argument("--steps", type=int, default=3000, help="optimiser steps")
+    parser.add_argument("--steps", type=int, default=2600, help="optimiser steps")
     parser.add_argument("--out", type=Path, default=MODEL_DIR, help="folder to write")
     parser.add_argument("--seed", type=int, default=1, help="seed of weights and stories")
     parser.add_argument("--threads", type=int, default=1, help="processor threads")
+    parser.add_argument("--primer-steps", type=int, default=350, help="first steps on short texts")
     parser.add_argument("--tokens-per-step", type=int, default=2048, help="tokens in a batch")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--bfloat16", action="store_true", help="multiply matrices in bfloat16")

@@ -24,8 +24,8 @@ BOYS = listed(
 SHE_ANIMALS = listed("Hazel,Willow,Poppy,Luna,Misty,Pearl,Berry,Olive,Penny,Fern,Nutmeg")
 HE_ANIMALS = listed("Pip,Bruno,Rusty,Moss,Otto,Basil,Teddy,Barley,Monty,Milo,Oscar")
 ANIMALS = listed(
-    "fox,rabbit,bear,mouse,hedgehog,squirrel,cat,dog,goat,deer,badger,pony,mole,lamb,raccoon,hamster,"
-    "kitten,puppy,donkey,pig"
+    "fox,rabbit,bear,mouse,hedgehog,squirrel,cat,dog,goat,deer,badger,pony,mole,lamb,raccoon,"
+    "hamster,kitten,puppy,donkey,pig"
 )
 
 TRAITS = listed(
@@ -111,11 +111,17 @@ OPENINGS = (
     "{Hero} was {a_trait} {kind} who lived {at}.",
     "{Hero} was {a_trait} {kind}. {He} lived {at} with {his} family.",
     "{A_kind} named {hero} lived {at}, not far from {place2}.",
-    "One {weather} morning, {hero} woke up and looked out of the window. {He} was {a_trait} {kind}.",
+    (
+        "One {weather} morning, {hero} woke up and looked out of the window. {He} was {a_trait} "
+        "{kind}."
+    ),
     "One morning, {hero} woke up early and ran outside. {He} was {a_trait} {kind} who lived {at}.",
     "One day, {hero} was walking {at}. {He} was {a_trait} {kind}.",
     "It was {a_weather} morning {at}. {Hero}, {a_trait} {kind}, was ready for a new day.",
-    "Early one morning, when the sun came up over {place}, {hero} was already awake. {He} was {a_trait} {kind}.",
+    (
+        "Early one morning, when the sun came up over {place}, {hero} was already awake. {He} "
+        "was {a_trait} {kind}."
+    ),
     "In a small house {at} lived {a_trait} {kind} named {hero}.",
     "Far away, {at}, there lived {a_trait} {kind} named {hero}.",
     "Everyone {at} knew {hero}, the {trait} {kind}.",
@@ -192,15 +198,16 @@ TROUBLES = (
     (
         "{Fhe} was sitting on a rock in the middle of the wild water and could not get back.",
         (
-            "{He} pushed a fallen tree into the water, and it made a bridge. Step by step, {friend} "
-            "came across."
+            "{He} pushed a fallen tree into the water, and it made a bridge. Step by step, "
+            "{friend} came across."
         ),
     ),
     (
         "{Fhe} was lost and did not know the way home.",
         (
-            "{He} climbed the tallest tree and looked around until {he} saw a little house with smoke "
-            'coming out of the chimney. "That is my home!" said {friend}, and they went there together.'
+            "{He} climbed the tallest tree and looked around until {he} saw a little house with "
+            'smoke coming out of the chimney. "That is my home!" said {friend}, and they went '
+            "there together."
         ),
     ),
     (
@@ -213,15 +220,15 @@ TROUBLES = (
     (
         "{Fhe} had hurt {fhis} foot and could not walk.",
         (
-            "{He} washed the foot with cool water, put a soft leaf around it, and helped {friend} all "
-            "the way home."
+            "{He} washed the foot with cool water, put a soft leaf around it, and helped {friend} "
+            "all the way home."
         ),
     ),
     (
         "{Fhe} had not eaten for two days and was very hungry.",
         (
-            "{He} opened {his} bag and gave {friend} all of {his} {snack}. {Friend} ate until not a "
-            "crumb was left."
+            "{He} opened {his} bag and gave {friend} all of {his} {snack}. {Friend} ate until not "
+            "a crumb was left."
         ),
     ),
 )
@@ -250,8 +257,8 @@ PROJECTS = (
         "salt",
         "at the market",
         (
-            "They cut the vegetables, added the salt, and let the soup cook for an hour. It was just "
-            "right."
+            "They cut the vegetables, added the salt, and let the soup cook for an hour. It was "
+            "just right."
         ),
     ),
     (
@@ -280,8 +287,8 @@ PROJECTS = (
         "long grass",
         "behind the pond",
         (
-            "With the grass they tied the flowers together, a white one, a yellow one, and a blue one, "
-            "until the crown was round and full."
+            "With the grass they tied the flowers together, a white one, a yellow one, and a blue "
+            "one, until the crown was round and full."
         ),
     ),
     (
@@ -298,7 +305,10 @@ FEARS = (
     (
         "the dark",
         "That night, they went outside without a lamp.",
-        "After a while {he} saw the stars, thousands of them, and the dark was not so dark anymore.",
+        (
+            "After a while {he} saw the stars, thousands of them, and the dark was not so dark "
+            "anymore."
+        ),
     ),
     (
         "deep water",
@@ -313,12 +323,18 @@ FEARS = (
     (
         "thunder",
         "When the next storm came, they sat at the window and counted after every flash of light.",
-        "With every number the thunder was farther away, and at last {he} even clapped {his} hands.",
+        (
+            "With every number the thunder was farther away, and at last {he} even clapped {his} "
+            "hands."
+        ),
     ),
     (
         "singing in front of others",
         "At the summer party, they went up on the little stage and began to sing.",
-        "At first {his} voice was very soft, but it grew stronger, and in the end everyone cheered.",
+        (
+            "At first {his} voice was very soft, but it grew stronger, and in the end everyone "
+            "cheered."
+        ),
     ),
     (
         "crossing the long bridge",
@@ -330,8 +346,8 @@ GOALS = (
     (
         "the wide blue sea",
         (
-            "In front of them was nothing but water, blue and endless, and the waves were dancing in "
-            "the light."
+            "In front of them was nothing but water, blue and endless, and the waves were dancing "
+            "in the light."
         ),
     ),
     (
@@ -353,8 +369,8 @@ GOALS = (
     (
         "the lighthouse on the cliff",
         (
-            "The tall white lighthouse sent its beam over the water, around and around, like a slow "
-            "bright wing."
+            "The tall white lighthouse sent its beam over the water, around and around, like a "
+            "slow bright wing."
         ),
     ),
     (
@@ -385,13 +401,16 @@ NOISES = (
     ("splash, splash", "In the water barrel {a_fkind} named {friend} was taking a bath."),
     (
         "boom, boom",
-        "{A_ftrait} {fkind} named {friend} was playing on a big drum, because {fhe} could not sleep.",
+        (
+            "{A_ftrait} {fkind} named {friend} was playing on a big drum, because {fhe} could "
+            "not sleep."
+        ),
     ),
     (
         "sniff, sniff",
         (
-            "Under the tree, {a_ftrait} {fkind} named {friend} was crying, because {fhe} had nobody "
-            "to talk to."
+            "Under the tree, {a_ftrait} {fkind} named {friend} was crying, because {fhe} had "
+            "nobody to talk to."
         ),
     ),
 )
