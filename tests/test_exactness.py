@@ -254,3 +254,13 @@ def test_a_cuda_device_says_what_transformers_says(tmp_path: Path) -> None:
     expected, _ = reference(folder, prompt)
     tokens, _ = Lockstep(folder, nodes=2, device=torch.device("cuda")).greedy(prompt, NEW_TOKENS)
     assert tokens == expected
+
+
+def test_float16_weights_are_computed_with_too(tmp_path: Path) -> None:
+    """float16 logits are those of float32 up to rounding."""
+    folder = write_random_model(tmp_path / "model", seed=7, dtype="float16")
+    prompt = prompt_of(300, 40)
+    exact = Lockstep(folder, dtype=DType.FLOAT32).prefill(prompt)
+    for nodes in (1, 3):
+        half = Lockstep(folder, nodes=nodes).prefill(prompt)
+        assert np.abs(half - exact).max() < 0.05 * np.abs(exact).max()

@@ -44,10 +44,6 @@ class Links:
     def __contains__(self, address: str) -> bool:
         return address in self._links
 
-    def get(self, address: str) -> Link | None:
-        """The link to `address`, if there is one."""
-        return self._links.get(address)
-
     def addresses(self) -> tuple[str, ...]:
         """All addresses that have a link."""
         return tuple(self._links)
@@ -81,10 +77,7 @@ class Links:
 
     def answered(self, address: str, node_id: str, own_address: str) -> list[Output]:
         """`node_id` answered on a link. Of two links to it the one to its own address stays."""
-        link = self._links.get(address)
-        if link is None:
-            return []
-        link.node_id = node_id
+        self._links[address].node_id = node_id
         if address != own_address:
             own = self._links.get(own_address)
             doubled = own is not None and own.node_id == node_id
@@ -94,13 +87,12 @@ class Links:
 
     def greeted(self, address: str, now: float) -> None:
         """HELLO was sent on a link."""
-        if link := self._links.get(address):
-            link.greeted_at = now
+        self._links[address].greeted_at = now
 
     def refused(self, address: str, *, for_good: bool) -> None:
         """HELLO was refused on a link."""
-        if link := self._links.get(address):
-            link.refused, link.given_up = True, for_good
+        link = self._links[address]
+        link.refused, link.given_up = True, for_good
 
     def greet_refused(self, address: str) -> None:
         """Who refused us for a time is a member now, for it sends heartbeats: greet it at once."""

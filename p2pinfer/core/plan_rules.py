@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from p2pinfer.types import Member, Plan
 
-
 Boot = tuple[str, str]
 """Node id and boot id: one life of one node."""
 

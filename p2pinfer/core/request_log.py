@@ -216,20 +216,28 @@ class RequestLog:
         entry = self._entries.get(report.request_id)
         if entry is None or not entry.started or entry.ended:
             return
-        if not report.code and report.total_tokens != len(entry.tokens):
+        code, message, known = report.code, report.message, len(entry.tokens)
+        if not code and report.total_tokens > known:
+            # Of an attempt before this one, which was cancelled.
             return
+        if not code and report.total_tokens < known:
+            code = "log_conflict"
+            message = (
+                f"you have {known} tokens of a reply that ends after {report.total_tokens}; "
+                f"submit the prompt under a new request id"
+            )
         ended = Ended(
             request_id=entry.request_id,
-            reason="error" if report.code else report.reason,
-            total_tokens=len(entry.tokens),
-            code=report.code,
-            message=report.message[:4096],
-            retryable=report.code in RETRYABLE,
+            reason="error" if code else report.reason,
+            total_tokens=known,
+            code=code,
+            message=message[:4096],
+            retryable=code in RETRYABLE,
             ttft_s=report.ttft_s,
             tokens_per_s=report.tokens_per_s,
         )
         self._box.send(entry.serving_id, ended)
-        if report.code:
+        if code:
             del self._entries[entry.request_id]
         else:
             entry.ended, entry.ended_at = ended, now

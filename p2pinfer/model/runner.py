@@ -153,7 +153,7 @@ class StageRunner:
     def _add(x: Tensor, rows: int, total: Tensor | None, bias: Tensor | None) -> Tensor:
         """Add a half layer's sum in place; a row-parallel bias is added once, after it."""
         assert total is not None
-        x[:rows] += total
+        x[:rows] += total.to(x.device)
         if bias is not None:
             x[:rows] += bias
         return x

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import select
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+from p2pinfer.cluster import free_base_port
 from p2pinfer.core.events import (
     ActivatePlan,
     AnyReport,
@@ -27,24 +27,6 @@ from p2pinfer.types import DType, Fence, Member, Plan, SamplingParams
 from p2pinfer.worker_process import WorkerProcess
 
 DEADLINE_S = 60.0
-
-
-def free_base_port(nodes: int) -> int:
-    """A port P such that P .. P + 10 * nodes were free a moment ago, on loopback."""
-    for base in range(21_000, 60_000, 170):
-        sockets = []
-        try:
-            for port in [base + 10 * i + k for i in range(nodes) for k in range(3)]:
-                each = socket.socket()
-                sockets.append(each)
-                each.bind(("127.0.0.1", port))
-            return base
-        except OSError:
-            continue
-        finally:
-            for each in sockets:
-                each.close()
-    raise RuntimeError("no free ports")
 
 
 class Fleet:

@@ -40,6 +40,13 @@ STEP_TIMEOUT_S = 0.5
 EOS = 0
 
 
+def carried(frame: bytes) -> ControlMessage:
+    """The message that a frame carries."""
+    message = decode(frame)
+    assert isinstance(message, ControlMessage)
+    return message
+
+
 def toy_token(prompt_ids: tuple[int, ...], index: int) -> int:
     """Token `index` of the reply to a prompt; sometimes the end of the text (0)."""
     return hash((prompt_ids, index)) % 37
@@ -382,7 +389,7 @@ class Cluster:
         def arrive() -> None:
             held = wire.to is target and wire.connection == connection
             if held and self.reaches(host, target):
-                target.take(e.Received(message=decode(frame), route=route))
+                target.take(e.Received(message=carried(frame), route=route))
 
         wire.arrives = max(wire.arrives, self.now + self.random.uniform(0, 2 * self.delay))
         self.later_in_order(wire.arrives, target, arrive)
@@ -405,7 +412,7 @@ class Cluster:
         def arrive() -> None:
             held = target.wires.get(address) is wire and wire.connection == connection
             if held and wire.to is host and self.reaches(host, target):
-                target.take(e.Received(message=decode(frame), link=address))
+                target.take(e.Received(message=carried(frame), link=address))
 
         wire.back = max(wire.back, self.now + self.random.uniform(0, 2 * self.delay))
         self.later_in_order(wire.back, target, arrive)

@@ -23,11 +23,11 @@ from tests.simulation.cluster import MODEL, Client, Cluster, Host, toy_reply
 SEEDS = range(int(os.environ.get("SIMULATION_SEEDS", "4")))
 
 
-def cluster_of(count: int, seed: int = 1, **settings: object) -> tuple[Cluster, list[Host]]:
+def cluster_of(count: int, seed: int = 1) -> tuple[Cluster, list[Host]]:
     """That many nodes, ready."""
     cluster = Cluster(seed)
     hosts = [
-        cluster.start(number, join=() if number == 1 else (1,), min_nodes=count, **settings)
+        cluster.start(number, join=() if number == 1 else (1,), min_nodes=count)
         for number in range(1, count + 1)
     ]
     assert cluster.run_until(cluster.agreed, 15)

@@ -595,6 +595,26 @@ def test_a_member_known_by_name_only_has_longer() -> None:
     assert bench.told(e.PeerDead) == []
 
 
+def test_everybody_silent_is_the_loss_of_the_leader() -> None:
+    """When leader and members fall silent at once the cluster is over, once."""
+    bench = adopted()
+    bench.tick(3)
+    assert [fact.name for fact in bench.told(e.PeerDead)] == ["node1"]
+    assert bench.node.waiting == "a cluster to join"
+
+
+def test_connections_are_remembered_in_bounded_number() -> None:
+    """A member that greets over ever new connections is known by its latest ones."""
+    bench = leader(member(2))
+    for number in range(100):
+        bench.take(e.Received(message=hello(member(2), cluster_id=CLUSTER), route=b"%d" % number))
+    beat = heartbeat(member(2))
+    bench.take(e.Received(message=beat, route=b"0"))
+    assert len(bench.told(e.FrameDropped)) == 1
+    bench.take(e.Received(message=beat, route=b"99"))
+    assert bench.told(e.FrameDropped) == []
+
+
 def test_an_old_lifes_heartbeat_is_dropped() -> None:
     """A heartbeat with a boot id that is not the known one says nothing."""
     bench = leader(member(2))

@@ -1,0 +1,159 @@
+"""The membership table: states, incarnations, silence and rumours."""
+
+from __future__ import annotations
+
+from math import inf
+
+import pytest
+
+from p2pinfer.core.election import Election
+from p2pinfer.core.membership import FIRST_WORD_S, Membership
+from p2pinfer.limits import MAX_NODES
+from p2pinfer.types import Fence, Member
+from p2pinfer.wire.messages import Heartbeat, MemberState, Rumour
+
+
+def member(number: int, boot: int = 0) -> Member:
+    return Member(
+        node_id=f"{number:016x}",
+        boot_id=f"{number * 100 + boot:016x}",
+        name=f"node{number}",
+        address=f"tcp://h{number}:7720",
+    )
+
+
+def heartbeat(who: Member, **values: int) -> Heartbeat:
+    fields = {"incarnation": 0, **values}
+    return Heartbeat(node_id=who.node_id, boot_id=who.boot_id, term=1, fence=Fence(1, 2), **fields)
+
+
+def table_of(*numbers: int) -> Membership:
+    table = Membership(member(1))
+    for number in numbers:
+        table.join(member(number), 10.0, spoke=True)
+    return table
+
+
+def test_joining_is_new_once_per_life() -> None:
+    """The same life of a node joins once; another boot id is another life."""
+    table = table_of()
+    assert table.join(member(2), 1.0, spoke=False)
+    assert not table.join(member(2), 2.0, spoke=True)
+    assert not table.join(member(2), 3.0, spoke=False)
+    assert table[member(2).node_id].heard_at == 2.0
+    assert table.join(member(2, boot=1), 4.0, spoke=True)
+    assert table.changed_at == 4.0
+    assert not table.is_living(member(2))
+    assert table.is_living(member(2, boot=1))
+
+
+def test_this_node_lives() -> None:
+    """The table counts its own life, and no other one, among the living."""
+    table = table_of(2)
+    assert table.members() == (member(1), member(2))
+    assert table.is_living(member(1))
+    assert not table.is_living(member(1, boot=1))
+    assert not table.is_living(member(3))
+
+
+def test_a_lost_member_that_returns_is_new() -> None:
+    """A dead member's own greeting brings it back as a new member."""
+    table = table_of(2)
+    table.lose(member(2).node_id, MemberState.DEAD, 11.0)
+    assert table.living() == []
+    assert table.join(member(2), 12.0, spoke=True)
+
+
+def test_suspicion_is_cleared_by_a_heartbeat() -> None:
+    """Only an alive member becomes suspect, and its heartbeat makes it alive again."""
+    table = table_of(2)
+    assert table.suspect(member(2).node_id)
+    assert not table.suspect(member(2).node_id)
+    table.heard(heartbeat(member(2), incarnation=3), 11.0)
+    peer = table[member(2).node_id]
+    assert (peer.state, peer.incarnation) == (MemberState.ALIVE, 3)
+    assert peer.fence == Fence(1, 2)
+
+
+def test_silence_is_counted_from_the_last_word() -> None:
+    """A member dies dead_after its last word; one that never spoke has a few seconds."""
+    table = table_of(2)
+    table.join(member(3), 10.0, spoke=False)
+    assert table.next_death(1.0) == 11.0
+    assert [peer.member.name for peer in table.silent(11.0, 1.0)] == ["node2"]
+    assert len(table.silent(10.0 + FIRST_WORD_S, 1.0)) == 2
+    assert table_of().next_death(1.0) == inf
+
+
+def test_the_echo_gives_the_round_trip() -> None:
+    """The echo ages with the time that the answer waits; a negative difference counts as none."""
+    table = table_of(2)
+    assert table.echo_ms(member(2).node_id, 10.0) == 0
+    table.heard(heartbeat(member(2), sent_at_ms=500), 11.0)
+    assert table.echo_ms(member(2).node_id, 11.25) == 750
+    assert table[member(2).node_id].rtt_s is None
+    table.heard(heartbeat(member(2), echo_ms=10_990), 11.0)
+    assert table[member(2).node_id].rtt_s == pytest.approx(0.01)
+    table.heard(heartbeat(member(2), echo_ms=20_000), 11.0)
+    assert table[member(2).node_id].rtt_s == 0.0
+
+
+def test_a_claim_that_we_are_not_alive_is_refuted() -> None:
+    """Our incarnation rises above any such claim about this life of ours, and only then."""
+    table = table_of(2)
+
+    def claim(who: Member, state: MemberState, incarnation: int) -> Rumour:
+        return Rumour(
+            node_id=who.node_id, boot_id=who.boot_id, state=state, incarnation=incarnation
+        )
+
+    table.refute([claim(member(1), MemberState.ALIVE, 9), claim(member(2), MemberState.DEAD, 9)])
+    table.refute([claim(member(1, boot=1), MemberState.DEAD, 9)])
+    assert table.incarnation == 0
+    table.refute([claim(member(1), MemberState.SUSPECT, 4)])
+    assert table.incarnation == 5
+
+
+def test_rumours_tell_the_whole_table() -> None:
+    """A heartbeat carries every known peer with its state."""
+    table = table_of(2, 3)
+    table.lose(member(3).node_id, MemberState.LEFT, 11.0)
+    assert [(r.node_id, r.state.value) for r in table.rumours()] == [
+        (member(2).node_id, "alive"),
+        (member(3).node_id, "left"),
+    ]
+
+
+def test_the_table_stays_bounded() -> None:
+    """Of many members that are gone the oldest are forgotten, so rumours fit a heartbeat."""
+    table = table_of()
+    for number in range(2, 60):
+        table.join(member(number), float(number), spoke=True)
+        table.lose(member(number).node_id, MemberState.DEAD, float(number))
+    assert len(table.rumours()) <= MAX_NODES + 1
+    assert table.get(member(2).node_id) is None
+    assert table.get(member(59).node_id) is not None
+    table.clear()
+    assert table.everybody() == []
+
+
+def test_the_founder_leads_in_term_one() -> None:
+    """Founding makes a node leader; its loss, and only its loss, is the leader's."""
+    election = Election("a")
+    assert (election.leader_id, election.leads, election.deadline) == ("", False, inf)
+    election.found()
+    assert (election.leader_id, election.leads, election.term) == ("a", True, 1)
+    assert election.node_lost("a")
+    assert not election.node_lost("b")
+
+
+def test_a_follower_learns_the_term_from_its_leader() -> None:
+    """Only the leader's heartbeats tell the term."""
+    election = Election("a")
+    election.follow(member(2).node_id, 0)
+    election.handle(heartbeat(member(3)), member(3).node_id, 0.0)
+    assert election.term == 0
+    election.handle(heartbeat(member(2)), member(2).node_id, 0.0)
+    assert election.term == 1
+    election.forget()
+    assert election.leader_id == ""
