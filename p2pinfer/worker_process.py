@@ -78,6 +78,10 @@ def _environment(threads: int) -> dict[str, str]:
         MKL_NUM_THREADS=count,
         # Threads that spin while they wait take the cores from the node's other processes.
         OMP_WAIT_POLICY="passive",
+        # Weights on huge pages: fewer misses of the address cache while they are streamed.
+        THP_MEM_ALLOC_ENABLE="1",
+        # The KV store on small ones: a request's room must cost nothing before it is written.
+        NUMPY_MADVISE_HUGEPAGE="0",
         # The tokenizer's thread pool is of no use beside torch's.
         TOKENIZERS_PARALLELISM="false",
     )

@@ -36,7 +36,10 @@ from p2pinfer.wire.messages import Chunk
 MODEL_SEED = 0
 PROMPT_SEED_STEP = 7919
 COUNTERS_S = 10.0
-"""How long nodes may take to report the counters of steps that are over."""
+"""How long nodes may take to agree on how many steps are over."""
+
+REPORTED_S = 0.5
+"""A worker reports its counters several times in that time."""
 
 Tell = Callable[[str], None]
 
@@ -137,22 +140,19 @@ def ask_together(addresses: Sequence[str], vocab: int, settings: Settings) -> fl
     return after / (last - together)
 
 
-def counters(addresses: Sequence[str], steps: int) -> list[dict[str, Any]]:
-    """Each node's counters once it has finished `steps` steps."""
-    found = []
-    for address in addresses:
-        deadline = time.monotonic() + COUNTERS_S
-        while True:
-            mine: dict[str, Any] = Client([address]).status()["counters"]
-            if mine["steps"] >= steps:
-                found.append(mine)
-                break
-            if time.monotonic() > deadline:
-                raise ClusterError(
-                    "internal", f"{address} reports {mine['steps']} of {steps} steps"
-                )
-            time.sleep(0.05)
-    return found
+def counters(addresses: Sequence[str]) -> list[dict[str, Any]]:
+    """Each node's counters, once all have done the same steps and none does more."""
+    deadline = time.monotonic() + COUNTERS_S
+    before: list[dict[str, Any]] = []
+    while True:
+        found = [Client([address]).status()["counters"] for address in addresses]
+        steps = {row["steps"] for row in found}
+        if len(steps) == 1 and [row["steps"] for row in before] == [row["steps"] for row in found]:
+            return found
+        if time.monotonic() > deadline:
+            raise ClusterError("internal", f"nodes report different steps: {sorted(steps)}")
+        before = found
+        time.sleep(REPORTED_S)
 
 
 def token_budget(
@@ -162,12 +162,11 @@ def token_budget(
 
     The prefill's share is taken out by the counters of a reply of one token.
     """
-    start = counters(addresses, 0)
+    start = counters(addresses)
     ask(client, prompt, 1)
-    first = counters(addresses, max(c["steps"] for c in start) + 1)
-    prefill_steps = first[0]["steps"] - start[0]["steps"]
+    first = counters(addresses)
     timing = ask(client, prompt, tokens + 1)
-    last = counters(addresses, first[0]["steps"] + prefill_steps + tokens)
+    last = counters(addresses)
     wall = 1000 * (timing.arrivals[-1] - timing.arrivals[0]) / tokens
     rows = []
     for a, b, c in zip(start, first, last, strict=True):

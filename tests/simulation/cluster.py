@@ -204,8 +204,10 @@ class Host:
             return
         for output in self.node.handle(event, self.cluster.now):
             self.do(output)
+        self.set_alarm(self.node.deadline)
+
+    def set_alarm(self, deadline: float) -> None:
         self._alarm += 1
-        deadline = self.node.deadline
         if self.alive and deadline != float("inf"):
             wait = max(0.0, deadline - self.cluster.now)
             self.cluster.later(wait, self, partial(self.tick, self._alarm))
