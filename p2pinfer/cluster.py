@@ -23,6 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
+import psutil
+
 from p2pinfer.client import Client
 from p2pinfer.config import (
     PORTS_PER_NODE,
@@ -104,7 +106,12 @@ class LocalCluster:
         self._pin = pin
         self._config_file = config_file
         self._cpus = _allowed_cpus()
-        shared = {"min_nodes": nodes, "threads": max(1, len(self._cpus) // nodes)}
+        shared = {
+            "min_nodes": nodes,
+            "threads": max(1, len(self._cpus) // nodes),
+            # All nodes see the same free memory: KV may have half of it, in equal shares.
+            "kv_memory": psutil.virtual_memory().available // (2 * nodes),
+        }
         from_file = read_config(config_file) if config_file else {}
         given = {**_given(options or {}), **_given({"threads": threads}), "model": model}
         self._options = {k: v for k, v in shared.items() if k not in from_file} | given

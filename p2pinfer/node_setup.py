@@ -7,8 +7,6 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from p2pinfer.config import PORTS_PER_NODE, NodeSettings, parse_address
 from p2pinfer.core.events import NodeConfig
 from p2pinfer.errors import UsageError
@@ -61,7 +59,7 @@ def node_config(settings: NodeSettings, spec: ModelSpec, node_id: str) -> NodeCo
             pid=os.getpid(),
             threads=settings.threads,
             weight=settings.work_weight,
-            memory_bytes=offered_memory(settings.device),
+            kv_bytes=settings.kv_memory,
         ),
         model=spec,
         cluster_id=new_identity(),
@@ -89,25 +87,8 @@ def worker_config(
         bulk_port=port + 2,
         device=settings.device,
         threads=settings.threads,
-        kv_limit_bytes=settings.kv_memory,
         cpus=settings.cpus,
     )
-
-
-def offered_memory(device: str) -> int:
-    """Bytes for weights and KV: what is available now, within the control group's limit.
-
-    0 (unknown) where a GPU may be used: its memory is seen by the worker only.
-    """
-    if device != "cpu":
-        return 0
-    available = psutil.virtual_memory().available
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):  # no control group, or "max"
-        return int(available)
-    return int(min(available, max(0, limit - used)))
 
 
 def check_worker_ports(host: str, port: int) -> None:

@@ -30,7 +30,7 @@ In = TypeVar("In", bound=msgspec.Struct)
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The first message to a worker: who it is and what it may use.
 
-    `kv_limit_bytes` 0 means: choose. `cpus` are the CPU numbers to pin to; empty means no pinning.
+    `cpus` are the CPU numbers to pin to; empty means no pinning.
     """
 
     node_id: Identity
@@ -43,7 +43,6 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     bulk_port: int
     device: str
     threads: int
-    kv_limit_bytes: int = 0
     cpus: tuple[int, ...] = ()
 
 

@@ -261,6 +261,8 @@ class StepLinks:
             for member in self.topology.plan.members:
                 if self._address(member) == event.address:
                     self.lost.append(member.node_id)
+                    # What the connection still held is gone, and nobody sends it again.
+                    raise StepBroken(member.node_id, f"the step link to {member.name} broke")
 
     def heard_within(self, seconds: float) -> tuple[str, ...]:
         """Node ids heard on step links lately."""

@@ -110,7 +110,7 @@ class Member(Struct, frozen=True, kw_only=True):
 
     `address` is the control address; steps use its port + 1 and bulk its port + 2. `weight` is
     the share of work relative to other members. `memory_bytes` is what it offers for weights
-    and KV together.
+    and KV together, `kv_bytes` for KV at most; 0 is unknown, or no limit of its own.
     """
 
     node_id: Identity
@@ -122,6 +122,7 @@ class Member(Struct, frozen=True, kw_only=True):
     threads: U16 = 1
     weight: Annotated[float, Meta(ge=0.0, le=1e6)] = 1.0
     memory_bytes: U63 = 0
+    kv_bytes: U63 = 0
     witness: bool = False
 
 

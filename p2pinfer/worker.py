@@ -16,6 +16,7 @@ from collections import deque
 from pathlib import Path
 
 import click
+import psutil
 import torch
 import zmq
 
@@ -38,7 +39,7 @@ from p2pinfer.core.events import (
     WorkerStats,
 )
 from p2pinfer.core.scheduler import EndedReply, Scheduler
-from p2pinfer.core.topology import Topology, position_limit, topology, weight_bytes
+from p2pinfer.core.topology import Topology, kv_room, position_limit, topology, weight_bytes
 from p2pinfer.errors import ClusterError, P2pinferError, UsageError
 from p2pinfer.leader import Leader
 from p2pinfer.lifeline import die_with_parent
@@ -88,6 +89,7 @@ class Worker:
         self._engine: StepEngine | None = None
         self._leader: Leader | None = None
         self._scheduler: Scheduler | None = None
+        self._kv_limit = 0
         self._stats_at = 0.0
         self._drawn = 0
         self._rate = 0.0
@@ -104,7 +106,7 @@ class Worker:
                 numeric_class=numeric_class(config.model.dtype, self._device),
                 device=str(self._device),
                 threads=torch.get_num_threads(),
-                kv_limit_bytes=config.kv_limit_bytes,
+                memory_bytes=offered_memory(self._device),
             )
         )
         while not self._stopping:
@@ -170,7 +172,7 @@ class Worker:
             hears_steps=self._links.heard_within(1.0),
             tokens_per_s=round(self._rate, 3),
             kv_used_bytes=engine.kv_used_bytes if engine else 0,
-            kv_limit_bytes=self._config.kv_limit_bytes,
+            kv_limit_bytes=self._kv_limit,
             running=scheduler.running if scheduler else 0,
             waiting=scheduler.waiting if scheduler else 0,
             dropped_frames=traffic.dropped,
@@ -236,6 +238,7 @@ class Worker:
         if self._loaded is None or self._loaded[0].plan.fence != fence:
             return
         mine, runner = self._loaded
+        self._kv_limit = kv_room(mine.plan, mine.me) or 0
         self._engine = StepEngine(mine, runner, self._links)
         self._links.activate(mine)
         if not mine.leads:
@@ -334,6 +337,19 @@ def choose_device(wanted: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {wanted}: torch sees no CUDA device here; use --device cpu")
     return device
+
+
+def offered_memory(device: torch.device) -> int:
+    """Bytes that the device has free for weights and KV, within the control group's limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    available = psutil.virtual_memory().available
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):  # no control group, or "max"
+        return int(available)
+    return int(min(available, max(0, limit - used)))
 
 
 @click.command()

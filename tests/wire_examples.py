@@ -76,6 +76,7 @@ MEMBER = Member(
     threads=8,
     weight=1.5,
     memory_bytes=16 << 30,
+    kv_bytes=4 << 30,
 )
 WITNESS = Member(
     node_id=BERT, boot_id=BOOT, name="bert é", address="tcp://[2001:db8::1]:65535", witness=True

@@ -65,7 +65,7 @@ class WorkerReady(Report, frozen=True, kw_only=True):
     numeric_class: str
     device: str
     threads: int
-    kv_limit_bytes: int
+    memory_bytes: int
 
 
 class WorkerFailed(Report, frozen=True, kw_only=True):

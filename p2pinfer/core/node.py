@@ -317,7 +317,12 @@ class Node:
     def _worker_started(self, report: WorkerReady, now: float) -> None:
         """Now it is known how this node computes: tell those who have greeted it already."""
         table = self._near.table
-        me = replace(table.me, numeric_class=report.numeric_class, threads=report.threads)
+        me = replace(
+            table.me,
+            numeric_class=report.numeric_class,
+            threads=report.threads,
+            memory_bytes=report.memory_bytes,
+        )
         if me != table.me:
             table.me = me
             for peer in table.living():

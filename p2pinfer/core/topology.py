@@ -97,20 +97,32 @@ def _receivers(plan: Plan, stage: int, me: int) -> tuple[int, ...]:
 
 
 def position_limit(plan: Plan) -> int:
-    """Positions of KV that every member has room for beside its weights, over all requests.
+    """Positions of KV that every member has room for, over all requests.
 
-    A member that does not say how much memory it offers does not limit.
+    A member that says neither how much memory it offers nor how much of it for KV does not limit.
     """
     limit = MAX_POSITIONS * MAX_REQUESTS
-    for index, member in enumerate(plan.members):
-        held = holding(plan, index)
-        if not member.memory_bytes or not held.head_units:
-            continue
-        layers = held.span.end - held.span.start
-        per_position = kv_bytes_per_position(plan.model, layers) * len(held.head_units)
-        room = member.memory_bytes - weight_bytes(plan.model, held)
-        limit = min(limit, max(0, room) // per_position)
+    for index in range(len(plan.members)):
+        held, room = holding(plan, index), kv_room(plan, index)
+        if room is not None and held.head_units:
+            limit = min(limit, room // _kv_bytes_per_position(plan, held))
     return limit
+
+
+def kv_room(plan: Plan, index: int) -> int | None:
+    """Bytes of KV that a member has room for beside its weights; None when it does not say."""
+    member = plan.members[index]
+    rooms = []
+    if member.memory_bytes:
+        rooms.append(max(0, member.memory_bytes - weight_bytes(plan.model, holding(plan, index))))
+    if member.kv_bytes:
+        rooms.append(member.kv_bytes)
+    return min(rooms, default=None)
+
+
+def _kv_bytes_per_position(plan: Plan, held: Holding) -> int:
+    layers = held.span.end - held.span.start
+    return kv_bytes_per_position(plan.model, layers) * len(held.head_units)
 
 
 def weight_bytes(model: ModelSpec, held: Holding) -> int:

@@ -86,9 +86,7 @@ class ToyWorker:
         host.cluster.later(host.cluster.random.uniform(0, 0.5), host, self.begin)
 
     def begin(self) -> None:
-        self.say(
-            e.WorkerReady(numeric_class="toy", device="cpu", threads=1, kv_limit_bytes=1 << 20)
-        )
+        self.say(e.WorkerReady(numeric_class="toy", device="cpu", threads=1, memory_bytes=0))
         self.host.cluster.later(STEP_S, self.host, self.step)
 
     def say(self, report: e.AnyReport) -> None:

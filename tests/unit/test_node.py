@@ -92,9 +92,9 @@ class Bench:
     def worker(self, report: e.AnyReport) -> list[e.Output]:
         return self.take(e.WorkerSaid(report=report))
 
-    def worker_ready(self) -> list[e.Output]:
+    def worker_ready(self, memory_bytes: int = 0) -> list[e.Output]:
         return self.worker(
-            e.WorkerReady(numeric_class="n", device="cpu", threads=2, kv_limit_bytes=9)
+            e.WorkerReady(numeric_class="n", device="cpu", threads=2, memory_bytes=memory_bytes)
         )
 
     def meet(self, *members: Member) -> None:
@@ -833,8 +833,8 @@ def test_a_leader_that_cannot_hold_its_part_waits_for_others() -> None:
 
 def test_members_that_cannot_hold_the_model_wait_for_more() -> None:
     """When the planner finds no room the reason is told once, until other members come."""
-    bench = Bench(member=member(5, memory_bytes=10))
-    bench.worker_ready()
+    bench = Bench(member=member(5))
+    bench.worker_ready(memory_bytes=10)
     bench.tick(0.3)
     [fact] = bench.told(e.PlanFailed)
     assert "does not fit" in fact.reason

@@ -73,7 +73,7 @@ ORDERS: tuple[AnyOrder | WorkerConfig, ...] = (
     CancelRequest(request_id=7),
     StopWorker(),
 )
-READY = WorkerReady(numeric_class="avx2", device="cpu", threads=1, kv_limit_bytes=1 << 30)
+READY = WorkerReady(numeric_class="avx2", device="cpu", threads=1, memory_bytes=0)
 
 Ends = tuple[DaemonPipe, WorkerPipe]
 

@@ -1,0 +1,105 @@
+"""What a plan means for one member."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+import pytest
+
+from p2pinfer.core import tree
+from p2pinfer.core.planner import holding, make_plan
+from p2pinfer.core.topology import kv_room, position_limit, topology, weight_bytes
+from p2pinfer.core.units import kv_bytes_per_position
+from p2pinfer.types import DType, Fence, ModelSpec, Plan
+from tests.lockstep import members
+
+MODEL = ModelSpec(
+    name="m",
+    model_id="0" * 64,
+    num_layers=6,
+    hidden_size=64,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=16,
+    intermediate_size=1024,
+    vocab_size=640,
+    max_positions=512,
+    dtype=DType.BFLOAT16,
+    kv_dtype=DType.BFLOAT16,
+)
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a member offers."""
+
+    memory_bytes: int = 0
+    kv_bytes: int = 0
+
+
+def plan_of(nodes: int, layout: str = "heads", offer: Offer | None = None) -> Plan:
+    """A plan of `nodes` members that all offer the same."""
+    offer = offer or Offer()
+    everybody = [
+        msgspec.structs.replace(m, memory_bytes=offer.memory_bytes, kv_bytes=offer.kv_bytes)
+        for m in members(nodes)
+    ]
+    return make_plan(
+        members=everybody,
+        model=MODEL,
+        layout=layout,
+        fence=Fence(1, 1),
+        cluster_id="0" * 16,
+        leader_id="0" * 16,
+    )
+
+
+@pytest.mark.parametrize(
+    ("nodes", "layout"), [(1, "heads"), (3, "heads"), (6, "heads"), (4, "2x2")]
+)
+def test_the_parts_of_a_stage_make_the_whole_sum(nodes: int, layout: str) -> None:
+    """What the members of a stage send in a half layer adds up to the root of the tree."""
+    plan = plan_of(nodes, layout)
+    for me in range(nodes):
+        mine = topology(plan, me)
+        for half in (0, 1):
+            parts = [node for sent in mine.parts[half].values() for node in sent]
+            root = tree.root(mine.units[half])
+            additions = tree.plan_additions(parts, mine.units[half])
+            assert root in parts or additions[-1][2] == root
+            assert set(mine.senders(half)) <= set(mine.peers)
+        assert set(mine.others) == set(range(nodes)) - {me}
+        assert mine.leads == (me == 0)
+
+
+def test_hidden_states_reach_every_member_of_the_next_stage_once() -> None:
+    """Who sends to me says so of itself, too."""
+    plan = plan_of(5, "layers")
+    seen = [topology(plan, i) for i in range(5)]
+    for mine in seen:
+        for receiver in mine.hidden_to:
+            assert seen[receiver].hidden_from == mine.me
+    receivers = [r for mine in seen for r in mine.hidden_to]
+    later = [m.me for m in seen if m.holding.stage]
+    assert sorted(receivers) == sorted(later)
+
+
+def test_a_member_that_holds_nothing_has_no_part() -> None:
+    """A spare member hears steps and sends nothing."""
+    mine = topology(plan_of(5, "2x2"), 4)
+    assert mine.holding.stage is None
+    assert (mine.peers, mine.hidden_from, mine.hidden_to) == ((), None, ())
+
+
+def test_room_for_kv_is_what_weights_leave_and_what_is_allowed() -> None:
+    """The least of both bounds a member; the tightest member bounds the cluster."""
+    assert kv_room(plan_of(2), 0) is None
+    assert position_limit(plan_of(2)) > 1 << 20
+    plan = plan_of(2, offer=Offer(memory_bytes=8 << 20))
+    left = (8 << 20) - weight_bytes(MODEL, holding(plan, 0))
+    assert kv_room(plan, 0) == left
+    per_position = 2 * kv_bytes_per_position(MODEL, MODEL.num_layers)
+    assert position_limit(plan) == left // per_position
+    tight = plan_of(2, offer=Offer(memory_bytes=8 << 20, kv_bytes=100 * per_position))
+    assert position_limit(tight) == 100
