@@ -115,7 +115,7 @@ class Client:
         """Submit, wait for the whole reply, and return it as one object for JSON.
 
         A failure is in the object (`finish_reason` `error`, `error` with `code` and `message`),
-        with the text and tokens that came before it. Raises `InvalidRequestError` only.
+        with the text and tokens that came before it.
         """
         request_id = new_request_id() if request_id is None else request_id
         reply: dict[str, Any] = {
@@ -135,8 +135,6 @@ class Client:
                 _record(reply, event)
                 if on_event is not None:
                     on_event(event)
-        except InvalidRequestError:
-            raise
         except ClusterError as error:
             reply["error"] = {"code": error.code, "message": error.message}
         return reply
@@ -176,8 +174,8 @@ class Client:
             pair.close(address)
         raise ClusterError(
             "not_ready",
-            f"no node answers at {', '.join(self.addresses)}: is it running? "
-            "Start one with: p2pinfer node start",
+            f"no node answers at {', '.join(self.addresses)}: is the address right, and does it "
+            "run? Start one with: p2pinfer node start",
             retryable=True,
         )
 
@@ -218,7 +216,8 @@ class _Link:
             if time.monotonic() >= deadline:
                 raise ClusterError(
                     "node_lost",
-                    f"the node at {self._address} has been silent for {within:g} s",
+                    f"the node at {self._address} has been silent for {within:g} s: it hangs, or "
+                    "another program listens there; ask another node with --to",
                     retryable=True,
                 )
             self._poll(deadline)
@@ -257,11 +256,15 @@ def _submit_message(
     request_id: int, prompt: str | Sequence[int], params: SamplingParams, received: Sequence[int]
 ) -> Submit:
     params.check()
-    if isinstance(prompt, str) and len(prompt) > MAX_TEXT_CHARS:
-        raise InvalidRequestError(
-            f"the prompt has {len(prompt)} characters; at most {MAX_TEXT_CHARS} can be sent",
-            code="prompt_too_long",
-        )
+    if isinstance(prompt, str):
+        _check_unicode("the prompt", prompt)
+        if len(prompt) > MAX_TEXT_CHARS:
+            raise InvalidRequestError(
+                f"the prompt is too long: at most {MAX_TEXT_CHARS} characters can be sent",
+                code="prompt_too_long",
+            )
+    for each in params.stop:
+        _check_unicode("a stop string", each)
     text, ids = (prompt, ()) if isinstance(prompt, str) else ("", tuple(prompt))
     return Submit(
         request_id=request_id,
@@ -270,6 +273,16 @@ def _submit_message(
         params=params,
         received=tuple(received),
     )
+
+
+def _check_unicode(what: str, text: str) -> None:
+    """Text from a terminal or a pipe may hold bytes that were no UTF-8, as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(
+            f"{what} is not UTF-8 text (character {error.start + 1}); send plain text"
+        ) from error
 
 
 def _record(reply: dict[str, Any], event: Event) -> None:

@@ -27,7 +27,9 @@ import psutil
 
 from p2pinfer.client import Client
 from p2pinfer.config import (
+    MAX_PORT,
     PORTS_PER_NODE,
+    NodeSettings,
     as_flags,
     available_cpus,
     format_address,
@@ -39,6 +41,7 @@ from p2pinfer.lifeline import child_environment
 from p2pinfer.limits import MAX_NODES
 from p2pinfer.model.checkpoint import content_id
 from p2pinfer.model.config import resolve_model
+from p2pinfer.node_setup import LocalModel
 
 HOST: Final = "127.0.0.1"
 PORT_STEP: Final = 10
@@ -101,6 +104,12 @@ class LocalCluster:
     ) -> None:
         if not 1 <= nodes <= MAX_NODES:
             raise UsageError(f"--nodes {nodes}: a cluster has 1 to {MAX_NODES} nodes")
+        highest = MAX_PORT - PORT_STEP * (nodes - 1)
+        if not 1 <= base_port <= highest:
+            raise UsageError(
+                f"--base-port {base_port}: allowed is 1 to {highest} for {nodes} nodes, which "
+                f"listen {PORT_STEP} ports apart"
+            )
         self._count = nodes
         self._base_port = base_port
         self._pin = pin
@@ -243,8 +252,10 @@ class LocalCluster:
         return ""
 
     def _cpus_of(self, index: int) -> list[int]:
-        """An equal run of the CPUs; nodes share them where there are fewer CPUs than nodes."""
-        each = max(1, len(self._cpus) // self._count)
+        """As many CPUs as a node has threads; nodes share them where there are too few for all."""
+        each = min(int(self._options["threads"]), len(self._cpus))
+        if each * self._count > len(self._cpus):
+            each = max(1, len(self._cpus) // self._count)
         first = index * each % len(self._cpus)
         return self._cpus[first : first + each]
 
@@ -258,18 +269,22 @@ def start_local(
 ) -> int:
     """`cluster start`: print one JSON line when the cluster is ready, then run until Ctrl-C.
 
-    Returns 0; raises `ClusterError` when a node ends by itself.
+    Returns 0; raises `UsageError` for a damaged model, for what can never become ready or a port
+    that is taken, and `ClusterError` when a node ends by itself.
     """
     options = _given(flags or {})
-    model = options.pop("model", None) or load_settings({}, config_file).model
+    settings = load_settings(options, config_file)
+    _check_placeable(settings, nodes)
+    options.pop("model", None)
     cluster = LocalCluster(
         nodes,
-        model=model,
+        model=settings.model,
         base_port=base_port,
         options=options,
         config_file=config_file,
         on_progress=lambda line: print(line, file=sys.stderr, flush=True),
     )
+    check_ports(base_port, nodes)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with cluster:
@@ -289,13 +304,52 @@ def free_base_port(nodes: int, host: str = HOST) -> int:
     first, last = 20_000, 32_000 - PORT_STEP * nodes
     while True:
         base = first + secrets.randbelow(last - first)
-        ports = (base + PORT_STEP * i + j for i in range(nodes) for j in range(PORTS_PER_NODE))
-        if all(_is_free(host, port) for port in ports):
+        if all(_is_free(host, port) for port in _ports(base, nodes)):
             return base
+
+
+def check_ports(base_port: int, nodes: int) -> None:
+    """Raise `UsageError` naming the first port of `nodes` local nodes that is taken."""
+    for port in _ports(base_port, nodes):
+        if not _is_free(HOST, port):
+            raise UsageError(
+                f"port {port} is taken on {HOST}: another node or program listens there; stop it, "
+                "or choose another --base-port"
+            )
+
+
+def _check_placeable(settings: NodeSettings, nodes: int) -> None:
+    """Refuse at once what `nodes` nodes would wait for in vain."""
+    if settings.min_nodes > nodes:
+        raise UsageError(
+            f"--min-nodes {settings.min_nodes} of a cluster of --nodes {nodes} will never be there"
+        )
+    stages, _, height = settings.layout.partition("x")
+    if stages.isdigit() and int(stages) * int(height) > nodes:
+        raise UsageError(
+            f"--layout {settings.layout} needs {int(stages) * int(height)} nodes, but --nodes is "
+            f"{nodes}"
+        )
+    layers = LocalModel.open(settings).config.num_hidden_layers
+    if stages.isdigit() and int(stages) > layers:
+        raise UsageError(
+            f"--layout {settings.layout} has {stages} stages, but the model only {layers} layers"
+        )
+
+
+def _ports(base_port: int, nodes: int) -> list[int]:
+    """Every port that `nodes` local nodes listen on."""
+    return [
+        base_port + PORT_STEP * node + offset
+        for node in range(nodes)
+        for offset in range(PORTS_PER_NODE)
+    ]
 
 
 def _is_free(host: str, port: int) -> bool:
     with socket.socket() as probe:
+        # As libzmq binds: connections of a node that has just ended do not count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError:

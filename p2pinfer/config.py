@@ -11,11 +11,11 @@ import os
 import re
 import socket
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import platformdirs
 
@@ -35,6 +35,8 @@ QUANTS = ("none",)
 LAYOUTS = ("auto", "heads", "layers")
 
 WILDCARDS = ("0.0.0.0", "::", "*")
+Value = TypeVar("Value")
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,2})?")
 _LAYOUT = re.compile(r"([1-9]\d?)x([1-9]\d?)")
@@ -168,7 +170,8 @@ class NodeSettings:
 
 def _check(flag: str, value: object, holds: bool, allowed: str) -> None:
     if not holds:
-        raise UsageError(f"{flag} {value}: allowed is {allowed}")
+        shown = "''" if value == "" else value
+        raise UsageError(f"{flag} {shown}: allowed is {allowed}")
 
 
 def _check_range(flag: str, value: float, low: float, high: float) -> None:
@@ -209,21 +212,43 @@ def load_settings(flags: Mapping[str, Any], config_file: Path | None = None) -> 
     values = read_config(config_file) if config_file else {}
     values |= {key: value for key, value in flags.items() if value is not None and value != ()}
     for key in ("listen", "advertise"):
-        if values.get(key):
-            values[key] = format_address(*parse_address(values[key]))
+        if key in values:
+            values[key] = _named(f"--{key}", _address, values[key])
     if "join" in values:
-        values["join"] = tuple(format_address(*parse_address(text)) for text in values["join"])
-    port = parse_address(values.get("listen", ""))[1] if values.get("listen") else DEFAULT_PORT
+        values["join"] = tuple(_named("--join", _address, text) for text in values["join"])
+    port = parse_address(values["listen"])[1] if "listen" in values else DEFAULT_PORT
     values.setdefault("name", default_name(port))
     if "state_dir" in values:
-        values["state_dir"] = Path(values["state_dir"]).expanduser()
+        values["state_dir"] = _named("--state-dir", expand_path, values["state_dir"])
     elif _NAME.fullmatch(values["name"]):  # else NodeSettings refuses the name below
         values["state_dir"] = default_state_dir(values["name"])
     if isinstance(values.get("kv_memory"), str):
-        values["kv_memory"] = parse_bytes(values["kv_memory"])
+        values["kv_memory"] = _named("--kv-memory", parse_bytes, values["kv_memory"])
     if isinstance(values.get("cpus"), str):
         values["cpus"] = parse_cpus(values["cpus"])
     return NodeSettings(**values)
+
+
+def _named(flag: str, read: Callable[[str], Value], text: str) -> Value:
+    """What `read` makes of `text`; its complaint gets the flag's name."""
+    try:
+        return read(text)
+    except UsageError as error:
+        raise UsageError(f"{flag} {error}") from error
+
+
+def _address(text: str) -> str:
+    return format_address(*parse_address(text))
+
+
+def expand_path(text: str | Path) -> Path:
+    """The path that a person means: `~` is a home folder. Raises `UsageError` for no path."""
+    if not str(text) or "\0" in str(text):
+        raise UsageError(f"{str(text)!r} is no path; give the path of a folder")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"{text}: there is no such home folder; write the whole path") from error
 
 
 _TEXT, _WHOLE, _NUMBER = (str,), (int,), (int, float)
@@ -242,8 +267,10 @@ def read_config(path: Path) -> dict[str, Any]:
     """The values of a TOML configuration file by field name; raises `UsageError` naming the key."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path}: cannot be read: {error}") from error
+    except OSError as error:
+        raise UsageError(f"--config {path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--config {path}: is not UTF-8 text: {error.reason}") from error
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"--config {path}: is not valid TOML: {error}") from error
     known = [item.name for item in fields(NodeSettings)]
@@ -271,7 +298,7 @@ def _file_value(path: Path, key: str, name: str, value: object) -> object:
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes from `512M`, `2G`, `1.5GiB` or a plain number (powers of 1024)."""
+    """Bytes from `512M`, `2G`, `1.5GiB` or a plain number (powers of 1024); raises `UsageError`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if not match:
         raise UsageError(f"{text!r} is no amount of memory; write for example 512M or 2G")

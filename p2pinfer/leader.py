@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from p2pinfer.core.scheduler import EndedReply, Scheduler
-from p2pinfer.core.units import unit_bounds, unit_count
+from p2pinfer.core.units import Slice, unit_bounds, unit_count
 from p2pinfer.errors import RemoteProtocolError
 from p2pinfer.model.sampling import UnitCandidates, draw, gather, whole_offer
-from p2pinfer.step_engine import STEP_TIMEOUT_S, StepEngine
+from p2pinfer.step_engine import StepEngine
 from p2pinfer.step_links import StepBroken, StepLinks
 from p2pinfer.types import SamplingParams, UnitKind
 from p2pinfer.wire.messages import Candidates, DrawnToken, LogitsRequest, Slot, Step
@@ -27,8 +28,8 @@ class Leader:
         self._topology = engine.topology
         model = self._topology.plan.model
         count = unit_count(model, UnitKind.VOCAB)
-        bounds = [unit_bounds(model, UnitKind.VOCAB, unit) for unit in range(count)]
-        self._widths = [end - start for start, end in bounds]
+        self._bounds = [unit_bounds(model, UnitKind.VOCAB, unit) for unit in range(count)]
+        self._widths = [end - start for start, end in self._bounds]
         self._params: dict[int, SamplingParams] = {}
         self._step = 0
 
@@ -75,8 +76,6 @@ class Leader:
 
     def _draw(self, step: Step, own: list[list[UnitCandidates]]) -> dict[int, int]:
         sampling = [slot for slot in step.slots if slot.sample]
-        if not sampling:
-            return {}
         offers = self._collect(step, len(sampling), own)
         drawn: dict[int, int] = {}
         unsettled: list[int] = []
@@ -99,25 +98,21 @@ class Leader:
     def _collect(
         self, step: Step, slots: int, own: list[list[UnitCandidates]]
     ) -> list[list[UnitCandidates]]:
-        """[slots][vocab units in order] of candidates, from all members."""
+        """[slots][vocab units in order] of candidates, from all members.
+
+        Their owners answer every step, so that no member falls behind by more than one.
+        """
         t = self._topology
-        waiting = [member for member in t.vocab if member != t.me]
-        inbox = self._links.inbox
-
-        def missing() -> list[int]:
-            arrived = inbox.candidates.get(step.step, {})
-            return [m for m in waiting if m not in arrived]
-
-        deadline = time.monotonic() + STEP_TIMEOUT_S
-        self._links.wait(
-            lambda: not missing(), deadline, lambda: t.plan.members[missing()[0]].node_id
+        owners = [member for member in t.vocab if member != t.me and step.slots]
+        arrived = self._links.collect(
+            self._links.inbox.candidates, step.step, {member: member for member in owners}
         )
         by_unit: list[dict[int, UnitCandidates]] = [{} for _ in range(slots)]
         for row, of_slot in enumerate(own):
             by_unit[row].update(zip(t.holding.vocab_units, of_slot, strict=True))
-        for member, frame in inbox.candidates.pop(step.step, {}).items():
+        for member, frame in arrived.items():
             try:
-                _unpack(frame, by_unit)
+                _unpack(frame, by_unit, self._bounds)
             except RemoteProtocolError as error:
                 raise StepBroken(t.plan.members[member].node_id, str(error)) from error
         return [[units[u] for u in range(len(self._widths))] for units in by_unit]
@@ -135,22 +130,12 @@ class Leader:
                     ),
                 )
         wanted = {u: m for m, units in t.vocab.items() if m != t.me for u in units}
-        inbox = self._links.inbox
-
-        def missing() -> list[int]:
-            arrived = inbox.logits.get(step.step, {})
-            return [m for u, m in wanted.items() if u not in arrived]
-
-        deadline = time.monotonic() + STEP_TIMEOUT_S
-        self._links.wait(
-            lambda: not missing(), deadline, lambda: t.plan.members[missing()[0]].node_id
-        )
-        arrived = inbox.logits.pop(step.step, {})
+        arrived = self._links.collect(self._links.inbox.logits, step.step, wanted)
         pieces: list[NDArray[np.float32]] = []
-        for unit, width in enumerate(self._widths):
+        for unit in range(len(self._widths)):
             if unit in wanted:
                 tensor = arrived[unit].tensor
-                if tensor.shape != (len(slots), width):
+                if tensor.shape[0] != len(slots):
                     owner = t.plan.members[wanted[unit]]
                     raise StepBroken(owner.node_id, "logits of the wrong size")
                 values = np.frombuffer(tensor.data, np.float32).reshape(tensor.shape)
@@ -165,18 +150,26 @@ def _position(slot: Slot) -> int:
     return slot.start + len(slot.tokens)
 
 
-def _unpack(frame: Candidates, by_unit: list[dict[int, UnitCandidates]]) -> None:
+def _unpack(
+    frame: Candidates, by_unit: list[dict[int, UnitCandidates]], bounds: Sequence[Slice]
+) -> None:
+    """Put a member's candidates into `by_unit` [slots].
+
+    Raises `RemoteProtocolError` for other slots than were asked, ids outside their unit, and
+    numbers that are not finite.
+    """
     slots, units, width = frame.ids.shape
-    if slots != len(by_unit) or units != len(frame.units):
+    if slots != max(len(by_unit), 1) or units != len(frame.units):
         raise RemoteProtocolError("candidates for another number of slots")
     ids = np.frombuffer(frame.ids.data, np.int32).reshape(slots, units, width)
     scores = np.frombuffer(frame.logits.data, np.float32).reshape(slots, units, width)
     lse = np.frombuffer(frame.lse.data, np.float32).reshape(slots, units)
-    for row in range(slots):
+    if not (np.isfinite(scores).all() and np.isfinite(lse).all()):
+        raise RemoteProtocolError("candidates that are not finite")
+    for row, of_slot in enumerate(by_unit):
         for place, unit in enumerate(frame.units):
             count = int(np.count_nonzero(ids[row, place] >= 0))
-            if count == 0 or not np.isfinite(scores[row, place, :count]).all():
-                raise RemoteProtocolError("candidates that are empty or not finite")
-            by_unit[row][unit] = UnitCandidates(
-                ids[row, place, :count], scores[row, place, :count], float(lse[row, place])
-            )
+            mine, (start, end) = ids[row, place, :count], bounds[unit]
+            if count == 0 or mine.min() < start or mine.max() >= end:
+                raise RemoteProtocolError("candidates outside their unit")
+            of_slot[unit] = UnitCandidates(mine, scores[row, place, :count], float(lse[row, place]))

@@ -32,6 +32,10 @@ MAX_POSITIONS = 1 << 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_TOP_K = 1024
+MAX_SCALE = 1_000_000_000
+"""Of a temperature or a repetition penalty; its inverse is the least. Beyond these a logit divided
+or multiplied by both may leave float32, and a step with an infinite score fails for all in it."""
+
 MAX_CANDIDATES = MAX_TOP_K
 """Candidates that one vocab unit may send for one slot."""
 

@@ -31,18 +31,19 @@ class StateDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._fd = -1
         file = path / NODE_ID_FILE
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise UsageError(
-                f"--state-dir {path}: cannot be used: {error.strerror}; "
-                "give a folder that this user may write to"
-            ) from error
-        try:
             self._lock()
             self.node_id = self._read_or_draw(file)
+        except OSError as error:
+            self.close()
+            raise UsageError(
+                f"--state-dir {path}: cannot be used: {error.strerror}; "
+                "give a folder that this user may write to, on a disk with room"
+            ) from error
         except BaseException:
             self.close()
             raise

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from p2pinfer.core.topology import Topology
 from p2pinfer.core.units import unit_bounds
+from p2pinfer.errors import RemoteProtocolError
 from p2pinfer.model.reduction import subtree_sums, whole_sum
 from p2pinfer.model.runner import GiveHidden, NeedHidden, NeedSum, StageRunner
 from p2pinfer.model.sampling import (
@@ -30,9 +31,6 @@ from p2pinfer.wire.messages import Candidates, Hidden, Logits, LogitsRequest, Pa
 from p2pinfer.wire.tensors import Tensor as WireTensor
 from p2pinfer.wire.tensors import WireDType
 
-STEP_TIMEOUT_S = 60.0
-"""A step that takes longer is broken, whoever is alive: a lost frame, or a peer that hangs."""
-
 
 @dataclass
 class Log:
@@ -42,7 +40,14 @@ class Log:
     tokens: list[int] = field(default_factory=list)
 
     def write(self, slot: Slot) -> None:
-        """Tokens are written by position; a step that runs again writes the same ones."""
+        """Tokens are written by position; a step that runs again writes the same ones.
+
+        Raises `RemoteProtocolError` for a run that would leave a hole.
+        """
+        if slot.start > len(self.tokens):
+            raise RemoteProtocolError(
+                f"positions {len(self.tokens)} to {slot.start} of a request were never computed"
+            )
         del self.tokens[slot.start :]
         self.tokens.extend(slot.tokens)
 
@@ -69,7 +74,6 @@ class StepEngine:
         self._logs: dict[int, Log] = {}
         self._last: list[NDArray[np.float32]] = []
         self._sampling: list[Slot] = []
-        self._deadline = 0.0
 
     # --- one step ---------------------------------------------------------------------------------
 
@@ -79,7 +83,8 @@ class StepEngine:
         Raises `StepBroken` when a peer's frame does not come or is wrong.
         """
         self.step = self._links.step = step.step
-        self._deadline = time.monotonic() + STEP_TIMEOUT_S
+        self._links.inbox.forget_before(step.step)
+        began, elsewhere = time.perf_counter(), self._elsewhere_s()
         self._forget(step.ended)
         for slot in step.slots:
             self._log(slot).write(slot)
@@ -88,7 +93,14 @@ class StepEngine:
         if self._runner is not None and step.slots:
             self._run(self._runner, step)
         self.clock.steps += 1
-        return self._offers()
+        offers = self._offers()
+        elsewhere = self._elsewhere_s() - elsewhere
+        self.clock.python_s += time.perf_counter() - began - elsewhere
+        return offers
+
+    def _elsewhere_s(self) -> float:
+        """Seconds that are accounted for already: computing, exchanging, waiting."""
+        return self.clock.compute_s + self.clock.exchange_s + self._links.traffic.wait_s
 
     def _forget(self, ended: tuple[int, ...]) -> None:
         for request_id in ended:
@@ -148,16 +160,13 @@ class StepEngine:
         senders = t.senders(need.half)
         if not senders:
             return whole_sum(parts, units)
-        key = (step.step, need.layer, need.half)
-        inbox = self._links.inbox
-
-        def missing() -> list[int]:
-            arrived = inbox.partials.get(key, {})
-            return [m for m in senders if m not in arrived]
-
-        self._links.wait(lambda: not missing(), self._deadline, lambda: self._id(missing()[0]))
+        arrived = self._links.collect(
+            self._links.inbox.partials,
+            (step.step, need.layer, need.half),
+            {sender: sender for sender in senders},
+        )
         device = next(iter(parts.values())).device if parts else torch.device("cpu")
-        for member, partial in inbox.partials.pop(key).items():
+        for member, partial in arrived.items():
             if partial.tensor.shape[1] != rows or not is_finite(partial.tensor):
                 raise StepBroken(self._id(member), "a partial of the wrong size or not finite")
             sums = from_wire(partial.tensor)
@@ -192,11 +201,8 @@ class StepEngine:
     def _hidden(self, step: Step, rows: int) -> torch.Tensor:
         sender = self.topology.hidden_from
         assert sender is not None
-        inbox = self._links.inbox
-        self._links.wait(
-            lambda: step.step in inbox.hidden, self._deadline, lambda: self._id(sender)
-        )
-        hidden = inbox.hidden.pop(step.step).tensor
+        arrived = self._links.collect(self._links.inbox.hidden, step.step, {sender: sender})
+        hidden = arrived[sender].tensor
         if hidden.shape[0] != rows or not is_finite(hidden):
             raise StepBroken(self._id(sender), "hidden states of the wrong size or not finite")
         return from_wire(hidden)
@@ -243,15 +249,18 @@ class StepEngine:
         return offers
 
     def send_candidates(self, step: Step, offers: list[list[UnitCandidates]]) -> None:
-        """Offer this node's candidates to the leader, one frame for all slots and units."""
+        """Offer this node's candidates to the leader, one frame for all slots and units.
+
+        Where no slot samples, one row without candidates says that the step is done: the leader
+        begins no other before.
+        """
         t = self.topology
-        if not offers:
-            return
-        width = max(candidates_wanted(self._logs[s.request_id].params) for s in self._sampling)
         units = t.holding.vocab_units
-        ids = np.full((len(offers), len(units), width), -1, np.int32)
-        scores = np.zeros(ids.shape, np.float32)
-        lse = np.zeros(ids.shape[:2], np.float32)
+        wanted = [candidates_wanted(self._logs[s.request_id].params) for s in self._sampling]
+        shape = (max(len(offers), 1), len(units), max(wanted, default=1))
+        ids = np.full(shape, -1, np.int32)
+        scores = np.zeros(shape, np.float32)
+        lse = np.zeros(shape[:2], np.float32)
         for row, of_slot in enumerate(offers):
             for place, offer in enumerate(of_slot):
                 count = len(offer.ids)

@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
 import zmq
 from torch import Tensor
 
+from p2pinfer.core.step_checks import StepMessage, check_frame
 from p2pinfer.core.topology import Topology
 from p2pinfer.errors import P2pinferError, RemoteProtocolError
-from p2pinfer.limits import MAX_HELD_BYTES, MAX_NODES, MAX_STEP_TOKENS
+from p2pinfer.limits import MAX_HELD_BYTES, MAX_NODES
 from p2pinfer.transport import LinkEvent, LinkKind, SocketPair
-from p2pinfer.types import Fence, Member, Plan
+from p2pinfer.types import Member, Plan
 from p2pinfer.wire.codec import decode, encode
 from p2pinfer.wire.messages import (
     Candidates,
@@ -44,13 +46,18 @@ EVENTS_EVERY_S = 0.05
 """How often the monitors of the links are looked at: they stay off the path of a token."""
 
 STEP_PORT_OFFSET = 1
-MAX_ROUTES = 4 * MAX_NODES
-"""Connections whose owner is remembered; each reconnect makes one more, the oldest goes."""
+
+STEP_TIMEOUT_S = 120.0
+"""One wait for a peer within a step; longer, and the step is broken, whoever is alive."""
+
+MAX_FILED = 4096
+"""Frames of one kind filed and not yet used: a peer is one exchange ahead at most, by layers."""
+
+MAX_STRANGERS = 2 * MAX_NODES
+"""Links of nodes outside every plan known here, which a plan on its way may make members."""
 
 LINK_TIMEOUT_S = 10.0
 """How long links to the members of a new plan may take to connect."""
-
-StepMessage = Step | Partial | Hidden | Candidates | LogitsRequest | Logits
 
 
 class StepBroken(P2pinferError):
@@ -62,26 +69,54 @@ class StepBroken(P2pinferError):
         self.reason = reason
 
 
+Key = TypeVar("Key", int, tuple[int, int, int])
+Frame = TypeVar("Frame")
+
+
 @dataclass
 class Traffic:
-    """What this node sent, and how long it waited for others, in seconds."""
+    """What this node sent, and how long it waited for others (idle: for a step), in seconds."""
 
     messages: int = 0
     bytes: int = 0
     dropped: int = 0
     wait_s: float = 0.0
+    idle_s: float = 0.0
 
 
 @dataclass
 class Inbox:
-    """Frames of the active plan by what they are for."""
+    """Frames of the active plan by what they are for, then by who sent them (logits: by unit)."""
 
     steps: deque[Step] = field(default_factory=deque)
+    requests: deque[LogitsRequest] = field(default_factory=deque)
     partials: dict[tuple[int, int, int], dict[int, Partial]] = field(default_factory=dict)
-    hidden: dict[int, Hidden] = field(default_factory=dict)
+    hidden: dict[int, dict[int, Hidden]] = field(default_factory=dict)
     candidates: dict[int, dict[int, Candidates]] = field(default_factory=dict)
     logits: dict[int, dict[int, Logits]] = field(default_factory=dict)
-    requests: deque[LogitsRequest] = field(default_factory=deque)
+
+    def forget_before(self, step: int) -> None:
+        """Drop what came for steps that are over (a duplicate, or a frame nobody waited for)."""
+        for key in [key for key in self.partials if key[0] < step]:
+            del self.partials[key]
+        for number in [number for number in self.hidden if number < step]:
+            del self.hidden[number]
+        for number in [number for number in self.candidates if number < step]:
+            del self.candidates[number]
+        for number in [number for number in self.logits if number < step]:
+            del self.logits[number]
+
+    def full(self) -> bool:
+        """Whether a peer has sent more than any plan has use for."""
+        sizes = (
+            len(self.steps),
+            len(self.requests),
+            len(self.partials),
+            len(self.hidden),
+            len(self.candidates),
+            len(self.logits),
+        )
+        return max(sizes) >= MAX_FILED
 
 
 def port_shifted(address: str, offset: int) -> str:
@@ -114,11 +149,17 @@ class StepLinks:
     """Sends to and hears from the other members of a plan.
 
     `interrupt` is called whenever the control plane's pipe becomes readable during a wait; it may
-    raise to leave the wait.
+    raise to leave the wait. `on_pause` is called several times a second, waiting or not.
     """
 
     def __init__(
-        self, pair: SocketPair, me: tuple[str, str], pipe_fd: int, interrupt: Callable[[], None]
+        self,
+        pair: SocketPair,
+        me: tuple[str, str],
+        *,
+        pipe_fd: int,
+        interrupt: Callable[[], None],
+        on_pause: Callable[[], None],
     ) -> None:
         self.pair = pair
         self.traffic = Traffic()
@@ -128,6 +169,8 @@ class StepLinks:
         """The step being computed or last computed: peers are at most one ahead of it."""
         self._identity = me
         self._interrupt = interrupt
+        self._on_pause = on_pause
+        self._waiting = False
         self._pipe_fd = pipe_fd
         self._poller = zmq.Poller()
         self._poller.register(pipe_fd, zmq.POLLIN)
@@ -137,8 +180,9 @@ class StepLinks:
         self._routes: dict[bytes, LinkOpen] = {}
         self._sequence_out: dict[int, int] = defaultdict(int)
         self._sequence_in: dict[int, int] = defaultdict(int)
-        self._pending: Fence | None = None
-        self._held: dict[bytes, list[bytes]] = defaultdict(list)
+        self._pending: Plan | None = None
+        self._held: list[tuple[bytes, bytes]] = []
+        self._held_bytes: dict[bytes, int] = defaultdict(int)
         self._heard: dict[str, float] = {}
         self.lost: list[str] = []
 
@@ -152,8 +196,9 @@ class StepLinks:
         """
         self.topology = None
         self.inbox = Inbox()
-        self._pending = plan.fence
+        self._pending = plan
         self._held.clear()
+        self._held_bytes.clear()
         wanted = {self._address(m): m for i, m in enumerate(plan.members) if i != me}
         for address in tuple(self.pair.addresses):
             if address not in wanted:
@@ -181,10 +226,10 @@ class StepLinks:
         self._pending = None
         self._sequence_out.clear()
         self._sequence_in.clear()
-        held, self._held = self._held, defaultdict(list)
-        for route, frames in held.items():
-            for frame in frames:
-                self._file(route, frame)
+        held, self._held = self._held, []
+        self._held_bytes.clear()
+        for route, frame in held:
+            self._file(route, frame)
 
     def close(self) -> None:
         """Stop obeying any plan; links stay connected."""
@@ -216,25 +261,35 @@ class StepLinks:
 
     # --- receiving --------------------------------------------------------------------------------
 
-    def wait(
-        self, ready: Callable[[], bool], deadline: float, waiting_for: Callable[[], str]
-    ) -> None:
-        """File frames until `ready()`; raises `StepBroken` at `deadline` (monotonic seconds),
-        blaming the member whose node id `waiting_for()` returns."""
-        if ready():
-            return
+    def collect(
+        self, box: dict[Key, dict[int, Frame]], key: Key, wanted: Mapping[int, int]
+    ) -> dict[int, Frame]:
+        """Wait until `box[key]` has every name in `wanted` and take it.
+
+        `wanted` maps a name (a member, or a vocab unit) to the member that owes it. Raises
+        `StepBroken`, naming the first that did not come within `STEP_TIMEOUT_S`.
+        """
         began = time.perf_counter()
+        deadline = time.monotonic() + STEP_TIMEOUT_S
+        self._waiting = True
         try:
-            while not ready():
+            while not wanted.keys() <= (arrived := box.get(key, {})).keys():
                 if time.monotonic() > deadline:
-                    raise StepBroken(waiting_for(), "a step is overdue")
+                    assert self.topology is not None
+                    owing = next(member for name, member in wanted.items() if name not in arrived)
+                    node_id = self.topology.plan.members[owing].node_id
+                    raise StepBroken(node_id, f"a step is overdue by {STEP_TIMEOUT_S:g} s")
                 self._poll(deadline)
         finally:
+            self._waiting = False
             self.traffic.wait_s += time.perf_counter() - began
+        return box.pop(key, {})
 
     def idle(self, timeout_s: float) -> None:
         """Wait for a frame or an order, at most `timeout_s`."""
+        began = time.perf_counter()
         self._poll(time.monotonic() + timeout_s)
+        self.traffic.idle_s += time.perf_counter() - began
 
     def _poll(self, deadline: float) -> None:
         left = min(EVENTS_EVERY_S, max(0.0, deadline - time.monotonic()))
@@ -244,7 +299,7 @@ class StepLinks:
         self.pump()
 
     def pump(self) -> None:
-        """File everything that has arrived."""
+        """File everything that has arrived; now and then look at the links and pause."""
         while (received := self.pair.receive()) is not None:
             self._file(*received)
         now = time.monotonic()
@@ -252,6 +307,7 @@ class StepLinks:
             self._events_at = now
             for event in self.pair.events():
                 self._note(event)
+            self._on_pause()
 
     def _note(self, event: LinkEvent) -> None:
         """A link that breaks is told to the control plane; one that comes back is opened again."""
@@ -261,8 +317,9 @@ class StepLinks:
             for member in self.topology.plan.members:
                 if self._address(member) == event.address:
                     self.lost.append(member.node_id)
-                    # What the connection still held is gone, and nobody sends it again.
-                    raise StepBroken(member.node_id, f"the step link to {member.name} broke")
+                    if self._waiting:
+                        # What the connection still held is gone, and nobody sends it again.
+                        raise StepBroken(member.node_id, f"the step link to {member.name} broke")
 
     def heard_within(self, seconds: float) -> tuple[str, ...]:
         """Node ids heard on step links lately."""
@@ -273,79 +330,55 @@ class StepLinks:
         try:
             message = decode(frame, Plane.STEPS)
             if isinstance(message, LinkOpen):
-                self._routes[route] = message
-                while len(self._routes) > MAX_ROUTES:
-                    del self._routes[next(iter(self._routes))]
+                self._opened(route, message)
                 return
             self._accept(route, frame, message)
         except RemoteProtocolError:
             self.traffic.dropped += 1
 
+    def _opened(self, route: bytes, message: LinkOpen) -> None:
+        """One route for each life of a node: a reconnect takes the place of what broke."""
+        life = (message.node_id, message.boot_id)
+        for other in [r for r, m in self._routes.items() if (m.node_id, m.boot_id) == life]:
+            del self._routes[other]
+        self._routes[route] = message
+        plans = [p for p in (self._pending, self.topology and self.topology.plan) if p]
+        members = {(m.node_id, m.boot_id) for plan in plans for m in plan.members}
+        # A plan that others have already, and this node not yet, may make a stranger a member.
+        strangers = [r for r, m in self._routes.items() if (m.node_id, m.boot_id) not in members]
+        for stranger in strangers[: max(0, len(strangers) - MAX_STRANGERS)]:
+            del self._routes[stranger]
+
     def _accept(self, route: bytes, frame: bytes, message: ControlMessage | DataFrame) -> None:
         opened = self._routes.get(route)
         if opened is None or not isinstance(message, StepMessage):
             raise RemoteProtocolError("a step frame on a link that nobody opened")
-        if self._pending is not None and message.fence == self._pending:
-            held = self._held[route]
-            if sum(map(len, held)) + len(frame) > MAX_HELD_BYTES:
-                raise RemoteProtocolError("more frames than may be held for a plan")
-            held.append(frame)
+        if self._pending is not None and message.fence == self._pending.fence:
+            _index(self._pending, opened, message)
+            self._hold(route, frame)
             return
         topology = self.topology
         if topology is None or message.fence != topology.plan.fence:
             raise RemoteProtocolError("a frame of a foreign fence")
-        sender = self._sender(topology, opened, message)
+        sender = _index(topology.plan, opened, message)
         expected = self._sequence_in[sender]
         if message.link_seq != expected:
             raise StepBroken(opened.node_id, f"frame {expected} was lost before {message.link_seq}")
         self._sequence_in[sender] = expected + 1
         self._heard[opened.node_id] = time.monotonic()
-        if not isinstance(message, Step) and not self.step <= message.step <= self.step + 1:
+        if message.step < self.step:
             raise RemoteProtocolError(f"a frame of step {message.step} during step {self.step}")
-        self._check(topology, sender, message)
+        check_frame(topology, sender, message)
+        if self.inbox.full():
+            raise RemoteProtocolError("more frames than any step has use for")
         self._put(message, sender)
 
-    @staticmethod
-    def _sender(topology: Topology, opened: LinkOpen, message: StepMessage) -> int:
-        """The member that opened the link; a frame may not speak for another."""
-        for index, member in enumerate(topology.plan.members):
-            if (member.node_id, member.boot_id) == (opened.node_id, opened.boot_id):
-                if isinstance(message, DataFrame) and message.sender != index:
-                    raise RemoteProtocolError("a frame that names another sender")
-                return index
-        raise RemoteProtocolError("a frame from a node outside the plan")
-
-    @staticmethod
-    def _check(topology: Topology, sender: int, message: StepMessage) -> None:
-        """What the plan says that this member may send: raises `RemoteProtocolError` otherwise."""
-        plan = topology.plan
-        hidden_size = plan.model.hidden_size
-        match message:
-            case Step() | LogitsRequest():
-                fits = sender == plan.leader
-            case Partial():
-                span = topology.holding.span
-                fits = (
-                    sender in topology.peers
-                    and span.start <= message.layer < span.end
-                    and message.parts == topology.parts[message.half].get(sender)
-                    and message.tensor.shape[1] <= MAX_STEP_TOKENS
-                    and message.tensor.shape[2] == hidden_size
-                    and message.tensor.dtype == WireDType.FLOAT32
-                )
-            case Hidden():
-                fits = (
-                    sender == topology.hidden_from
-                    and message.tensor.shape[0] <= MAX_STEP_TOKENS
-                    and message.tensor.shape[1] == hidden_size
-                    and message.tensor.dtype == WireDType.FLOAT32
-                )
-            case Candidates():
-                fits = topology.leads and message.units == topology.vocab.get(sender)
-            case Logits():
-                fits = topology.leads and message.unit in topology.vocab.get(sender, ())
-        if not fits:
-            raise RemoteProtocolError("a frame that the plan does not allow this member to send")
+    def _hold(self, route: bytes, frame: bytes) -> None:
+        """Keep a member's frame of the plan that is loaded here and not yet in force."""
+        if self._held_bytes[route] + len(frame) > MAX_HELD_BYTES:
+            raise RemoteProtocolError("more bytes than may be held for a plan")
+        self._held_bytes[route] += len(frame)
+        self._held.append((route, frame))
 
     def _put(self, message: StepMessage, sender: int) -> None:
         inbox = self.inbox
@@ -358,8 +391,18 @@ class StepLinks:
                 key = (message.step, message.layer, message.half)
                 inbox.partials.setdefault(key, {})[sender] = message
             case Hidden():
-                inbox.hidden[message.step] = message
+                inbox.hidden.setdefault(message.step, {})[sender] = message
             case Candidates():
                 inbox.candidates.setdefault(message.step, {})[sender] = message
             case Logits():
                 inbox.logits.setdefault(message.step, {})[message.unit] = message
+
+
+def _index(plan: Plan, opened: LinkOpen, message: StepMessage) -> int:
+    """The member that opened the link; a frame may not speak for another."""
+    for index, member in enumerate(plan.members):
+        if (member.node_id, member.boot_id) == (opened.node_id, opened.boot_id):
+            if isinstance(message, DataFrame) and message.sender != index:
+                raise RemoteProtocolError("a frame that names another sender")
+            return index
+    raise RemoteProtocolError("a frame from a node outside the plan")

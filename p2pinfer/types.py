@@ -19,6 +19,7 @@ from p2pinfer.limits import (
     MAX_NAME_CHARS,
     MAX_NODES,
     MAX_POSITIONS,
+    MAX_SCALE,
     MAX_STAGES,
     MAX_STOP_CHARS,
     MAX_STOP_STRINGS,
@@ -184,21 +185,36 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
 
     def check(self) -> None:
         """Raise `InvalidRequestError` naming the first value that no sampler could obey."""
-        finite = 1e9
+        least, most = 1 / MAX_SCALE, MAX_SCALE
+        scale = f"from {least:g} to {most:g}"
         rules = (
-            (self.max_tokens >= 1, f"max_tokens must be at least 1, not {self.max_tokens}"),
             (
-                0.0 <= self.temperature <= finite,
-                f"temperature must be 0 (greedy) or a positive number, not {self.temperature}",
+                1 <= self.max_tokens < 1 << 32,
+                f"max_tokens must be at least 1 and below 2^32, not {self.max_tokens}",
             ),
-            (self.top_k <= MAX_TOP_K, f"top_k must be 0 (off) to {MAX_TOP_K}, not {self.top_k}"),
+            (
+                self.temperature == 0.0 or least <= self.temperature <= most,
+                f"temperature must be 0 (greedy) or {scale}, not {self.temperature}",
+            ),
+            (
+                0 <= self.top_k <= MAX_TOP_K,
+                f"top_k must be 0 (off) to {MAX_TOP_K}, not {self.top_k}",
+            ),
             (0.0 < self.top_p <= 1.0, f"top_p must be above 0 and at most 1, not {self.top_p}"),
             (0.0 <= self.min_p <= 1.0, f"min_p must be between 0 and 1, not {self.min_p}"),
             (
-                0.0 < self.repetition_penalty <= finite,
-                f"repetition_penalty must be a positive number, not {self.repetition_penalty}",
+                least <= self.repetition_penalty <= most,
+                f"repetition_penalty must be {scale}, not {self.repetition_penalty}",
             ),
-            (all(self.stop), "a stop string must not be empty"),
+            (0 <= self.seed < 1 << 63, f"seed must be 0 to 2^63 - 1, not {self.seed}"),
+            (
+                len(self.stop) <= MAX_STOP_STRINGS,
+                f"there may be {MAX_STOP_STRINGS} stop strings, not {len(self.stop)}",
+            ),
+            (
+                all(0 < len(text) <= MAX_STOP_CHARS for text in self.stop),
+                f"a stop string must not be empty, nor longer than {MAX_STOP_CHARS} characters",
+            ),
         )
         for holds, message in rules:
             if not holds:

@@ -40,7 +40,7 @@ from p2pinfer.core.events import (
 )
 from p2pinfer.core.scheduler import EndedReply, Scheduler
 from p2pinfer.core.topology import Topology, kv_room, position_limit, topology, weight_bytes
-from p2pinfer.errors import ClusterError, P2pinferError, UsageError
+from p2pinfer.errors import ClusterError, P2pinferError, RemoteProtocolError, UsageError
 from p2pinfer.leader import Leader
 from p2pinfer.lifeline import die_with_parent
 from p2pinfer.limits import MAX_BULK_BYTES, MAX_STEP_BYTES
@@ -56,6 +56,8 @@ from p2pinfer.step_links import StepBroken, StepLinks
 from p2pinfer.transport import PairLimits, SocketPair
 from p2pinfer.types import Fence
 from p2pinfer.wire.messages import DrawnToken
+
+HEADROOM_BYTES = 450 << 20
 
 STATS_EVERY_S = 0.2
 PROGRESS_EVERY_S = 0.2
@@ -82,7 +84,13 @@ class Worker:
         )
         self._bulk = SocketPair(self._context, limits=PairLimits(MAX_BULK_BYTES, 64, 64))
         identity = (config.node_id, config.boot_id)
-        self._links = StepLinks(self._steps, identity, pipe.fileno(), self._interrupt)
+        self._links = StepLinks(
+            self._steps,
+            identity,
+            pipe_fd=pipe.fileno(),
+            interrupt=self._interrupt,
+            on_pause=self._tell,
+        )
         self._orders: deque[AnyOrder] = deque()
         self._stopping = False
         self._loaded: tuple[Topology, StageRunner | None] | None = None
@@ -116,6 +124,10 @@ class Worker:
                 continue
             except StepBroken as broken:
                 self._break(broken)
+            except (RemoteProtocolError, RuntimeError, MemoryError) as error:
+                # A product that fails, or a step that nothing explains, is no reason to die.
+                reason = str(error).partition("\n")[0] or type(error).__name__
+                self._break(StepBroken(config.node_id, reason))
             self._tell()
 
     def close(self) -> None:
@@ -153,6 +165,8 @@ class Worker:
             raise StepInterrupted("a new plan, or the end")
 
     def _tell(self) -> None:
+        """Report links that broke and, several times a second, counters."""
+        self._drop_bulk()
         while self._links.lost:
             self._pipe.send(LinkLost(node_id=self._links.lost.pop()))
         now = time.monotonic()
@@ -162,6 +176,12 @@ class Worker:
         self._rate = 0.7 * self._rate + 0.3 * self._drawn / elapsed
         self._drawn, self._stats_at = 0, now
         self._pipe.send(self._stats())
+
+    def _drop_bulk(self) -> None:
+        """Nothing is sent in bulk yet: what comes is counted, and connections are taken note of."""
+        while self._bulk.receive() is not None:
+            self._links.traffic.dropped += 1
+        self._bulk.events()
 
     def _stats(self) -> WorkerStats:
         engine, scheduler, traffic = self._engine, self._scheduler, self._links.traffic
@@ -202,12 +222,16 @@ class Worker:
 
     def _load(self, order: LoadPlan) -> None:
         """Stop obeying the active plan, free what it held, and load what `order` says."""
-        self._engine = self._leader = self._loaded = None
+        held, self._loaded = self._loaded, None
+        self._engine = self._leader = None
         self._links.close()
         fence = order.plan.fence
         try:
             mine = topology(order.plan, order.me)
-            runner = self._load_units(mine) if mine.holding.stage is not None else None
+            runner = self._same_units(mine, held)
+            held = None
+            if runner is None and mine.holding.stage is not None:
+                runner = self._load_units(mine)
             self._links.open(order.plan, order.me)
         except StepInterrupted:
             raise
@@ -217,6 +241,16 @@ class Worker:
         self._loaded = (mine, runner)
         loaded = runner.weight_bytes if runner else 0
         self._pipe.send(PlanLoaded(fence=fence, weight_bytes=loaded))
+
+    @staticmethod
+    def _same_units(
+        mine: Topology, held: tuple[Topology, StageRunner | None] | None
+    ) -> StageRunner | None:
+        """What the last plan made this node hold, without its KV, if the new one says the same."""
+        if held is None or held[1] is None or held[0].holding != mine.holding:
+            return None
+        held[1].cache.clear()
+        return held[1]
 
     def _load_units(self, mine: Topology) -> StageRunner:
         model, holding = mine.plan.model, mine.holding
@@ -229,6 +263,7 @@ class Worker:
             if time.monotonic() - told >= PROGRESS_EVERY_S:
                 told = time.monotonic()
                 self._pipe.send(LoadProgress(done_bytes=done, total_bytes=max(done, total)))
+                self._links.pump()
 
         weights = Weights(Checkpoint.open(self._folder, self._llama))
         loader = StageLoader(weights, self._llama, model, self._device, progress)
@@ -308,7 +343,9 @@ class Worker:
         self._links.pump()
         if inbox.steps:
             step = inbox.steps.popleft()
-            engine.send_candidates(step, engine.compute(step))
+            offers = engine.compute(step)
+            if step.slots and engine.topology.holding.vocab_units:
+                engine.send_candidates(step, offers)
             self._drawn += sum(slot.sample for slot in step.slots)
             return True
         if inbox.requests:
@@ -336,20 +373,25 @@ def choose_device(wanted: str) -> torch.device:
     device = torch.device(wanted)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {wanted}: torch sees no CUDA device here; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {wanted}: there are {torch.cuda.device_count()} CUDA devices")
     return device
 
 
 def offered_memory(device: torch.device) -> int:
-    """Bytes that the device has free for weights and KV, within the control group's limit."""
+    """Bytes that the device has free for weights and KV, within the control group's limit.
+
+    `HEADROOM_BYTES` are left for activations, masks and temporary copies while loading.
+    """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    available = psutil.virtual_memory().available
+        return max(1, int(torch.cuda.mem_get_info(device)[0]) - HEADROOM_BYTES)
+    available = max(1, psutil.virtual_memory().available - HEADROOM_BYTES)
     try:
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())
     except (OSError, ValueError):  # no control group, or "max"
         return int(available)
-    return int(min(available, max(0, limit - used)))
+    return int(min(available, max(1, limit - used - HEADROOM_BYTES)))
 
 
 @click.command()

@@ -174,12 +174,12 @@ def token_budget(
         def per_token(name: str) -> float:
             return float((c[name] - b[name]) - (b[name] - a[name])) / tokens  # noqa: B023
 
-        parts = {f"{n}_ms": 1000 * per_token(f"{n}_s") for n in ("compute", "exchange", "wait")}
-        rest = max(0.0, wall - sum(parts.values()))
+        parts = {f"{n}_ms": 1000 * per_token(f"{n}_s") for n in ("compute", "exchange", "python")}
+        # What is neither is waiting: for peers within a step, or for the leader's next step.
+        parts["wait_ms"] = max(0.0, wall - sum(parts.values()))
         rows.append(
             {
                 **{name: round(value, 4) for name, value in parts.items()},
-                "python_ms": round(rest, 4),
                 "messages": round(per_token("messages_sent"), 3),
                 "bytes": round(per_token("bytes_sent"), 1),
             }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 import click
 
@@ -47,24 +48,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         args = None if arguments is None else list(arguments)
         code = root.main(args=args, prog_name="p2pinfer", standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        return EXIT_USAGE
-    except click.ClickException as error:
-        return _fail(error.format_message(), EXIT_USAGE)
-    except UsageError as error:
-        return _fail(str(error), EXIT_USAGE)
-    except P2pinferError as error:
-        return _fail(str(error), EXIT_FAILED)
     except (click.Abort, KeyboardInterrupt):
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # The reader of stdout is gone; keep the interpreter from flushing into it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILED
+    except (click.ClickException, P2pinferError, OSError) as error:
+        return _report(error)
     return code if isinstance(code, int) else EXIT_OK
 
 
-def _fail(message: str, code: int) -> int:
-    click.echo(f"error: {message}", err=True)
+def _report(error: click.ClickException | P2pinferError | OSError) -> int:
+    """Say what is wrong in one line on stderr; returns the exit code."""
+    match error:
+        case click.exceptions.NoArgsIsHelpError():
+            error.show()
+            return EXIT_USAGE
+        case click.ClickException():
+            context = getattr(error, "ctx", None)
+            see = f" (see {context.command_path} --help)" if context else ""
+            text, code = error.format_message() + see, EXIT_USAGE
+        case P2pinferError():
+            text, code = str(error), EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
+        case BrokenPipeError():  # the reader of stdout is gone, on purpose: nothing to say
+            _give_up_output()
+            return EXIT_FAILED
+        case OSError():  # a full disk, a file that went away, no more descriptors
+            _give_up_output()
+            where = f": {error.filename}" if error.filename else ""
+            text, code = f"the system refused: {error.strerror or error}{where}", EXIT_FAILED
+    click.echo(f"error: {text}", err=True)
     return code
+
+
+def _give_up_output() -> None:
+    """Keep the interpreter from flushing into a stdout that takes no more at exit."""
+    if sys.stdout is not None:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -34,7 +34,12 @@ def bench() -> None:
 )
 @click.option("--base-port", type=click.IntRange(1, 65000), default=7820, show_default=True)
 @click.option("--reference/--no-reference", default=True, help="Measure transformers beside it.")
-@click.option("--report", type=click.Path(path_type=Path), metavar="DIR", help="Markdown and plot.")
+@click.option(
+    "--report",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Markdown and plot.",
+)
 @json_option
 def decode(report: Path | None, as_json: bool, **options: object) -> None:
     """Time to first token, prefill and decode speed, beside the unsplit model by transformers.
@@ -46,12 +51,19 @@ def decode(report: Path | None, as_json: bool, **options: object) -> None:
 
     from p2pinfer.bench.decode import Settings, measure
     from p2pinfer.bench.report import summary_lines, write_report
+    from p2pinfer.cluster import check_ports
+    from p2pinfer.config import load_settings
+
+    settings = Settings(**options)  # type: ignore[arg-type]
+    # What is wrong is told before minutes pass.
+    load_settings({"layout": settings.layout, "dtype": settings.dtype})
+    check_ports(settings.base_port, settings.nodes)
 
     def tell(line: str) -> None:
         click.echo(line, err=True)
 
     with sigterm_is_ctrl_c():
-        result = measure(Settings(**options), tell)  # type: ignore[arg-type]
+        result = measure(settings, tell)
     if report is not None:
         tell(f"report: {write_report(result, report)}")
     click.echo(json.dumps(result) if as_json else "\n".join(summary_lines(result)))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 PROMPT = "Once upon a time, a little fox"
 NODES = 4
-MAX_TOKENS = 200
+MAX_TOKENS = 400
 
 
 @click.command()

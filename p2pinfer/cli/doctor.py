@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import click
 
-from p2pinfer.cli.options import json_option
+from p2pinfer.cli.options import check_address, json_option
 
 
 @click.command()
 @click.option("--model", default="demo", show_default=True, metavar="DIR|demo", help="Check this.")
 @click.option(
-    "--listen", default="0.0.0.0:7720", show_default=True, metavar="ADDR", help="Check these ports."
+    "--listen",
+    default="0.0.0.0:7720",
+    show_default=True,
+    metavar="ADDR",
+    callback=check_address,
+    help="Check these ports.",
 )
 @json_option
 def doctor(model: str, listen: str, as_json: bool) -> int:

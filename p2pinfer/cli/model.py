@@ -16,7 +16,14 @@ def model() -> None:
 
 @model.command()
 @click.option("--shape", required=True, metavar="NAME", help="For example tiny or llama-3.2-1b.")
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Other weights.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Other weights.",
+)
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 def make(shape: str, seed: int, folder: Path) -> None:
     """Write a model of a known shape with random weights into DIR, to test and measure with."""

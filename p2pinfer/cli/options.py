@@ -13,6 +13,19 @@ Command = TypeVar("Command", bound=Callable[..., object])
 DEFAULT_TO = "127.0.0.1:7720"
 
 
+def check_address(_: click.Context, __: click.Parameter, value: str | tuple[str, ...]) -> object:
+    """Refuse, by the option's name, what is no address; what is one stays as it was written."""
+    from p2pinfer.config import parse_address
+    from p2pinfer.errors import UsageError
+
+    for text in (value,) if isinstance(value, str) else value:
+        try:
+            parse_address(text)
+        except UsageError as error:
+            raise click.BadParameter(str(error)) from error
+    return value
+
+
 def _together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
     def apply(command: Command) -> Command:
         for option in reversed(options):
@@ -78,6 +91,7 @@ def to_option(command: Command) -> Command:
         default=(DEFAULT_TO,),
         show_default=True,
         metavar="ADDR",
+        callback=check_address,
         help="A node to ask; repeat it to name others to try.",
     )(command)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from p2pinfer.cli.options import json_option, to_option
+from p2pinfer.errors import InvalidRequestError
+from p2pinfer.limits import MAX_TEXT_CHARS, MAX_VOCAB
 
 if TYPE_CHECKING:
     from p2pinfer.client import Client, Event
@@ -72,24 +75,45 @@ def _prompt(text: str | None, token_ids: str | None) -> str | tuple[int, ...]:
     if (text is None) == (token_ids is None):
         raise click.UsageError("give either TEXT (or - for standard input) or --token-ids")
     if token_ids is None:
-        return sys.stdin.read() if text == "-" else text or ""
+        return _standard_input() if text == "-" else text or ""
     try:
         ids = tuple(int(part) for part in token_ids.split(","))
     except ValueError:
         ids = (-1,)
     if min(ids) < 0:
-        raise click.UsageError(f"--token-ids {token_ids}: write whole numbers like 1,2,3")
+        raise click.UsageError(f"--token-ids {token_ids!r}: write whole numbers like 1,2,3")
+    if max(ids) >= MAX_VOCAB:
+        raise click.UsageError(f"--token-ids: no vocabulary has the id {max(ids)}")
     return ids
 
 
+def _standard_input() -> str:
+    """The text on standard input, at most one character more than may be sent.
+
+    Bytes that are no UTF-8 are kept as lone surrogates, as in arguments: the client refuses both.
+    """
+    if sys.stdin is None:
+        raise click.UsageError("standard input is closed; give the prompt as TEXT")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    return sys.stdin.read(MAX_TEXT_CHARS + 1)
+
+
 def _params(seed: int | None, stop: tuple[str, ...], **values: Any) -> SamplingParams:
-    """Checked sampling parameters; without a seed each call draws another reply."""
+    """Checked sampling parameters; without a seed each call draws another reply.
+
+    A value that is impossible for every model is a wrong command line; what only the cluster can
+    tell is a failed request.
+    """
     from secrets import randbits
 
     from p2pinfer.types import SamplingParams
 
     params = SamplingParams(seed=randbits(63) if seed is None else seed, stop=stop, **values)
-    params.check()
+    try:
+        params.check()
+    except InvalidRequestError as error:
+        raise click.UsageError(error.message) from error
     return params
 
 

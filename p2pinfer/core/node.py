@@ -408,7 +408,7 @@ class Node:
             case Ack() if message.node_id == sender:
                 maker.ack(message, now)
             case Nack() if message.node_id == sender:
-                maker.nack(message)
+                maker.nack(message, now)
                 self._break_off(message.fence, message.message)
             case Forward() if message.serving_id == sender:
                 self._log.forward(message, now)

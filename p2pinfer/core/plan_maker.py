@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import inf
+from typing import NamedTuple
 
 from p2pinfer.core.events import NodeConfig, PlanFailed, PlanProposed
 from p2pinfer.core.outbox import Outbox
@@ -19,6 +20,11 @@ from p2pinfer.wire.messages import Ack, Activate, Nack, Propose
 
 RESEND_S = 1.0
 """How long after a PROPOSE or ACTIVATE without effect it is sent again."""
+
+UNABLE_S = 10.0
+UNABLE_MAX_S = 640.0
+"""How long a member that could not hold its part is left out: doubling, since each further try
+makes running replies begin again, but never for good, since a blocked port may be opened."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +37,18 @@ class View:
     suspects: tuple[str, ...]
     worker_ready: bool
     quiet_since: float
+
+
+class Refusal(NamedTuple):
+    """Why a member, or all members together, cannot hold their part, and until when that counts."""
+
+    why: str
+    until: float
+
+
+def may_work(member: Member) -> bool:
+    """Whether a member can take part in a plan: its worker has said how it computes."""
+    return member.witness or bool(member.numeric_class)
 
 
 class PlanMaker:
@@ -49,8 +67,9 @@ class PlanMaker:
         self._acked: set[str] = set()
         self._obeyed: dict[str, Fence] = {}
         self._broken: set[Boot] = set()
-        self._unable: dict[Boot, str] = {}
-        self._unplaceable: tuple[frozenset[Boot], str] = (frozenset(), "")
+        self._unable: dict[Boot, Refusal] = {}
+        self._unplaceable: tuple[frozenset[Boot], Refusal] = (frozenset(), Refusal("", inf))
+        self._refusals: dict[Boot, int] = {}
         self._step_failed = ""
         self._served = False
         self._resend_at = inf
@@ -59,7 +78,8 @@ class PlanMaker:
     @property
     def deadline(self) -> float:
         """When this wants to look again."""
-        return min(self._resend_at, self._quiet_at)
+        refusals = (*self._unable.values(), self._unplaceable[1])
+        return min(self._resend_at, self._quiet_at, *(refusal.until for refusal in refusals))
 
     def in_force(self, living: Iterable[Member]) -> bool:
         """Whether the plan is active and all its members live: requests may be started."""
@@ -87,13 +107,20 @@ class PlanMaker:
     def look(self, view: View, now: float) -> None:
         """Propose if the rules say so, and send again what may have been lost."""
         here = boots(view.living)
-        self._unable = {life: why for life, why in self._unable.items() if life in here}
+        self._unable = {
+            life: refusal
+            for life, refusal in self._unable.items()
+            if life in here and now < refusal.until
+        }
+        if now >= self._unplaceable[1].until:
+            self._unplaceable = (frozenset(), Refusal("", inf))
         known = boots(self.target.members if self.target else ()) - self._broken
         able = tuple(
             member
             for member in view.living
             if (member.node_id in view.reached or boot(member) in known)
             and boot(member) not in self._unable
+            and may_work(member)
         )
         decision = decide(self._situation(view, able, now))
         self.waiting = decision.why
@@ -105,11 +132,14 @@ class PlanMaker:
             self._send_again(now)
 
     def _situation(self, view: View, able: tuple[Member, ...], now: float) -> Situation:
-        members, why = self._unplaceable
+        members, refusal = self._unplaceable
         return Situation(
             worker_ready=view.worker_ready,
             able=able,
-            unable=tuple(self._unable.values()),
+            unable=(
+                *(refusal.why for refusal in self._unable.values()),
+                *(f"{m.name}'s worker to start" for m in view.living if not may_work(m)),
+            ),
             suspects=view.suspects,
             target=self.target,
             broken=frozenset(self._broken),
@@ -118,7 +148,7 @@ class PlanMaker:
             min_nodes=self._config.min_nodes,
             served=self._served,
             step_failed=self._step_failed,
-            unplaceable=why if members == boots(able) else "",
+            unplaceable=refusal.why if members == boots(able) else "",
         )
 
     def _propose(self, able: tuple[Member, ...], why: str, now: float) -> None:
@@ -133,7 +163,7 @@ class PlanMaker:
                 leader_id=self._config.member.node_id,
             )
         except PlacementError as error:
-            self._cannot_place(able, fence, error.message)
+            self._cannot_place(able, fence, error.message, inf)
             return
         self._epoch += 1
         self.target, self.activated, self._step_failed = plan, False, ""
@@ -145,10 +175,10 @@ class PlanMaker:
             self._box.send(member.node_id, Propose(plan=plan))
         self.waiting = f"{', '.join(names)} to load the weights"
 
-    def _cannot_place(self, able: Iterable[Member], fence: Fence, why: str) -> None:
+    def _cannot_place(self, able: Iterable[Member], fence: Fence, why: str, until: float) -> None:
         """These members cannot hold the model: wait for others; the old plan is over."""
-        why = "; ".join((why, *self._unable.values()))
-        self._unplaceable = (boots(able), why)
+        why = "; ".join((why, *(refusal.why for refusal in self._unable.values())))
+        self._unplaceable = (boots(able), Refusal(why, until))
         self.target, self.activated, self.waiting = None, False, why
         self._resend_at = inf
         self._box.add(PlanFailed(fence=fence, reason=why))
@@ -167,8 +197,8 @@ class PlanMaker:
         for member in self.target.members:
             self._box.send(member.node_id, Activate(fence=self.target.fence))
 
-    def nack(self, message: Nack) -> None:
-        """A member cannot hold its part: go on without it."""
+    def nack(self, message: Nack, now: float) -> None:
+        """A member cannot hold its part: go on without it, and ask it again after a while."""
         if self.target is None or self.activated or message.fence != self.target.fence:
             return
         member = next((m for m in self.target.members if m.node_id == message.node_id), None)
@@ -178,9 +208,15 @@ class PlanMaker:
         self._box.add(PlanFailed(fence=message.fence, reason=why))
         if member.node_id == self._config.member.node_id:
             # No plan goes without its leader: wait until other members would share the load.
-            self._cannot_place(self.target.members, message.fence, why)
+            self._cannot_place(self.target.members, message.fence, why, self._until(member, now))
         else:
-            self._unable[boot(member)] = why
+            self._unable[boot(member)] = Refusal(why, self._until(member, now))
+
+    def _until(self, member: Member, now: float) -> float:
+        """When to try a member again that has just refused."""
+        times = self._refusals.get(boot(member), 0)
+        self._refusals[boot(member)] = times + 1
+        return now + min(UNABLE_MAX_S, UNABLE_S * (1 << min(times, 10)))
 
     def step_failed(self, fence: Fence, why: str) -> bool:
         """A step of the plan in force broke: the same members begin a new epoch. False: stale."""

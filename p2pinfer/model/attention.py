@@ -21,18 +21,23 @@ from p2pinfer.core.blocks import BLOCK_POSITIONS
 
 ROW_MULTIPLE = 8
 
+KEPT_MASK_KEYS = 4096
+"""Masks of tiles with more keys are not kept: those of a long prompt would take gigabytes."""
+
 
 class Tile(NamedTuple):
     """Rows `[row, row + length)` of a step: positions of `request_id` inside one block.
 
-    `mask` is [1, 1, padded query rows, keys], 0 where a key may be seen and -inf where not.
+    `mask` is [1, 1, padded query rows, keys], 0 where a key may be seen and -inf where not; None
+    where it is so large that each layer makes it anew, rather than the step keeping it.
     """
 
     request_id: int
     row: int
     length: int
+    start: int
     keys: int
-    mask: Tensor
+    mask: Tensor | None
 
 
 class Run(NamedTuple):
@@ -60,22 +65,23 @@ def make_rows(runs: list[Run], group: int, dtype: torch.dtype, device: torch.dev
             block = start // BLOCK_POSITIONS
             keys = (block + 1) * BLOCK_POSITIONS
             stop = min(run.end, keys)
-            mask = _tile_mask(start, stop, group, dtype, device)
-            tiles.append(
-                Tile(run.request_id, run.row + start - run.start, stop - start, keys, mask)
-            )
+            length, row = stop - start, run.row + start - run.start
+            mask = None
+            if keys <= KEPT_MASK_KEYS:
+                mask = _tile_mask(start, length, group, dtype, device)
+            tiles.append(Tile(run.request_id, row, length, start, keys, mask))
             start = stop
     return Rows(runs, tiles)
 
 
 def _tile_mask(
-    start: int, stop: int, group: int, dtype: torch.dtype, device: torch.device
+    start: int, length: int, group: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     keys = (start // BLOCK_POSITIONS + 1) * BLOCK_POSITIONS
-    rows = (stop - start) * group
+    rows = length * group
     padded = -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
     mask = torch.zeros((1, 1, padded, keys), dtype=dtype, device=device)
-    positions = torch.arange(start, stop, device=device).repeat_interleave(group)
+    positions = torch.arange(start, start + length, device=device).repeat_interleave(group)
     tail = torch.arange(keys - BLOCK_POSITIONS, keys, device=device)
     hidden = tail[None, :] > positions[:, None]
     mask[0, 0, :rows, keys - BLOCK_POSITIONS :].masked_fill_(hidden, float("-inf"))
@@ -116,16 +122,17 @@ def attend(
         for tile in rows_of_step.tiles:
             store = store_of(tile.request_id)
             query_rows = tile.length * group
-            query = torch.zeros(
-                (1, units, tile.mask.shape[2], head_dim), dtype=q.dtype, device=q.device
-            )
+            mask = tile.mask
+            if mask is None:
+                mask = _tile_mask(tile.start, tile.length, group, q.dtype, q.device)
+            query = torch.zeros((1, units, mask.shape[2], head_dim), dtype=q.dtype, device=q.device)
             mine = q[tile.row : tile.row + tile.length]
             query[0, :, :query_rows] = mine.transpose(0, 1).reshape(units, query_rows, head_dim)
             mixed = functional.scaled_dot_product_attention(
                 query,
                 store[None, :, 0, : tile.keys],
                 store[None, :, 1, : tile.keys],
-                attn_mask=tile.mask,
+                attn_mask=mask,
             )
             out[:, tile.row : tile.row + tile.length] = mixed[0, :, :query_rows].reshape(
                 units, tile.length, group * head_dim

@@ -35,6 +35,9 @@ INDEX_FILE = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 64 << 20
 MAX_FILES = 4096
 
+FOREIGN_SUFFIXES = (".bin", ".pt", ".pth", ".gguf")
+"""Weights as other programs keep them."""
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -141,9 +144,18 @@ def _weights_files(folder: Path) -> list[Path]:
     if (folder / INDEX_FILE).is_file():
         named = {folder / name for name in _read_index(folder).values()}
         return [folder / INDEX_FILE, *sorted(named)]
-    others = sorted(path.name for path in folder.glob("*.bin")) if folder.is_dir() else []
-    hint = f" (it has {others[0]}: convert it to safetensors)" if others else ""
-    raise ModelError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
+    raise ModelError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}{_advice(folder)}")
+
+
+def _advice(folder: Path) -> str:
+    """What to do about weights that are not where they should be."""
+    for name in (SINGLE_FILE, INDEX_FILE):
+        if (folder / name).is_symlink():
+            return f": {name} is a link to nowhere; copy the file itself"
+    others = sorted(path.name for path in folder.glob("*") if path.suffix in FOREIGN_SUFFIXES)
+    if others:
+        return f" (it has {others[0]}: convert it to safetensors)"
+    return "; download the weights"
 
 
 def _read_index(folder: Path) -> dict[str, str]:
@@ -178,14 +190,14 @@ def _read_tensors(folder: Path) -> dict[str, TensorInfo]:
 
 def _check_tensor(folder: Path, name: str, info: TensorInfo | None, shape: tuple[int, ...]) -> None:
     if info is None:
-        hint = ""
+        hint = f"download the weights again, or correct {CONFIG_FILE} if it is another model's"
         if name == "lm_head.weight":
-            hint = f"; if the embeddings are tied, set tie_word_embeddings in {CONFIG_FILE}"
-        raise ModelError(f"{folder}: the checkpoint has no tensor {name}{hint}")
+            hint = f"if the embeddings are tied, set tie_word_embeddings in {CONFIG_FILE}"
+        raise ModelError(f"{folder}: the checkpoint has no tensor {name}; {hint}")
     if info.shape != shape:
         raise ModelError(
             f"{info.file}: {name} has the shape {list(info.shape)}, but {CONFIG_FILE} calls for "
-            f"{list(shape)}"
+            f"{list(shape)}; take both from the same model"
         )
     if info.dtype not in FLOAT_TYPES:
         raise ModelError(

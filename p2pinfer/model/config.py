@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 from msgspec import Struct
 
+from p2pinfer.config import expand_path
 from p2pinfer.demo import MODEL_DIR
-from p2pinfer.errors import ModelError
+from p2pinfer.errors import ModelError, UsageError
 from p2pinfer.limits import (
     MAX_HEAD_DIM,
     MAX_LAYERS,
@@ -91,10 +93,19 @@ def resolve_model(text: str) -> Path:
     """
     if text == "demo":
         return MODEL_DIR
-    folder = Path(text).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
+    try:
+        folder = expand_path(text)
+        if folder.is_dir():
+            os.listdir(folder)
+            return folder
+        exists = folder.exists()
+    except UsageError as error:
+        raise ModelError(f"--model {error}") from error
+    except OSError as error:
+        raise ModelError(
+            f"{text} cannot be read: {error.strerror}; give a folder that this user may read"
+        ) from error
+    if exists:
         raise ModelError(f"{folder} is a file; give the model's folder, which holds {CONFIG_FILE}")
     raise ModelError(
         f"{folder}: no such model folder; give a folder with {CONFIG_FILE} and *.safetensors, "
@@ -116,7 +127,10 @@ def load_config(folder: Path) -> LlamaConfig:
         raise ModelError(f"{folder}: no such model folder")
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise ModelError(f"{folder} holds no {CONFIG_FILE}: it is not a model's folder")
+        raise ModelError(
+            f"{folder} holds no {CONFIG_FILE}: it is not a model's folder; give the one with "
+            f"{CONFIG_FILE} and *.safetensors"
+        )
     fields = _Fields(path, read_json(path))
     architecture = _architecture(fields)
     defaults = ARCHITECTURES[architecture]
@@ -223,7 +237,10 @@ def read_json(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
             f"{path} is not JSON ({error}); download or write the file again"
         ) from error
     if not isinstance(value, dict):
-        raise ModelError(f"{path} holds {type(value).__name__}, not a JSON object")
+        raise ModelError(
+            f"{path} holds {type(value).__name__}, not a JSON object; "
+            "download or write the file again"
+        )
     return value
 
 
@@ -240,7 +257,8 @@ class _Fields:
 
     def wrong(self, name: str, must: str) -> ModelError:
         label = f"{self.inside}.{name}" if self.inside else name
-        return ModelError(f"{self.path}: {label} is {self.raw.get(name)!r}, but it must be {must}")
+        found = repr(self.raw[name]) if name in self.raw else "missing"
+        return ModelError(f"{self.path}: {label} is {found}, but it must be {must}")
 
     def whole(self, name: str, default: int | None = None, *, low: int = 1, high: int) -> int:
         value = self.raw.get(name)
@@ -296,7 +314,7 @@ def _refuse_other_arithmetic(fields: _Fields, defaults: dict[str, Any]) -> None:
     if fields.get("quantization_config") is not None:
         raise fields.wrong(
             "quantization_config",
-            "absent: take the model's unquantised checkpoint and use --quant",
+            "absent: take the model's unquantised checkpoint",
         )
 
 

@@ -72,14 +72,17 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or 8 + length > size:
-                raise ModelError(f"{path} is truncated inside its header ({size} bytes); {AGAIN}")
-            if length > MAX_HEADER_BYTES:
+            first = file.read(8)
+            length = int.from_bytes(first, "little")
+            if first == b"version ":
+                raise ModelError(f"{path} is a Git LFS pointer, not the weights: run git lfs pull")
+            if len(first) == 8 and length > MAX_HEADER_BYTES:
                 raise ModelError(
                     f"{path} has a header of {length} bytes, more than {MAX_HEADER_BYTES}: "
-                    "it is no safetensors file"
+                    f"it is no safetensors file; {AGAIN}"
                 )
+            if 8 + length > size:
+                raise ModelError(f"{path} is truncated inside its header ({size} bytes); {AGAIN}")
             data = file.read(length)
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}") from error

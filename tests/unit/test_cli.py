@@ -106,8 +106,8 @@ def test_usage_errors(
 def test_impossible_sampling_values(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Sampling values that no sampler could obey are refused before a node is asked."""
-    assert main(["submit", "prompt", "hi", "--to", "127.0.0.1:1", *arguments]) == 1
+    """Sampling values that no sampler could obey are a wrong command line: no node is asked."""
+    assert main(["submit", "prompt", "hi", "--to", "127.0.0.1:1", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 

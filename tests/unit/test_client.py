@@ -233,8 +233,10 @@ def test_what_no_cluster_would_take_is_not_sent() -> None:
     with pytest.raises(InvalidRequestError, match="at most 1048576") as error:
         list(client.submit("x" * (MAX_TEXT_CHARS + 1), PARAMS))
     assert error.value.code == "prompt_too_long"
-    with pytest.raises(InvalidRequestError):
-        client.submit_json_object("hello", SamplingParams(top_p=0.0))
+    with pytest.raises(InvalidRequestError, match="stop string is not UTF-8"):
+        list(client.submit("hello", SamplingParams(stop=("\udcff",))))
+    reply = client.submit_json_object("hello", SamplingParams(top_p=0.0))
+    assert (reply["finish_reason"], reply["error"]["code"]) == ("error", "invalid_request")
     with pytest.raises(UsageError):
         Client(["udp://127.0.0.1:7720"])
 

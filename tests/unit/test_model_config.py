@@ -107,7 +107,7 @@ def test_without_a_dtype_the_checkpoint_decides(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "architectures is .*GPT2LMHeadModel.*LlamaFor"),
-        ({"architectures": ..., "model_type": "qwen2"}, "architectures is None"),
+        ({"architectures": ..., "model_type": "qwen2"}, "architectures is missing"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'.*silu"),
         ({"sliding_window": 4096}, "sliding_window is 4096.*null"),
         ({"quantization_config": {"bits": 4}}, "quantization_config .* unquantised"),
@@ -115,7 +115,7 @@ def test_without_a_dtype_the_checkpoint_decides(tmp_path: Path) -> None:
         ({"rope_parameters": {"type": "dynamic"}}, "rope_parameters.type is 'dynamic'"),
         ({"rope_scaling": {"rope_type": ["linear"]}}, "rope_scaling.rope_type is .'linear'"),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear'.*object or null"),
-        ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor is None.*positive"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor is missing.*positive"),
         ({"rope_scaling": {**LLAMA3_ROPE, "factor": -1}}, "rope_scaling.factor is -1"),
         (
             {"rope_scaling": {**LLAMA3_ROPE, "high_freq_factor": 1}},
@@ -127,7 +127,7 @@ def test_without_a_dtype_the_checkpoint_decides(tmp_path: Path) -> None:
         ),
         ({"hidden_size": "64"}, "hidden_size is '64'.*whole number"),
         ({"hidden_size": True}, "hidden_size is True.*whole number"),
-        ({"hidden_size": ...}, "hidden_size is None.*whole number"),
+        ({"hidden_size": ...}, "hidden_size is missing.*whole number"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0.*from 1"),
         ({"num_hidden_layers": 513}, "num_hidden_layers is 513.*to 512"),
         ({"vocab_size": 1.5}, "vocab_size is 1.5"),

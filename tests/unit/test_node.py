@@ -28,6 +28,7 @@ def member(number: int, *, boot: int = 0, **values: Any) -> Member:
         "boot_id": f"{number * 100 + boot:016x}",
         "name": f"node{number}",
         "address": f"tcp://h{number}:7720",
+        "numeric_class": "n",
         **values,
     }
     return Member(**fields)

@@ -1,0 +1,77 @@
+"""What a plan lets a member send within a step: checked before a frame is filed.
+
+The wire has checked that a frame is well formed; here its sender, its shape and its contents are
+held against the plan, so that whatever passes can be computed with.
+"""
+
+from __future__ import annotations
+
+from p2pinfer.core.topology import Topology
+from p2pinfer.core.units import unit_bounds
+from p2pinfer.errors import RemoteProtocolError
+from p2pinfer.limits import MAX_STEP_TOKENS
+from p2pinfer.types import ModelSpec, UnitKind
+from p2pinfer.wire.messages import Candidates, Hidden, Logits, LogitsRequest, Partial, Step
+from p2pinfer.wire.tensors import WireDType
+
+StepMessage = Step | Partial | Hidden | Candidates | LogitsRequest | Logits
+
+
+def check_frame(topology: Topology, sender: int, message: StepMessage) -> None:
+    """Raise `RemoteProtocolError` for what the plan does not let member `sender` send to me."""
+    if not _fits(topology, sender, message):
+        raise RemoteProtocolError(
+            f"{type(message).__name__}: the plan does not let this member send that"
+        )
+
+
+def _fits(topology: Topology, sender: int, message: StepMessage) -> bool:
+    plan = topology.plan
+    hidden_size = plan.model.hidden_size
+    match message:
+        case Step():
+            return sender == plan.leader and _computable(plan.model, message)
+        case LogitsRequest():
+            return sender == plan.leader
+        case Partial(tensor=tensor):
+            span = topology.holding.span
+            return (
+                sender in topology.peers
+                and span.start <= message.layer < span.end
+                and message.parts == topology.parts[message.half].get(sender)
+                and tensor.shape[1] <= MAX_STEP_TOKENS
+                and tensor.shape[2] == hidden_size
+                and tensor.dtype == WireDType.FLOAT32
+            )
+        case Hidden(tensor=tensor):
+            return (
+                sender == topology.hidden_from
+                and tensor.shape[0] <= MAX_STEP_TOKENS
+                and tensor.shape[1] == hidden_size
+                and tensor.dtype == WireDType.FLOAT32
+            )
+        case Candidates():
+            return topology.leads and message.units == topology.vocab.get(sender)
+        case Logits(tensor=tensor):
+            return (
+                topology.leads
+                and message.unit in topology.vocab.get(sender, ())
+                and tensor.shape[1] == _width(plan.model, message.unit)
+                and tensor.dtype == WireDType.FLOAT32
+            )
+
+
+def _width(model: ModelSpec, vocab_unit: int) -> int:
+    start, end = unit_bounds(model, UnitKind.VOCAB, vocab_unit)
+    return end - start
+
+
+def _computable(model: ModelSpec, step: Step) -> bool:
+    """Whether every position and every token of a step exists in the model."""
+    rows = sum(len(slot.tokens) for slot in step.slots)
+    return rows <= MAX_STEP_TOKENS and all(
+        slot.start + len(slot.tokens) <= model.max_positions
+        and max(slot.tokens) < model.vocab_size
+        and (not slot.capacity or slot.start + len(slot.tokens) <= slot.capacity)
+        for slot in step.slots
+    )
