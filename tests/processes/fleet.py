@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import select
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -33,7 +33,12 @@ class Fleet:
     """`nodes` workers holding the model in `folder` by one plan."""
 
     def __init__(
-        self, folder: Path, nodes: int, layout: str = "heads", dtype: DType | None = None
+        self,
+        folder: Path,
+        nodes: int,
+        layout: str = "heads",
+        dtype: DType | None = None,
+        weights: Sequence[float] = (),
     ) -> None:
         config = load_config(folder)
         self.model = model_spec(
@@ -46,6 +51,7 @@ class Fleet:
                 boot_id=f"{i:016x}",
                 name=f"node{i + 1}",
                 address=f"tcp://127.0.0.1:{base + 10 * i}",
+                weight=weights[i] if weights else 1.0,
             )
             for i in range(nodes)
         ]

@@ -133,6 +133,35 @@ def test_a_new_plan_replays_what_was_running(folder: Path) -> None:
         assert fleet.reply(1) == expected
 
 
+@pytest.mark.parametrize(
+    ("nodes", "layout", "weights"),
+    [
+        (2, "layers", (1.0, 3.0)),
+        (2, "layers", (0.0, 1.0)),
+        (4, "2x2", ()),
+        (5, "heads", (1.0, 1.0, 1.0, 1.0, 3.0)),
+        (5, "2x2", ()),
+    ],
+)
+def test_a_prompt_of_many_steps_is_right_on_every_layout(
+    folder: Path, nodes: int, layout: str, weights: tuple[float, ...]
+) -> None:
+    """Chunks that sample nothing do not overtake a later stage; requests follow each other, also
+    with a leader, or a spare member, that holds nothing, and members without heads."""
+    prompt = [2 + (i * i + 7 * i) % 600 for i in range(1100)]
+    lockstep = Lockstep(folder)
+    expected, _ = lockstep.greedy(prompt, 5, chunk=300)
+    params = SamplingParams(max_tokens=5, ignore_eos=True)
+    with Fleet(folder, nodes, layout, weights=weights) as fleet:
+        for request_id in range(1, 4):
+            fleet.start(request_id, prompt, params)
+            assert fleet.reply(request_id) == expected
+        for request_id in range(4, 8):
+            fleet.start(request_id, prompt[:300] if request_id % 2 else prompt, params)
+        assert fleet.reply(4) == fleet.reply(6) == expected
+        assert fleet.reply(5) == fleet.reply(7)
+
+
 def test_hostile_frames_are_dropped_and_counted(folder: Path) -> None:
     """Random bytes, forged senders, shapes and fences do no harm to the reply in flight."""
     params = SamplingParams(max_tokens=60, ignore_eos=True)
