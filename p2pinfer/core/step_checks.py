@@ -52,12 +52,12 @@ def _fits(topology: Topology, sender: int, message: StepMessage) -> bool:
             )
         case Candidates():
             return topology.leads and message.units == topology.vocab.get(sender)
-        case Logits(tensor=tensor):
+        case _:
             return (
                 topology.leads
                 and message.unit in topology.vocab.get(sender, ())
-                and tensor.shape[1] == _width(plan.model, message.unit)
-                and tensor.dtype == WireDType.FLOAT32
+                and message.tensor.shape[1] == _width(plan.model, message.unit)
+                and message.tensor.dtype == WireDType.FLOAT32
             )
 
 

@@ -171,8 +171,8 @@ class Llama(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                # The 0.02 of larger models is too little at this width: the paths that copy a
-                # name from earlier in the story would start so weak that they hardly grow.
+                # The usual 0.02 belongs to wider models; at this width it would make the first
+                # activations very small.
                 scale = shape.hidden_size**-0.5
                 if name.endswith(("o_proj.weight", "down_proj.weight")):
                     # These add up in the residual stream; its variance must not grow with depth.

@@ -817,6 +817,48 @@ def test_who_cannot_hold_its_part_is_left_out() -> None:
     assert [fact.members for fact in bench.told(e.PlanProposed)] == [("node2", "node5")]
 
 
+def test_who_could_not_hold_its_part_is_asked_again_later() -> None:
+    """A blocked port may be opened: after 10 s, then 20, 40 ... the node is planned with again."""
+    bench = Bench()
+    bench.worker_ready()
+    bench.meet(member(2))
+    bench.tick(0.3)
+
+    def refuse() -> None:
+        fence = bench.told(e.PlanProposed)[-1].fence
+        message = m.Nack(fence=fence, node_id=member(2).node_id, code="internal", message="no link")
+        bench.hear(member(2), message)
+        assert [fact.members for fact in bench.told(e.PlanProposed)] == [("node5",)]
+
+    def quiet(seconds: float) -> None:
+        for _ in range(round(seconds / 0.5)):
+            bench.beat(member(2))
+            bench.tick(0.5)
+
+    refuse()
+    quiet(9.5)
+    assert bench.told(e.PlanProposed) == []
+    quiet(1.0)
+    refuse()
+    quiet(19.0)
+    assert bench.told(e.PlanProposed) == []
+    quiet(1.5)
+    assert [fact.members for fact in bench.told(e.PlanProposed)] == [("node2", "node5")]
+
+
+def test_a_member_whose_worker_has_not_started_is_not_planned_with() -> None:
+    """It holds nothing until it says how it computes; the leader says what it waits for."""
+    bench = Bench(min_nodes=2)
+    bench.worker_ready()
+    bench.meet(member(2, numeric_class=""))
+    bench.tick(0.3)
+    assert bench.told(e.PlanProposed) == []
+    assert bench.node.waiting == "1 of 2 nodes; node2's worker to start"
+    bench.hear(member(2), hello(member(2)))
+    bench.tick(0.3)
+    assert [fact.members for fact in bench.told(e.PlanProposed)] == [("node2", "node5")]
+
+
 def test_a_leader_that_cannot_hold_its_part_waits_for_others() -> None:
     """The leader's own failure ends no process: other members would lessen its share."""
     bench = Bench()
@@ -826,6 +868,10 @@ def test_a_leader_that_cannot_hold_its_part_waits_for_others() -> None:
     assert any("no memory" in fact.reason for fact in bench.told(e.PlanFailed))
     bench.tick(5)
     assert bench.node.waiting == "node5: no memory"
+    bench.told(e.PlanProposed)
+    bench.tick(5.1)
+    assert [fact.members for fact in bench.told(e.PlanProposed)] == [("node5",)]
+    bench.worker(e.PlanLoaded(fence=Fence(1, 2), error="no memory"))
     bench.told(e.PlanProposed)
     bench.meet(member(2))
     bench.tick(0.3)
