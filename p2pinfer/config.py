@@ -27,6 +27,9 @@ PORTS_PER_NODE = 3
 """A node listens on its port (control), port + 1 (steps) and port + 2 (bulk)."""
 
 MAX_PORT = 65535 - (PORTS_PER_NODE - 1)
+MIN_KV_BYTES = 16 << 20
+"""Less would not hold one short request of a model worth splitting."""
+
 MAX_THREADS = 1024
 MAX_WAIT_S = 86_400.0
 
@@ -141,6 +144,12 @@ class NodeSettings:
         _check_range("--min-nodes", self.min_nodes, 1, MAX_NODES)
         _check_range("--join-timeout", self.join_timeout, 0.1, MAX_WAIT_S)
         _check_range("--wait-for-nodes", self.wait_for_nodes, 0.0, MAX_WAIT_S)
+        _check(
+            "--kv-memory",
+            f"{self.kv_memory} bytes",
+            self.kv_memory == 0 or self.kv_memory >= MIN_KV_BYTES,
+            f"at least {MIN_KV_BYTES >> 20}M, or 0 for as much as is free",
+        )
         if self.weight is not None:
             _check_range("--weight", self.weight, 0.001, 1e6)
         self._check_addresses()

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 
     from p2pinfer.client import Client
 
-PROMPT = "Once upon a time, a little fox"
+PROMPT = "Once upon a time"
 NODES = 4
 MAX_TOKENS = 400
+TEMPERATURE, SEED = 0.7, 9
+"""Greedy stories are much alike; this is a good one, the same on every machine of a kind."""
 
 
 @click.command()
@@ -60,7 +62,9 @@ def _tell_story(console: Console, client: Client) -> None:
     from p2pinfer.wire.messages import Accepted, Finished
 
     console.print(PROMPT, style="bold", end="")
-    for event in client.submit(PROMPT, SamplingParams(max_tokens=MAX_TOKENS)):
+    for event in client.submit(
+        PROMPT, SamplingParams(max_tokens=MAX_TOKENS, temperature=TEMPERATURE, seed=SEED)
+    ):
         if isinstance(event, Accepted):
             continue
         console.out(event.text, end="", highlight=False)
