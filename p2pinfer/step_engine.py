@@ -28,8 +28,6 @@ from p2pinfer.model.sampling import (
 from p2pinfer.step_links import StepBroken, StepLinks, from_wire, is_finite, to_wire
 from p2pinfer.types import SamplingParams, UnitKind
 from p2pinfer.wire.messages import Candidates, Hidden, Logits, LogitsRequest, Partial, Slot, Step
-from p2pinfer.wire.tensors import Tensor as WireTensor
-from p2pinfer.wire.tensors import WireDType
 
 
 @dataclass
@@ -273,9 +271,9 @@ class StepEngine:
             link_seq=self._links.next_sequence(t.plan.leader),
             sender=t.me,
             units=units,
-            ids=_array(ids),
-            logits=_array(scores),
-            lse=_array(lse),
+            ids=to_wire(ids),
+            logits=to_wire(scores),
+            lse=to_wire(lse),
         )
         self._links.send(t.plan.leader, frame)
 
@@ -291,7 +289,7 @@ class StepEngine:
                 link_seq=self._links.next_sequence(t.plan.leader),
                 sender=t.me,
                 unit=unit,
-                tensor=_array(self._last[place][list(request.slots)]),
+                tensor=to_wire(self._last[place][list(request.slots)]),
             )
             self._links.send(t.plan.leader, frame)
 
@@ -303,9 +301,3 @@ class StepEngine:
     def kv_used_bytes(self) -> int:
         """Bytes of KV written on this node."""
         return self._runner.cache.used_bytes if self._runner else 0
-
-
-def _array(values: NDArray[np.float32] | NDArray[np.int32]) -> WireTensor:
-    kind = WireDType.INT32 if values.dtype == np.int32 else WireDType.FLOAT32
-    contiguous = np.ascontiguousarray(values)
-    return WireTensor(kind, tuple(contiguous.shape), contiguous.data.cast("B"))

@@ -17,6 +17,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 import zmq
+from numpy.typing import NDArray
 from torch import Tensor
 
 from p2pinfer.core.step_checks import StepMessage, check_frame
@@ -125,9 +126,11 @@ def port_shifted(address: str, offset: int) -> str:
     return f"{host}:{int(port) + offset}"
 
 
-def to_wire(tensor: Tensor) -> WireTensor:
-    """A float32 or int32 CPU copy of a tensor, as it lies on the wire."""
-    array = tensor.detach().cpu().contiguous().numpy()
+def to_wire(values: Tensor | NDArray[np.float32] | NDArray[np.int32]) -> WireTensor:
+    """A float32 or int32 tensor or array as it lies on the wire (no copy, if it is contiguous)."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().numpy()
+    array = np.ascontiguousarray(values)
     kind = WireDType.INT32 if array.dtype == np.int32 else WireDType.FLOAT32
     return WireTensor(kind, tuple(array.shape), array.data.cast("B"))
 

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 
 from p2pinfer.limits import MAX_NODES
 from p2pinfer.types import Member, ModelSpec
+from p2pinfer.wire.codec import VERSIONS
 from p2pinfer.wire.messages import Hello, Refused
-
-PROTOCOL_VERSIONS = (1,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +30,7 @@ class Gate:
 def make_hello(me: Member, model: ModelSpec | None, cluster_id: str, layout: str) -> Hello:
     """The HELLO of a node; a witness holds no model and says so by empty names."""
     return Hello(
-        versions=PROTOCOL_VERSIONS,
+        versions=VERSIONS,
         member=me,
         cluster_id=cluster_id,
         model_id=model.model_id if model else "",
@@ -43,7 +42,7 @@ def make_hello(me: Member, model: ModelSpec | None, cluster_id: str, layout: str
 
 def common_version(versions: Iterable[int]) -> int:
     """The highest version that both sides speak, or 0."""
-    return max(set(versions) & set(PROTOCOL_VERSIONS), default=0)
+    return max(set(versions) & set(VERSIONS), default=0)
 
 
 def check_hello(hello: Hello, gate: Gate) -> Refused | None:
@@ -57,7 +56,7 @@ def check_hello(hello: Hello, gate: Gate) -> Refused | None:
 def _version(hello: Hello, gate: Gate) -> Refused | None:
     if common_version(hello.versions):
         return None
-    ours, theirs = _listed(PROTOCOL_VERSIONS), _listed(hello.versions)
+    ours, theirs = _listed(VERSIONS), _listed(hello.versions)
     return Refused(
         code="wrong_version",
         message=f"{gate.me.name} speaks protocol version {ours}, {hello.member.name} {theirs}; "

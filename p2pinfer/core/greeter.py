@@ -10,7 +10,6 @@ from math import inf
 from typing import Protocol
 
 from p2pinfer.core.admission import (
-    PROTOCOL_VERSIONS,
     Gate,
     check_hello,
     common_version,
@@ -22,6 +21,7 @@ from p2pinfer.core.membership import Peer
 from p2pinfer.core.neighbours import Neighbours
 from p2pinfer.core.outbox import Outbox
 from p2pinfer.types import Member
+from p2pinfer.wire.codec import VERSIONS
 from p2pinfer.wire.messages import Hello, MemberState, Refused, Welcome
 
 JOIN_WAITING_EVERY_S = 5.0
@@ -155,7 +155,7 @@ class Greeter:
     def welcomed(self, welcome: Welcome, address: str, now: float) -> None:
         """A member answers our greeting on the link to `address`."""
         near, theirs = self._near, welcome.member
-        if address not in near.links or welcome.version not in PROTOCOL_VERSIONS:
+        if address not in near.links or welcome.version not in VERSIONS:
             near.drop(welcome, "this node did not ask for it")
             return
         if not near.cluster_id and not self._adopt(welcome, now):

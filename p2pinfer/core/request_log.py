@@ -13,6 +13,7 @@ from math import inf
 
 from p2pinfer.core.events import CancelRequest, RequestEnded, StartRequest
 from p2pinfer.core.outbox import Outbox
+from p2pinfer.errors import ERROR_CODES
 from p2pinfer.limits import MAX_REQUESTS, MAX_STEP_SLOTS
 from p2pinfer.types import SamplingParams
 from p2pinfer.wire.messages import Cancel, Drawn, DrawnToken, Ended, Forward
@@ -29,9 +30,6 @@ the period in which a serving node forwards again, so that a client may return."
 
 MAX_STEP_FAILURES = 3
 """Failed steps in a row without one token drawn; after that the requests end."""
-
-RETRYABLE = frozenset({"overloaded", "not_ready", "node_lost", "leader_lost", "internal"})
-"""Codes after which the same request may succeed."""
 
 
 @dataclass(slots=True)
@@ -178,7 +176,7 @@ class RequestLog:
             total_tokens=len(message.received),
             code=code,
             message=text,
-            retryable=code in RETRYABLE,
+            retryable=ERROR_CODES.get(code, False),
         )
         self._box.send(message.serving_id, ended)
 
@@ -232,7 +230,7 @@ class RequestLog:
             total_tokens=known,
             code=code,
             message=message[:4096],
-            retryable=code in RETRYABLE,
+            retryable=ERROR_CODES.get(code, False),
             ttft_s=report.ttft_s,
             tokens_per_s=report.tokens_per_s,
         )
@@ -251,7 +249,7 @@ class RequestLog:
                 total_tokens=len(entry.tokens),
                 code=code,
                 message=message[:4096],
-                retryable=code in RETRYABLE,
+                retryable=ERROR_CODES.get(code, False),
             )
             self._box.send(entry.serving_id, ended)
             self._remove(entry)

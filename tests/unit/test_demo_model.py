@@ -23,17 +23,20 @@ def words_of(text: str) -> set[str]:
 
 
 def test_the_package_imports_nothing_heavy() -> None:
+    """Asking where the model lies loads neither torch nor numpy."""
     code = "import sys, p2pinfer.demo; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_files_are_there_and_small() -> None:
+    """The folder is complete, and the weights are within their limit."""
     assert (MODEL_DIR / "model.safetensors").stat().st_size <= LARGEST_FILE
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (MODEL_DIR / name).is_file()
 
 
 def test_configuration_can_be_split_eight_ways() -> None:
+    """Eight KV heads: up to eight nodes can share the model."""
     config = json.loads((MODEL_DIR / "config.json").read_text(encoding="utf-8"))
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["num_key_value_heads"] == 8
@@ -43,6 +46,7 @@ def test_configuration_can_be_split_eight_ways() -> None:
 
 
 def test_tensors_are_float16_under_hugging_face_names() -> None:
+    """The checkpoint has the names and the format that its card says."""
     safetensors = pytest.importorskip("safetensors")
     with safetensors.safe_open(MODEL_DIR / "model.safetensors", framework="numpy") as file:
         names = set(file.keys())
@@ -53,11 +57,13 @@ def test_tensors_are_float16_under_hugging_face_names() -> None:
 
 
 def test_stories_are_deterministic() -> None:
+    """A seed gives the same story each time."""
     assert [tell(seed) for seed in range(50)] == [tell(seed) for seed in range(50)]
     assert list(itertools.islice(stories(7), 3)) == [tell(7), tell(8), tell(9)]
 
 
 def test_stories_are_varied_and_complete() -> None:
+    """Many seeds give many different stories, each told to its end."""
     told = [tell(seed) for seed in range(1000)]
     assert len(set(told)) > 990
     assert len({text.split(".")[0] for text in told}) > 900
@@ -72,6 +78,7 @@ def test_stories_are_varied_and_complete() -> None:
     "text", ["Once upon a time", "naïve café", "狐狸 and a 🦊👨‍👩‍👧", "  two  spaces\n\n\ttab", ""]
 )
 def test_tokenizer_round_trips_any_text(text: str) -> None:
+    """Any text comes back from its tokens unchanged."""
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json"))
     ids = tokenizer.encode(text).ids
@@ -80,6 +87,7 @@ def test_tokenizer_round_trips_any_text(text: str) -> None:
 
 
 def test_tokenizer_knows_the_special_tokens() -> None:
+    """Begin and end of text are tokens of their own."""
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json"))
     config = json.loads((MODEL_DIR / "config.json").read_text(encoding="utf-8"))
@@ -89,6 +97,7 @@ def test_tokenizer_knows_the_special_tokens() -> None:
 
 
 def test_model_tells_a_story_in_words_of_the_stories() -> None:
+    """What the model says is made of the stories' words."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL_DIR)
