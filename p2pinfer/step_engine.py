@@ -67,6 +67,8 @@ class StepEngine:
         self.topology = topology
         self.clock = Clock()
         self.step = 0
+        self.owes = 0
+        """The step in hand; 0 between steps."""
         self._runner = runner
         self._links = links
         self._logs: dict[int, Log] = {}
@@ -80,7 +82,7 @@ class StepEngine:
 
         Raises `StepBroken` when a peer's frame does not come or is wrong.
         """
-        self.step = self._links.step = step.step
+        self.step = self.owes = self._links.step = step.step
         self._links.inbox.forget_before(step.step)
         began, elsewhere = time.perf_counter(), self._elsewhere_s()
         self._forget(step.ended)
@@ -92,6 +94,7 @@ class StepEngine:
             self._run(self._runner, step)
         self.clock.steps += 1
         offers = self._offers()
+        self.owes = 0
         elsewhere = self._elsewhere_s() - elsewhere
         self.clock.python_s += time.perf_counter() - began - elsewhere
         return offers

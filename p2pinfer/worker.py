@@ -188,7 +188,7 @@ class Worker:
         clock = engine.clock if engine else None
         return WorkerStats(
             steps=clock.steps if clock else 0,
-            owes_step=engine.step if engine and self._links.inbox.steps else 0,
+            owes_step=engine.owes if engine else 0,
             hears_steps=self._links.heard_within(1.0),
             tokens_per_s=round(self._rate, 3),
             kv_used_bytes=engine.kv_used_bytes if engine else 0,
