@@ -8,6 +8,7 @@ the control plane see a compute loop that hangs.
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import signal
@@ -273,6 +274,9 @@ class Worker:
         if self._loaded is None or self._loaded[0].plan.fence != fence:
             return
         mine, runner = self._loaded
+        # What is loaded stays: without this a collection now and then walks all of torch, in the
+        # middle of a step that other nodes wait for.
+        gc.freeze()
         self._kv_limit = kv_room(mine.plan, mine.me) or 0
         self._engine = StepEngine(mine, runner, self._links)
         self._links.activate(mine)

@@ -58,7 +58,10 @@ def make_status(
 
 
 def _counters(stats: WorkerStats) -> Json:
-    fields: Json = msgspec.structs.asdict(stats)
+    fields: Json = {
+        name: round(value, 6) if isinstance(value, float) else value
+        for name, value in msgspec.structs.asdict(stats).items()
+    }
     return fields | {"hears_steps": list(stats.hears_steps)}
 
 

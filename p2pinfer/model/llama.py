@@ -94,11 +94,12 @@ class AttentionHalf:
         rows, units, dim = x.shape[0], len(self.units), self.model.head_dim
         group = group_size(self.model)
         qkv = self.qkv(h)
-        keys_at, values_at = units * group * dim, units * (group + 1) * dim
-        q = rotate(qkv[:, :keys_at].view(rows, units * group, dim), batch.cos, batch.sin)
-        k = rotate(qkv[:, keys_at:values_at].view(rows, units, dim), batch.cos, batch.sin)
-        v = qkv[:, values_at:].view(rows, units, dim)
-        q, k, v = q.to(kind).view(rows, units, group, dim), k.to(kind), v.to(kind)
+        values_at = units * (group + 1) * dim
+        turned = qkv[:, :values_at].view(rows, units * (group + 1), dim)
+        turned = rotate(turned, batch.cos, batch.sin).to(kind)
+        q = turned[:, : units * group].view(rows, units, group, dim)
+        k = turned[:, units * group :]
+        v = qkv[:, values_at:].view(rows, units, dim).to(kind)
         mixed = attend(q, k, v, batch.rows, store_of).to(dtype)
         each = zip(self.units, mixed.unbind(), self.out, strict=True)
         return {unit: out(rows_of_unit).float() for unit, rows_of_unit, out in each}
