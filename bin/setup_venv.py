@@ -65,7 +65,10 @@ def main(arguments: list[str]) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX)
         if stamp.exists() and stamp.read_text() == text:
             return 0
-        say("setting up .venv: the first time this fetches about 1 GB and takes some minutes ...")
+        if extras and any(folder.glob(".installed-*")):
+            say(f"adding the packages of {', '.join(extras)} to .venv, which may take a minute ...")
+        else:
+            say("setting up .venv: this fetches about 1 GB and takes some minutes ...")
         try:
             create(folder)
         except (OSError, subprocess.CalledProcessError) as error:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import psutil
 
@@ -36,7 +36,7 @@ from p2pinfer.config import (
     load_settings,
     read_config,
 )
-from p2pinfer.errors import ClusterError, UsageError
+from p2pinfer.errors import ERROR_CODES, ClusterError, UsageError
 from p2pinfer.lifeline import child_environment
 from p2pinfer.limits import MAX_NODES
 from p2pinfer.model.checkpoint import content_id
@@ -54,6 +54,9 @@ STOP_S: Final = 8.0
 POLL_S: Final = 0.1
 WATCH_S: Final = 1.0
 STATUS_S: Final = 2.0
+
+ERROR_MARKS: Final = ("error: ", "error (")
+"""How the line begins in which a program of ours says why it ends."""
 
 Progress = Callable[[str], None]
 
@@ -74,10 +77,24 @@ class LocalNode:
 
     @property
     def last_error(self) -> str:
-        """Its last error line, else its last line."""
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        errors = [line for line in lines if line.startswith("error: ")]
-        return (errors or lines or ["it said nothing"])[-1].removeprefix("error: ")
+        """What its last error line says; empty if it wrote none."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        errors = [line for line in lines if line.startswith(ERROR_MARKS)]
+        return errors[-1].partition(": ")[2] if errors else ""
+
+    @property
+    def ending(self) -> str:
+        """How its process ended, as what a sentence says of it; empty while it runs."""
+        code = self.process.poll()
+        if code is None:
+            return ""
+        if code == 0:
+            return "left"
+        if code < 0:
+            hint = "; out of memory?" if code == -signal.SIGKILL else ""
+            return f"was killed ({signal.Signals(-code).name}{hint})"
+        said = self.last_error
+        return f"ended with exit code {code}" + (f": {said}" if said else "")
 
 
 class LocalCluster:
@@ -85,8 +102,8 @@ class LocalCluster:
 
     `options` are more settings by field name (`layout`, `dtype`, ...), the same for all nodes.
     Threads are shared out equally unless given; with `pin`, so are the CPUs. `on_progress` gets a
-    line now and then while the cluster starts. `folder` keeps logs and state if given; otherwise
-    both are removed at the end.
+    line now and then while the cluster starts, and one when it is stopped. `folder` keeps logs and
+    state if given; otherwise both are removed at the end, unless the cluster failed.
     """
 
     def __init__(
@@ -195,9 +212,11 @@ class LocalCluster:
 
     def stop(self) -> None:
         """End this cluster's own processes: ask, then kill. All are reaped on return."""
-        for node in self.nodes:
-            if node.process.poll() is None:
-                node.process.terminate()
+        living = [node for node in self.nodes if not node.ending]
+        if living:
+            self._tell(f"stopping {_nodes(len(living))}")
+        for node in living:
+            node.process.terminate()
         deadline = time.monotonic() + STOP_S
         for node in self.nodes:
             try:
@@ -216,11 +235,32 @@ class LocalCluster:
     def check_alive(self) -> None:
         """Raise `ClusterError` with its last words if a node has ended."""
         for node in self.nodes:
-            code = node.process.poll()
-            if code is not None:
-                raise ClusterError(
-                    "node_lost", f"{node.name} ended with exit code {code}: {node.last_error}"
-                )
+            if node.ending:
+                raise self._failure("node_lost", f"{node.name} {node.ending}")
+
+    def watch(self, on_loss: Progress) -> NoReturn:
+        """Watch over the cluster, which goes on without nodes that end: `on_loss` is told of each.
+
+        Raises `ClusterError` when the founder has ended, without which there is no cluster.
+        """
+        founder, *living = self.nodes
+        lost: list[str] = []
+        pause = threading.Event()
+        while not founder.ending:
+            for node in [node for node in living if node.ending]:
+                living.remove(node)
+                lost.append(f"{node.name} {node.ending}")
+                left = 1 + len(living)
+                on_loss(f"{lost[-1]}; {_nodes(left)} {'goes' if left == 1 else 'go'} on")
+            pause.wait(WATCH_S)
+        lost += [f"{node.name} {node.ending}" for node in living if node.ending]
+        ends = "; ".join((f"{founder.name}, which led, {founder.ending}", *lost))
+        raise self._failure("leader_lost", f"{ends}: the cluster is over")
+
+    def _failure(self, code: str, message: str) -> ClusterError:
+        """The error to raise; the logs, which may tell more, are kept."""
+        self._keep = True
+        return ClusterError(code, f"{message} (logs: {self._folder})", retryable=ERROR_CODES[code])
 
     def _await_ready(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
@@ -235,7 +275,7 @@ class LocalCluster:
                 told = waiting
                 self._tell(waiting)
             if time.monotonic() >= deadline:
-                raise ClusterError(
+                raise self._failure(
                     "not_ready", f"the cluster is not ready after {timeout:g} s: {waiting}"
                 )
             pause.wait(POLL_S)
@@ -266,11 +306,13 @@ def start_local(
     base_port: int,
     config_file: Path | None = None,
     flags: Mapping[str, Any] | None = None,
+    on_progress: Progress | None = None,
 ) -> int:
     """`cluster start`: print one JSON line when the cluster is ready, then run until Ctrl-C.
 
-    Returns 0; raises `UsageError` for a damaged model, for what can never become ready or a port
-    that is taken, and `ClusterError` when a node ends by itself.
+    A node that ends by itself is told on stderr; the others go on. Returns 0; raises `UsageError`
+    for a damaged model, for what can never become ready or a port that is taken, and `ClusterError`
+    when a node ends before the cluster is ready, or the founder at any time.
     """
     options = _given(flags or {})
     settings = load_settings(options, config_file)
@@ -282,17 +324,14 @@ def start_local(
         base_port=base_port,
         options=options,
         config_file=config_file,
-        on_progress=lambda line: print(line, file=sys.stderr, flush=True),
+        on_progress=on_progress,
     )
     check_ports(base_port, nodes)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with cluster:
             print(json.dumps(_announcement(cluster)), flush=True)
-            pause = threading.Event()
-            while True:
-                cluster.check_alive()
-                pause.wait(WATCH_S)
+            cluster.watch(lambda line: print(line, file=sys.stderr, flush=True))
     except KeyboardInterrupt:
         return 0
     finally:
@@ -367,6 +406,10 @@ def _announcement(cluster: LocalCluster) -> dict[str, Any]:
         "cluster_id": status["cluster_id"],
         "model": status["model"]["name"],
     }
+
+
+def _nodes(count: int) -> str:
+    return f"{count} node" if count == 1 else f"{count} nodes"
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -46,8 +46,8 @@ from p2pinfer.core.events import (
 )
 from p2pinfer.core.node import Node
 from p2pinfer.errors import (
-    ClusterError,
     LocalProtocolError,
+    P2pinferError,
     RemoteProtocolError,
     UsageError,
 )
@@ -96,7 +96,7 @@ def run_node(settings: NodeSettings) -> int:
     """Run a node until it is told to end (Ctrl-C, SIGTERM) or cannot go on; returns 0.
 
     Raises `UsageError` for what this machine's owner must mend (model, ports, state folder) and
-    `ClusterError` for what the cluster's must (nobody to join, refused, the worker died). Call it
+    `P2pinferError` for what the cluster's must (nobody to join, refused, the worker died). Call it
     from the main thread, which gets the signals.
     """
     die_with_parent()
@@ -112,7 +112,7 @@ def run_node(settings: NodeSettings) -> int:
         finally:
             daemon.close()
     if end.error:
-        raise UsageError(end.error) if end.exit_code == 2 else ClusterError("internal", end.error)
+        raise UsageError(end.error) if end.exit_code == 2 else P2pinferError(end.error)
     return end.exit_code
 
 

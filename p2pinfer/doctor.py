@@ -12,14 +12,18 @@ from pathlib import Path
 import psutil
 from msgspec import Struct
 
-from p2pinfer.config import PORTS_PER_NODE, available_cpus, parse_address
-from p2pinfer.errors import UsageError
+from p2pinfer.client import Client
+from p2pinfer.config import PORTS_PER_NODE, available_cpus, format_address, parse_address
+from p2pinfer.errors import P2pinferError, UsageError
 
 GIB = 1 << 30
 MEMORY_NEEDED = GIB // 2
 """Bytes that a node needs beside its share of the model: interpreter, torch, buffers."""
 
 MEMORY_WANTED = 2 * GIB
+ASK_S = 1.0
+"""How long whoever listens on a node's port may take to say that it is a node."""
+
 OLDEST_PYTHON = (3, 11)
 
 
@@ -64,7 +68,7 @@ def check_torch() -> Iterator[Finding]:
     try:
         import torch
     except ImportError as error:
-        advice = "install p2pinfer's packages again: pip install p2pinfer"
+        advice = "install p2pinfer's packages again, or run bin/p2pinfer"
         yield Finding(check="torch", level=Level.FAIL, detail=str(error), advice=advice)
         return
     where = ", CUDA device " + torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""
@@ -105,19 +109,48 @@ def check_memory() -> Finding:
 
 
 def check_ports(listen: str) -> Finding:
-    """The three ports of a node that listens on `listen` are free here."""
+    """The three ports of a node that listens on `listen` are free here.
+
+    Ports that a node of ours holds are a warning only: this machine is fit, as one sees.
+    """
     host, port = parse_address(listen)
     ports = range(port, port + PORTS_PER_NODE)
     taken = {number: reason for number in ports if (reason := _bind_error(host, number))}
     if not taken:
         detail = f"{ports[0]} to {ports[-1]} free on {host}"
         return Finding(check="ports", level=Level.OK, detail=detail)
+    if port in taken and (name := _node_at(host, port)):
+        return Finding(
+            check="ports",
+            level=Level.WARN,
+            detail=f"{ports[0]}-{ports[-1]} in use by p2pinfer node {name}",
+            advice="p2pinfer status shows it; a second node needs another --listen HOST:PORT",
+        )
+    reasons = dict.fromkeys(taken.values())
     return Finding(
         check="ports",
         level=Level.FAIL,
-        detail="; ".join(f"{number}: {reason}" for number, reason in taken.items()),
-        advice="a node may be running here (p2pinfer status); or choose --listen HOST:PORT",
+        detail="; ".join(
+            f"{', '.join(str(each) for each in taken if taken[each] == reason)}: {reason}"
+            for reason in reasons
+        ),
+        advice="end the program that listens there, or choose another --listen HOST:PORT",
     )
+
+
+def _node_at(host: str, port: int) -> str:
+    """The name of the node of ours that answers there; empty if none does."""
+    here = {"0.0.0.0": "127.0.0.1", "*": "127.0.0.1", "::": "::1"}.get(host, host)
+    try:
+        status = Client([format_address(here, port)], timeout=ASK_S).status()
+    except (P2pinferError, OSError):
+        return ""
+    for member in status["members"]:
+        # A node measures no round trip to itself.
+        own_port = parse_address(member["address"])[1] == port and member["rtt_ms"] is None
+        if own_port and member["state"] == "alive":
+            return str(member["name"])
+    return ""
 
 
 def _bind_error(host: str, port: int) -> str:

@@ -16,7 +16,7 @@ import click
 
 from p2pinfer import __version__
 from p2pinfer.cli import bench, cluster, demo, doctor, model, node, status, submit
-from p2pinfer.errors import P2pinferError, UsageError
+from p2pinfer.errors import ClusterError, P2pinferError, UsageError
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -56,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _report(error: click.ClickException | P2pinferError | OSError) -> int:
-    """Say what is wrong in one line on stderr; returns the exit code."""
+    """Say what is wrong in one line on stderr, with the error's code if it has one of the
+    protocol's; returns the exit code."""
+    mark = "error"
     match error:
         case click.exceptions.NoArgsIsHelpError():
             error.show()
@@ -65,6 +67,8 @@ def _report(error: click.ClickException | P2pinferError | OSError) -> int:
             context = getattr(error, "ctx", None)
             see = f" (see {context.command_path} --help)" if context else ""
             text, code = error.format_message() + see, EXIT_USAGE
+        case ClusterError():
+            mark, text, code = f"error ({error.code})", error.message, EXIT_FAILED
         case P2pinferError():
             text, code = str(error), EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
         case BrokenPipeError():  # the reader of stdout is gone, on purpose: nothing to say
@@ -74,7 +78,7 @@ def _report(error: click.ClickException | P2pinferError | OSError) -> int:
             _give_up_output()
             where = f": {error.filename}" if error.filename else ""
             text, code = f"the system refused: {error.strerror or error}{where}", EXIT_FAILED
-    click.echo(f"error: {text}", err=True)
+    click.echo(f"{mark}: {text}", err=True)
     return code
 
 

@@ -28,8 +28,15 @@ def cluster() -> None:
 def start(nodes: int, base_port: int, config: Path | None, **flags: object) -> int:
     """Start N nodes here as one cluster and run until Ctrl-C.
 
-    When it is ready, one JSON line on stdout names the nodes, their addresses and process ids.
+    When it is ready, one JSON line on stdout names the nodes, their addresses and process ids. A
+    node that dies is told on stderr, and the others go on; without node1 the cluster is over.
     """
     from p2pinfer.cluster import start_local
 
-    return start_local(nodes, base_port=base_port, config_file=config, flags=flags)
+    return start_local(
+        nodes,
+        base_port=base_port,
+        config_file=config,
+        flags=flags,
+        on_progress=lambda line: click.secho(f"{line} ...", err=True, dim=True),
+    )

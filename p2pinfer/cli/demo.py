@@ -49,7 +49,12 @@ def demo() -> None:
         asked = cluster.nodes[1]
         console.print(f"[dim]Ready. {asked.name} at {asked.address} is asked for a story:[/]\n")
         client = Client([asked.address])
-        _tell_story(console, client)
+        try:
+            _tell_story(console, client)
+        except KeyboardInterrupt:
+            click.echo()
+            click.secho(f"stopping {NODES} nodes ...", err=True, dim=True)
+            raise click.Abort from None
         members = client.status()["members"]
     console.print("Every token was computed by all of them. Each held this part of the model:\n")
     console.print(holdings_table(members))

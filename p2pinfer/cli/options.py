@@ -12,6 +12,10 @@ Command = TypeVar("Command", bound=Callable[..., object])
 
 DEFAULT_TO = "127.0.0.1:7720"
 
+MIN_NODES_HELP = (
+    "Make the first plan only with so many nodes; default: 1, by `cluster start` all of them."
+)
+
 
 def check_address(_: click.Context, __: click.Parameter, value: str | tuple[str, ...]) -> object:
     """Refuse, by the option's name, what is no address; what is one stays as it was written."""
@@ -47,13 +51,18 @@ def shared_node_options(command: Command) -> Command:
         click.option("--layout", metavar="auto|heads|layers|SxH", help="How to split the model."),
         click.option("--weight", type=float, metavar="F", help="Share of work; default: threads."),
         click.option("--kv-memory", metavar="SIZE", help="Limit of the KV cache, for example 2G."),
-        click.option("--min-nodes", type=int, metavar="N", help="Serve only with so many nodes."),
-        click.option("--join-timeout", type=float, metavar="S", help="Give up joining after S."),
+        click.option("--min-nodes", type=int, metavar="N", help=MIN_NODES_HELP),
+        click.option(
+            "--join-timeout",
+            type=float,
+            metavar="S",
+            help="Give up joining after S seconds; default: 30.",
+        ),
         click.option(
             "--wait-for-nodes",
             type=float,
             metavar="S",
-            help="How long a request may wait for them.",
+            help="How many seconds a request may wait until the cluster is ready; default: 30.",
         ),
         click.option(
             "--config",

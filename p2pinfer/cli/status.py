@@ -18,17 +18,27 @@ WATCH_EVERY_S = 1.0
 @to_option
 @click.option("--watch", is_flag=True, help="Keep it up to date until Ctrl-C.")
 @json_option
-def status(to: tuple[str, ...], watch: bool, as_json: bool) -> None:
+def status(to: tuple[str, ...], watch: bool, as_json: bool) -> int:
     """Show the cluster's members.
 
     What each holds and how it is, who leads, and whether prompts are answered.
     """
+    import json
+
     from p2pinfer.client import Client
+    from p2pinfer.errors import ClusterError
 
     client = Client(to)
-    if watch:
-        _watch(client, as_json)
-    _print_once(client, as_json)
+    try:
+        if watch:
+            _watch(client, as_json)
+        _print_once(client, as_json)
+    except ClusterError as error:
+        if not as_json:
+            raise
+        click.echo(json.dumps({"error": {"code": error.code, "message": error.message}}))
+        return 1
+    return 0
 
 
 def _print_once(client: Client, as_json: bool) -> None:

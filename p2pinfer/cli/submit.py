@@ -26,7 +26,14 @@ def submit() -> None:
 @submit.command()
 @click.argument("text", metavar="TEXT|-", required=False)
 @to_option
-@click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True, metavar="N")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    metavar="N",
+    help="The longest reply; cut to what the model's context has room for.",
+)
 @click.option(
     "--temperature",
     type=float,
@@ -58,7 +65,10 @@ def prompt(
     as_json: bool,
     **sampling: Any,
 ) -> int:
-    """Continue TEXT (- reads it from standard input) and print the reply."""
+    """Continue TEXT and print the reply.
+
+    - reads TEXT from standard input; one newline at its end is not part of it.
+    """
     from p2pinfer.client import Client
 
     given = _prompt(text, token_ids)
@@ -88,15 +98,17 @@ def _prompt(text: str | None, token_ids: str | None) -> str | tuple[int, ...]:
 
 
 def _standard_input() -> str:
-    """The text on standard input, at most one character more than may be sent.
+    """The text on standard input without one newline at its end, which `echo` and editors add.
 
+    At most little more than may be sent is read: enough to see that it is too much.
     Bytes that are no UTF-8 are kept as lone surrogates, as in arguments: the client refuses both.
     """
     if sys.stdin is None:
         raise click.UsageError("standard input is closed; give the prompt as TEXT")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-    return sys.stdin.read(MAX_TEXT_CHARS + 1)
+    text = sys.stdin.read(MAX_TEXT_CHARS + len("\r\n") + 1)
+    return text.removesuffix("\r\n") if text.endswith("\r\n") else text.removesuffix("\n")
 
 
 def _params(seed: int | None, stop: tuple[str, ...], **values: Any) -> SamplingParams:
@@ -130,17 +142,20 @@ def _print_text(
     client: Client, given: str | tuple[int, ...], params: SamplingParams, stream: bool
 ) -> None:
     """Reply text to stdout; what it waits for and, in a terminal, a summary line to stderr."""
-    from p2pinfer.wire.messages import Accepted, Finished
+    from p2pinfer.wire.messages import Accepted, Chunk, Finished
 
     held: list[str] = []
     served_by = ""
     begun = False
+    tokens = 0
     try:
         for event in client.submit(given, params):
             _show_waiting(event)
             if isinstance(event, Accepted):
                 served_by = event.served_by
                 continue
+            if isinstance(event, Chunk):
+                tokens += len(event.tokens)
             if stream:
                 begun = True
                 click.echo(event.text, nl=False)
@@ -151,6 +166,12 @@ def _print_text(
                 begun = False
                 if sys.stderr.isatty():
                     click.secho(_summary(event, served_by), err=True, dim=True)
+    except KeyboardInterrupt:
+        click.echo(err=not begun)  # the terminal has written ^C
+        begun = False
+        count = "1 token" if tokens == 1 else f"{tokens} tokens"
+        click.secho(f"cancelled after {count}", err=True, dim=True)
+        raise click.Abort from None
     finally:
         if begun:  # broken off: what follows begins on a line of its own
             click.echo()

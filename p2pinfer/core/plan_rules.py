@@ -106,7 +106,7 @@ def _too_few(s: Situation) -> Decision | None:
 
 
 def _lost(s: Situation) -> Decision | None:
-    why = "; ".join((f"{_names(s.lost)} lost", *s.unable))
+    why = "; ".join((f"{_names(s.lost)} gone", *s.unable))
     return Decision(propose=True, why=why) if s.lost else None
 
 

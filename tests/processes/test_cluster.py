@@ -484,6 +484,40 @@ def test_cluster_start_leaves_no_process(number: signal.Signals) -> None:
     until(lambda: all_gone(processes))
 
 
+def test_cluster_start_goes_on_until_its_founder_dies() -> None:
+    """A killed follower is told and the rest serve on; without node1 all end, logs are kept."""
+    port = free_base_port(3)
+    process = start_cli("cluster", "start", "--nodes", "3", "--base-port", str(port))
+    assert process.stdout is not None and process.stderr is not None
+    node1, _, node3 = json.loads(process.stdout.readline())["nodes"]
+    os.kill(node3["pid"], signal.SIGKILL)
+    told = next(line for line in process.stderr if "node3" in line and "killed" in line)
+    assert told == "node3 was killed (SIGKILL; out of memory?); 2 nodes go on\n"
+    client = Client([node1["address"]])
+    until(lambda: client.status()["ready"])
+    assert isinstance(list(client.submit(PROMPT, SamplingParams(max_tokens=2)))[-1], Finished)
+    os.kill(node1["pid"], signal.SIGKILL)
+    code, _, err = finish(process)
+    last = err.splitlines()[-1]
+    assert code == 1
+    assert last.startswith(
+        "error (leader_lost): node1, which led, was killed (SIGKILL; out of memory?); "
+        "node3 was killed (SIGKILL; out of memory?): the cluster is over (logs: "
+    )
+    logs = Path(last.rpartition("logs: ")[2].removesuffix(")"))
+    assert (logs / "node2.log").exists()
+    shutil.rmtree(logs)
+
+
+def test_doctor_knows_a_node_of_ours(pair: LocalCluster) -> None:
+    """Ports that a node holds are a warning with its name, and the exit code is 0."""
+    address = pair.nodes[1].address.removeprefix("tcp://")
+    code, out, _ = finish(start_cli("doctor", "--listen", address, "--json"))
+    row = next(row for row in json.loads(out)["checks"] if row["check"] == "ports")
+    assert (code, row["level"]) == (0, "warn")
+    assert row["detail"].endswith(" in use by p2pinfer node node2")
+
+
 # --- what cannot start ----------------------------------------------------------------------------
 
 

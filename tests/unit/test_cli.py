@@ -18,9 +18,11 @@ import pytest
 from p2pinfer import __version__
 from p2pinfer.cli import main, node, root
 from p2pinfer.cli.interrupt import sigterm_is_ctrl_c
+from p2pinfer.cli.model import SHAPES_HELP
 from p2pinfer.cli.status_view import runs, status_view
 from p2pinfer.client import Event
 from p2pinfer.errors import ClusterError, InvalidRequestError, ModelError, UsageError
+from p2pinfer.limits import MAX_TEXT_CHARS
 from p2pinfer.types import SamplingParams
 from p2pinfer.wire.messages import Accepted, Chunk, Finished
 
@@ -116,8 +118,8 @@ def test_impossible_sampling_values(
     [
         (UsageError("flag"), 2, "error: flag\n"),
         (ModelError("folder"), 2, "error: folder\n"),
-        (ClusterError("node_lost", "lost", retryable=True), 1, "error: lost\n"),
-        (InvalidRequestError("empty"), 1, "error: empty\n"),
+        (ClusterError("node_lost", "lost", retryable=True), 1, "error (node_lost): lost\n"),
+        (InvalidRequestError("empty"), 1, "error (invalid_request): empty\n"),
         (KeyboardInterrupt(), 130, "\n"),
     ],
 )
@@ -237,7 +239,7 @@ def test_status_view_says_what_is_waited_for() -> None:
 class FakeClient:
     """Stands in for `p2pinfer.client.Client`: replies as told, and remembers what it was asked."""
 
-    def __init__(self, *events: Event | ClusterError) -> None:
+    def __init__(self, *events: Event | BaseException) -> None:
         self.events = events
         self.asked: tuple[Any, SamplingParams] | None = None
         self.addresses: tuple[str, ...] = ()
@@ -249,7 +251,7 @@ class FakeClient:
     def submit(self, prompt: str | tuple[int, ...], params: SamplingParams) -> Iterator[Event]:
         self.asked = (prompt, params)
         for event in self.events:
-            if isinstance(event, ClusterError):
+            if isinstance(event, BaseException):
                 raise event
             yield event
 
@@ -264,6 +266,9 @@ class FakeClient:
         return {"error": None, "text": "whole"}
 
     def status(self) -> dict[str, Any]:
+        for event in self.events:
+            if isinstance(event, BaseException):
+                raise event
         members = [member("a")]
         return {"model": {"name": "m"}, "leader": "a", "ready": True, "members": members}
 
@@ -325,13 +330,24 @@ def test_submit_without_a_seed_draws_one(ask: Callable[..., FakeClient]) -> None
     assert len(seeds) == 2
 
 
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
 def test_submit_reads_standard_input(
+    end: str, ask: Callable[..., FakeClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt of `-` is read from standard input, without one newline at its end."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"two\nlines\n\t{end}", newline=""))
+    client = ask("submit", "prompt", "-")
+    assert client.asked is not None and client.asked[0] == "two\nlines\n\t"
+
+
+def test_a_prompt_that_is_too_long_is_not_cut_at_a_newline(
     ask: Callable[..., FakeClient], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A prompt of `-` is read from standard input, as it is."""
-    monkeypatch.setattr("sys.stdin", io.StringIO("two\nlines\n"))
+    """A newline where reading ends makes no shorter prompt of one that is too long."""
+    text = "x" * MAX_TEXT_CHARS + "\r\n\n" + "y"
+    monkeypatch.setattr("sys.stdin", io.StringIO(text, newline=""))
     client = ask("submit", "prompt", "-")
-    assert client.asked is not None and client.asked[0] == "two\nlines\n"
+    assert client.asked is not None and len(client.asked[0]) > MAX_TEXT_CHARS
 
 
 def test_a_broken_reply_is_an_error(
@@ -341,7 +357,35 @@ def test_a_broken_reply_is_an_error(
     lost = ClusterError("node_lost", "node b died", retryable=True)
     ask("submit", "prompt", "hi", events=(*REPLY[:2], lost), code=1)
     seen = capsys.readouterr()
-    assert seen.out == "a fox\n" and seen.err.endswith("error: node b died\n")
+    assert seen.out == "a fox\n" and seen.err.endswith("error (node_lost): node b died\n")
+
+
+def test_ctrl_c_says_how_far_the_reply_was(
+    ask: Callable[..., FakeClient], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C keeps what came, and counts its tokens in a line of stderr; exit code 130."""
+    ask("submit", "prompt", "hi", events=(*REPLY[:2], KeyboardInterrupt()), code=130)
+    seen = capsys.readouterr()
+    assert seen.out == "a fox\n" and seen.err.endswith(" ...\ncancelled after 1 token\n")
+
+
+def test_status_json_of_a_failure_is_an_object(
+    ask: Callable[..., FakeClient], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`status --json` says on stdout why there is none, with exit code 1."""
+    ask("status", "--json", events=(ClusterError("not_ready", "nobody"),), code=1)
+    seen = capsys.readouterr()
+    assert seen.err == ""
+    assert json.loads(seen.out) == {"error": {"code": "not_ready", "message": "nobody"}}
+
+
+def test_the_help_names_all_shapes(capsys: pytest.CaptureFixture[str]) -> None:
+    """`model make --help` lists the shapes there are."""
+    from p2pinfer.model.shapes import SHAPES
+
+    assert f"One of {', '.join(SHAPES)}." == SHAPES_HELP
+    assert main(["model", "make", "--help"]) == 0
+    assert "tinyllama-1.1b" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("broken", [False, True])

@@ -72,6 +72,13 @@ def test_ports_taken_and_free() -> None:
     assert doctor.check_ports("192.0.2.1:7720").level is Level.FAIL
 
 
+def test_ports_that_one_program_holds_are_one_line() -> None:
+    """Ports that are taken for one reason are named together, once."""
+    finding = doctor.check_ports("192.0.2.1:7720")
+    assert finding.detail.startswith("7720, 7721, 7722: ")
+    assert ";" not in finding.detail
+
+
 def test_a_missing_model_fails(tmp_path: Path) -> None:
     """A folder without a model is a failure that names it."""
     finding = doctor.check_model(str(tmp_path))

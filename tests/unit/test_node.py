@@ -660,7 +660,7 @@ def test_leaving_is_told_and_believed() -> None:
     assert bench.told(e.PeerLeft) == []
     bench.hear(member(2), m.Leave(node_id=member(2).node_id, boot_id=member(2).boot_id))
     assert len(bench.told(e.PeerLeft)) == 1
-    assert bench.told(e.PlanProposed)[0].why == "node2 lost"
+    assert bench.told(e.PlanProposed)[0].why == "node2 gone"
 
 
 def test_a_stopped_node_says_goodbye() -> None:

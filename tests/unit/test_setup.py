@@ -74,6 +74,15 @@ def test_benchmarks_need_more_than_the_base(checkout: Path, path_with_old_python
     assert run(checkout, "bench", "decode", path=path_with_old_python).returncode == 0
 
 
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_the_help_of_benchmarks_needs_the_base_only(
+    flag: str, checkout: Path, path_with_old_python: str
+) -> None:
+    """Nothing is installed to show a help."""
+    stamp(checkout, "base")
+    assert run(checkout, "bench", "decode", flag, path=path_with_old_python).returncode == 0
+
+
 def test_changed_pins_are_installed_again(checkout: Path, path_with_old_python: str) -> None:
     """A stamp of other pins does not count."""
     stamp(checkout, "base")
