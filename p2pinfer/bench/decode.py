@@ -35,6 +35,9 @@ from p2pinfer.wire.messages import Chunk
 
 MODEL_SEED = 0
 PROMPT_SEED_STEP = 7919
+BANDWIDTH_READS = 2
+"""Before the runs, and as many after."""
+
 COUNTERS_S = 10.0
 """How long nodes may take to agree on how many steps are over."""
 
@@ -214,7 +217,7 @@ def measure(settings: Settings, tell: Tell) -> dict[str, Any]:
     dtype = config.dtype if settings.dtype == "auto" else DType(settings.dtype)
     spec = model_spec(config, name=settings.shape, model_id="", dtype=dtype, quant="none")
     tell("read bandwidth")
-    bandwidth = [read_bandwidth(used)]
+    bandwidth = [read_bandwidth(used) for _ in range(BANDWIDTH_READS)]
     reference = None
     if settings.reference:
         tell("transformers: loading")
@@ -224,12 +227,12 @@ def measure(settings: Settings, tell: Tell) -> dict[str, Any]:
     finally:
         if reference is not None:
             reference.close()
-    bandwidth.append(read_bandwidth(used))
-    middle = statistics.median(bandwidth)
-    limit = middle * 1e9 / bytes_per_token(spec)
-    result["read_bandwidth_gb_s"] = round(middle, 2)
-    result["limit_tokens_per_s"] = round(limit, 3)
-    result["fraction_of_limit"] = round(result["decode_tokens_per_s"] / limit, 4)
+    bandwidth += [read_bandwidth(used) for _ in range(BANDWIDTH_READS)]
+    limits = [gb_s * 1e9 / bytes_per_token(spec) for gb_s in bandwidth]
+    speed = result["decode_tokens_per_s"]
+    result |= spread("read_bandwidth_gb_s", bandwidth, 2)
+    result |= spread("limit_tokens_per_s", limits, 3)
+    result |= {"fraction_of_limit": round(speed / result["limit_tokens_per_s"], 4)}
     return result
 
 
