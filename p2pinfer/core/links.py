@@ -126,6 +126,10 @@ class Links:
             if link.unanswered and link.greeted_at + HELLO_RETRY_S <= now
         ]
 
+    def connected(self) -> tuple[str, ...]:
+        """Addresses of the links that are up, and on which greeting makes sense."""
+        return tuple(k.address for k in self._links.values() if k.up and not k.given_up)
+
     def next_due(self) -> float:
         """When the next greeting is due."""
         return min(

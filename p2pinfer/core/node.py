@@ -315,7 +315,7 @@ class Node:
                 self._stats = report
 
     def _worker_started(self, report: WorkerReady, now: float) -> None:
-        """Now it is known how this node computes: tell those who have greeted it already."""
+        """Now it is known how this node computes: tell all whom it has greeted, answered or not."""
         table = self._near.table
         me = replace(
             table.me,
@@ -325,9 +325,8 @@ class Node:
         )
         if me != table.me:
             table.me = me
-            for peer in table.living():
-                if address := self._near.links.to(peer.member.node_id):
-                    self._greeter.greet(address, now)
+            for address in self._near.links.connected():
+                self._greeter.greet(address, now)
         self._holder.worker_started()
 
     def _step_failed(self, report: StepFailed) -> None:

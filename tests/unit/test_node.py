@@ -955,6 +955,15 @@ def test_a_follower_loads_acknowledges_and_activates() -> None:
     assert bench.told(e.FrameDropped) == []
 
 
+def test_a_worker_ready_between_hello_and_its_answer_is_told_too() -> None:
+    """The first HELLO named no numeric class; a second one follows on the same link."""
+    bench = Bench(member=member(5, numeric_class=""), join=(1,))
+    bench.take(e.LinkUp(address=member(1).address))
+    bench.worker_ready()
+    classes = [message.member.numeric_class for _, message in bench.sent(m.Hello)]
+    assert classes == ["", "n"]
+
+
 def test_what_a_follower_says_when_the_worker_is_ready() -> None:
     """Its numeric class goes out in a HELLO to all; then it waits for the leader."""
     bench = follower()
