@@ -77,13 +77,12 @@ Frame = TypeVar("Frame")
 
 @dataclass
 class Traffic:
-    """What this node sent, and how long it waited for others (idle: for a step), in seconds."""
+    """What this node sent and dropped, and how long it waited for others, in seconds."""
 
     messages: int = 0
     bytes: int = 0
     dropped: int = 0
     wait_s: float = 0.0
-    idle_s: float = 0.0
 
 
 @dataclass
@@ -292,9 +291,7 @@ class StepLinks:
 
     def idle(self, timeout_s: float) -> None:
         """Wait for a frame or an order, at most `timeout_s`."""
-        began = time.perf_counter()
         self._poll(time.monotonic() + timeout_s)
-        self.traffic.idle_s += time.perf_counter() - began
 
     def _poll(self, deadline: float) -> None:
         left = min(EVENTS_EVERY_S, max(0.0, deadline - time.monotonic()))

@@ -152,11 +152,6 @@ class Scheduler:
         """Requests that wait for one."""
         return len(self._waiting)
 
-    @property
-    def has_work(self) -> bool:
-        """Whether a step would compute anything."""
-        return bool(self._running or self._waiting)
-
     def add(
         self,
         request_id: int,

@@ -52,7 +52,7 @@ def test_nothing_to_do() -> None:
     work = scheduler()
     assert work.next_slots() == ()
     assert work.ended_since_last() == ()
-    assert (work.has_work, work.running, work.waiting) == (False, 0, 0)
+    assert (work.running, work.waiting) == (0, 0)
 
 
 def test_one_request_from_prompt_to_length() -> None:
@@ -60,7 +60,7 @@ def test_one_request_from_prompt_to_length() -> None:
     work = scheduler()
     params = SamplingParams(max_tokens=2)
     assert work.add(7, prompt(3), (), params, 10.0) is None
-    assert (work.has_work, work.running, work.waiting) == (True, 0, 1)
+    assert (work.running, work.waiting) == (0, 1)
     slots = work.next_slots()
     assert slots == (
         Slot(request_id=7, start=0, tokens=prompt(3), sample=True, capacity=5, params=params),
@@ -73,7 +73,7 @@ def test_one_request_from_prompt_to_length() -> None:
         DrawnToken(request_id=7, index=1, token=51),
         EndedReply(request_id=7, reason="length", total_tokens=2, ttft_s=0.5, tokens_per_s=4.0),
     ]
-    assert not work.has_work
+    assert (work.running, work.waiting) == (0, 0)
     assert work.ended_since_last() == (7,)
     assert work.ended_since_last() == ()
 
@@ -134,7 +134,7 @@ def test_a_reply_received_whole_ends_at_once(
     """Nothing is computed for a client that only missed the last message."""
     work = scheduler()
     assert work.add(1, prompt(2), received, FIVE, 3.0) == EndedReply(1, reason, total)
-    assert not work.has_work
+    assert (work.running, work.waiting) == (0, 0)
 
 
 def test_long_prompts_are_cut_in_chunks_beside_decoding() -> None:
@@ -197,7 +197,7 @@ def test_cancelling() -> None:
     assert work.cancel(2)
     assert work.cancel(1)
     assert not work.cancel(1)
-    assert not work.has_work
+    assert (work.running, work.waiting) == (0, 0)
     assert work.finish_step(slots, {1: 50}, 0.0) == []
     assert work.ended_since_last() == (1,)
 
@@ -296,7 +296,7 @@ def test_impossible_requests_are_refused(
     with pytest.raises(ClusterError, match=message) as caught:
         work.add(1, prompt(length), (), params, 0.0)
     assert (caught.value.code, caught.value.retryable) == (code, False)
-    assert not work.has_work
+    assert (work.running, work.waiting) == (0, 0)
 
 
 def test_too_many_requests_are_refused_for_now() -> None:
