@@ -51,6 +51,7 @@ ERROR_CODES: dict[str, bool] = {
     "prompt_too_long": False,
     "overloaded": True,
     "not_ready": True,
+    "no_quorum": True,
     "node_lost": True,
     "leader_lost": True,
     "leaving": True,

@@ -125,6 +125,9 @@ class Member(Struct, frozen=True, kw_only=True):
     memory_bytes: U63 = 0
     kv_bytes: U63 = 0
     witness: bool = False
+    blank: bool = False
+    """This boot began without the node's state of before: what it promised then is forgotten, so
+    it has a vote only where a plan names this very boot a voter."""
 
 
 Owners = Annotated[tuple[MemberIndex, ...], Meta(max_length=MAX_UNITS)]
@@ -152,13 +155,20 @@ class Stage(Struct, frozen=True, kw_only=True):
 
 
 class Plan(Struct, frozen=True, kw_only=True):
-    """The cluster's one agreed value. `leader` and the owners are indices into `members`."""
+    """The cluster's one agreed value. `leader`, `voters`, owners are indices into `members`.
+
+    `old_voters` are the node ids of the voters of the plan that this one takes the place of: until
+    this plan is known to be in force, a quorum is needed among them too (Raft's joint consensus,
+    section 6 of Ongaro and Ousterhout, 2014). `quorum` is `majority` or `last-man`.
+    """
 
     fence: Fence
     cluster_id: Identity
     leader: MemberIndex
     members: Annotated[tuple[Member, ...], Meta(min_length=1, max_length=MAX_NODES)]
     voters: Annotated[tuple[MemberIndex, ...], Meta(max_length=MAX_NODES)]
+    old_voters: Annotated[tuple[Identity, ...], Meta(max_length=MAX_NODES)] = ()
+    quorum: Annotated[str, Meta(pattern=r"\A(majority|last-man)\Z")] = "majority"
     model: ModelSpec
     stages: Annotated[tuple[Stage, ...], Meta(min_length=1, max_length=MAX_STAGES)]
     layout: Annotated[str, Meta(max_length=16)] = "heads"

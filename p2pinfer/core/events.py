@@ -1,160 +1,41 @@
 """Inputs and outputs of the control plane's core, and the orders and reports of the worker.
 
 `Node.handle(input, now) -> list[Output]`: everything that happens to a node is an `Input`, all it
-wants done is an `Output`. Orders to the worker and its reports are encoded by `msgspec` on the pipe
-between the two processes, so they are tagged structs. Facts are outputs too: logs, metrics and
-tests read the same ones.
+wants done is an `Output`. Facts are outputs too: logs, metrics and tests read the same ones.
+Orders and reports are in `orders.py`; readers import all of them from here.
 """
 
 from __future__ import annotations
 
 from msgspec import Struct
 
-from p2pinfer.types import Fence, Member, ModelSpec, Plan, SamplingParams
-from p2pinfer.wire.messages import ControlMessage, DrawnToken
-
-# --- orders: control plane to worker --------------------------------------------------------------
-
-
-class Order(Struct, frozen=True, kw_only=True, tag=True):
-    """What the control plane tells the worker (the data plane's process)."""
-
-
-class LoadPlan(Order, frozen=True, kw_only=True):
-    """Stop obeying the active plan; load the units that `members[me]` owns in `plan`."""
-
-    plan: Plan
-    me: int
-
-
-class ActivatePlan(Order, frozen=True, kw_only=True):
-    """The loaded plan of `fence` is in force; the leader's worker starts to schedule steps."""
-
-    fence: Fence
-
-
-class StartRequest(Order, frozen=True, kw_only=True):
-    """Leader only: enter a request. `received` tokens are forced, never drawn again."""
-
-    request_id: int
-    prompt_ids: tuple[int, ...]
-    received: tuple[int, ...]
-    params: SamplingParams
-
-
-class CancelRequest(Order, frozen=True, kw_only=True):
-    """Leader only: end a request and free its slot."""
-
-    request_id: int
-
-
-class StopWorker(Order, frozen=True, kw_only=True):
-    """Close the links and exit."""
-
-
-# --- reports: worker to control plane -------------------------------------------------------------
-
-
-class Report(Struct, frozen=True, kw_only=True, tag=True):
-    """What the worker tells the control plane."""
-
-
-class WorkerReady(Report, frozen=True, kw_only=True):
-    """The worker runs and can load plans."""
-
-    numeric_class: str
-    device: str
-    threads: int
-    memory_bytes: int
-
-
-class WorkerFailed(Report, frozen=True, kw_only=True):
-    """The worker cannot go on, for a reason that the operator must mend."""
-
-    message: str
-    usage: bool = False
-
-
-class LoadProgress(Report, frozen=True, kw_only=True):
-    """Bytes of the plan's weights read so far."""
-
-    done_bytes: int
-    total_bytes: int
-
-
-class PlanLoaded(Report, frozen=True, kw_only=True):
-    """The units of the plan of `fence` are loaded; `error` is empty when all went well."""
-
-    fence: Fence
-    weight_bytes: int = 0
-    error: str = ""
-
-
-class TokensDrawn(Report, frozen=True, kw_only=True):
-    """Leader only: tokens drawn in one step, in the order of its slots."""
-
-    tokens: tuple[DrawnToken, ...]
-
-
-class RequestEnded(Report, frozen=True, kw_only=True):
-    """Leader only: a request ended by itself (`stop`, `length`) or in an error code."""
-
-    request_id: int
-    reason: str
-    total_tokens: int
-    code: str = ""
-    message: str = ""
-    ttft_s: float = 0.0
-    tokens_per_s: float = 0.0
-
-
-class StepFailed(Report, frozen=True, kw_only=True):
-    """A step could not be finished; `node_id` names whom it waited for or who sent it broken."""
-
-    fence: Fence
-    step: int
-    node_id: str
-    reason: str
-
-
-class LinkLost(Report, frozen=True, kw_only=True):
-    """The step link to a member broke."""
-
-    node_id: str
-
-
-class WorkerStats(Report, frozen=True, kw_only=True):
-    """Counters for heartbeats and `status`; sent a few times a second and after a request."""
-
-    steps: int = 0
-    owes_step: int = 0
-    hears_steps: tuple[str, ...] = ()
-    tokens_per_s: float = 0.0
-    kv_used_bytes: int = 0
-    kv_limit_bytes: int = 0
-    running: int = 0
-    waiting: int = 0
-    dropped_frames: int = 0
-    messages_sent: int = 0
-    bytes_sent: int = 0
-    compute_s: float = 0.0
-    exchange_s: float = 0.0
-    wait_s: float = 0.0
-    python_s: float = 0.0
-
-
-AnyOrder = LoadPlan | ActivatePlan | StartRequest | CancelRequest | StopWorker
-AnyReport = (
-    WorkerReady
-    | WorkerFailed
-    | LoadProgress
-    | PlanLoaded
-    | TokensDrawn
-    | RequestEnded
-    | StepFailed
-    | LinkLost
-    | WorkerStats
+from p2pinfer.core.orders import (
+    ActivatePlan,
+    AnyOrder,
+    AnyReport,
+    CancelRequest,
+    Covered,
+    FenceSettled,
+    Halt,
+    LinkLost,
+    LoadPlan,
+    LoadProgress,
+    Order,
+    PlanLoaded,
+    Report,
+    RequestEnded,
+    StartRequest,
+    StepFailed,
+    StopWorker,
+    TokenLog,
+    TokensCommitted,
+    WorkerFailed,
+    WorkerReady,
+    WorkerStats,
 )
+from p2pinfer.core.timing import LAN, Timing
+from p2pinfer.types import Failover, Fence, Member, ModelSpec, Plan, SamplingParams
+from p2pinfer.wire.messages import ControlMessage
 
 # --- inputs ---------------------------------------------------------------------------------------
 
@@ -220,6 +101,26 @@ class ClientCancelled(Input, frozen=True, kw_only=True):
     reason: str = "client"
 
 
+class DrainAsked(Input, frozen=True, kw_only=True):
+    """A client of this node asks that a member hand over what it holds, and leave."""
+
+    route: bytes
+    request_id: int
+    name: str
+
+
+class Persisted(Input, frozen=True, kw_only=True):
+    """What `Persist` number `number`, and all before it, said is on the disk."""
+
+    number: int
+
+
+class PersistFailed(Input, frozen=True, kw_only=True):
+    """The disk did not take it."""
+
+    reason: str
+
+
 class Ticked(Input, frozen=True, kw_only=True):
     """The deadline passed, or nothing happened; timers are looked at on every input anyway."""
 
@@ -267,6 +168,30 @@ class Probe(Output, frozen=True, kw_only=True):
     address: str
 
 
+class StoredState(Struct, frozen=True, kw_only=True):
+    """What a node must not forget: kept in its state folder.
+
+    `voted_for` is whom it voted for in `term`. `plan` is the newest that it acknowledged (None:
+    there was none since it founded the cluster); `active`: that plan is known to be in force.
+    """
+
+    cluster_id: str
+    term: int = 0
+    voted_for: str = ""
+    plan: Plan | None = None
+    active: bool = False
+
+
+class Persist(Output, frozen=True, kw_only=True):
+    """Write `state` to the disk, for good, and say `Persisted`; None: forget it (the node left).
+
+    Nothing waits meanwhile but what depends on it. Numbers grow; only the newest need be written.
+    """
+
+    number: int
+    state: StoredState | None
+
+
 class TellWorker(Output, frozen=True, kw_only=True):
     """Give an order to the worker."""
 
@@ -294,6 +219,7 @@ class Conclude(Output, frozen=True, kw_only=True):
     retryable: bool = False
     ttft_s: float = 0.0
     tokens_per_s: float = 0.0
+    failovers: tuple[Failover, ...] = ()
 
 
 class Exit(Output, frozen=True, kw_only=True):
@@ -354,6 +280,42 @@ class LeaderElected(Fact, frozen=True, kw_only=True):
     term: int
 
 
+class LeaderLost(Fact, frozen=True, kw_only=True):
+    """Nobody leads, as far as this node knows."""
+
+    name: str
+    node_id: str
+    term: int
+    reason: str
+
+
+class ElectionStarted(Fact, frozen=True, kw_only=True):
+    """This node asks for votes in `term`."""
+
+    term: int
+
+
+class WorkerHung(Fact, frozen=True, kw_only=True):
+    """This node's worker says nothing any more (or again does: `hung` false)."""
+
+    hung: bool
+    silence_s: float
+
+
+class PairBroken(Fact, frozen=True, kw_only=True):
+    """Two members do not hear each other, as one of them says; `loses` is to own nothing."""
+
+    names: tuple[str, str]
+    loses: str
+
+
+class MemberSlow(Fact, frozen=True, kw_only=True):
+    """A member computes `factor` times slower than its share predicts."""
+
+    name: str
+    factor: float
+
+
 class PlanProposed(Fact, frozen=True, kw_only=True):
     fence: Fence
     members: tuple[str, ...]
@@ -361,8 +323,22 @@ class PlanProposed(Fact, frozen=True, kw_only=True):
 
 
 class PlanAdopted(Fact, frozen=True, kw_only=True):
+    """The plan is in force here; `agree_s` is how long after this node heard of it."""
+
     fence: Fence
     members: tuple[str, ...]
+    leader: str = ""
+    voters: tuple[str, ...] = ()
+    agree_s: float = 0.0
+
+
+class RequestRestored(Fact, frozen=True, kw_only=True):
+    """On the leader: a request goes on under a new plan, computing from `restart` of `length`."""
+
+    request_id: int
+    length: int
+    restart: int
+    rung: str
 
 
 class PlanFailed(Fact, frozen=True, kw_only=True):
@@ -397,18 +373,95 @@ class FrameDropped(Fact, frozen=True, kw_only=True):
 class NodeConfig(Struct, frozen=True, kw_only=True):
     """What the core needs to know of its own node; times in seconds.
 
-    `model` is None for a witness. `join` empty means: found a cluster.
+    `model` is None for a witness. `stored` is what it knew when it ended; with it the node comes
+    back to its cluster, whatever `join` says. Without, and with `join` empty, it founds one, of id
+    `cluster_id`. `replicas` is how many standbys a plan names for each unit.
     """
 
     member: Member
     model: ModelSpec | None
     cluster_id: str
     join: tuple[str, ...] = ()
+    stored: StoredState | None = None
     layout: str = "heads"
+    replicas: int = 0
+    quorum: str = "majority"
     min_nodes: int = 1
     join_timeout: float = 30.0
     wait_for_nodes: float = 30.0
-    heartbeat_every: float = 0.1
-    dead_after: float = 1.2
-    settle: float = 0.3
-    """How long the membership must be quiet before a plan for more members is proposed."""
+    orphan_timeout: float = 10.0
+    drain_timeout: float = 10.0
+    timing: Timing = LAN
+
+
+__all__ = [
+    "ActivatePlan",
+    "AnyOrder",
+    "AnyReport",
+    "CancelRequest",
+    "ClientCancelled",
+    "ClientSubmitted",
+    "CloseLink",
+    "Conclude",
+    "Covered",
+    "Deliver",
+    "DrainAsked",
+    "ElectionStarted",
+    "Exit",
+    "Fact",
+    "FenceSettled",
+    "FrameDropped",
+    "Halt",
+    "Input",
+    "JoinWaiting",
+    "LeaderElected",
+    "LeaderLost",
+    "LinkDown",
+    "LinkLost",
+    "LinkUp",
+    "LoadPlan",
+    "LoadProgress",
+    "MemberSlow",
+    "NodeConfig",
+    "OpenLink",
+    "Order",
+    "Output",
+    "PairBroken",
+    "PeerDead",
+    "PeerJoined",
+    "PeerLeft",
+    "PeerRefused",
+    "PeerSuspected",
+    "Persist",
+    "PersistFailed",
+    "Persisted",
+    "PlanAdopted",
+    "PlanFailed",
+    "PlanLoaded",
+    "PlanProposed",
+    "Probe",
+    "ProbeAnswered",
+    "Received",
+    "ReplyTo",
+    "Report",
+    "RequestAccepted",
+    "RequestEnded",
+    "RequestFinished",
+    "RequestRestored",
+    "Send",
+    "ShutdownAsked",
+    "StartRequest",
+    "StepFailed",
+    "StopWorker",
+    "StoredState",
+    "TellWorker",
+    "Ticked",
+    "TokenLog",
+    "TokensCommitted",
+    "WorkerDied",
+    "WorkerFailed",
+    "WorkerHung",
+    "WorkerReady",
+    "WorkerSaid",
+    "WorkerStats",
+]

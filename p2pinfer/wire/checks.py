@@ -19,6 +19,7 @@ from p2pinfer.wire.messages import (
     ControlMessage,
     Forward,
     KvRequest,
+    LogEntry,
     Propose,
     Step,
     Submit,
@@ -55,12 +56,16 @@ def _check_chunk(message: Chunk) -> None:
     _check_span(message.start, len(message.tokens), "tokens")
 
 
+def _check_log_entry(message: LogEntry) -> None:
+    _check_span(message.start, len(message.tokens), "tokens of a log")
+
+
 def _check_activate(message: Activate) -> None:
-    for tail in message.tails:
-        _check_span(tail.start, len(tail.tokens), "tokens of a log tail")
+    for log in message.logs:
+        _check_span(log.length, 0, "tokens of a log")
         _require(
-            tail.restart <= tail.start + len(tail.tokens),
-            f"a log of {tail.start + len(tail.tokens)} tokens restarts at {tail.restart}",
+            log.restart <= log.length,
+            f"a log of {log.length} tokens restarts at {log.restart}",
         )
 
 
@@ -121,6 +126,7 @@ _RULES: dict[type[ControlMessage], Callable[[Any], None]] = {
     Submit: _check_submit,
     Forward: _check_forward,
     Chunk: _check_chunk,
+    LogEntry: _check_log_entry,
     Activate: _check_activate,
     Step: _check_step,
     KvRequest: _check_kv_request,

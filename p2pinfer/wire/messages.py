@@ -52,6 +52,7 @@ from p2pinfer.wire.fields import (
 from p2pinfer.wire.step_messages import (
     Candidates,
     Credit,
+    FinalToken,
     Hidden,
     KvDelta,
     KvRequest,
@@ -61,6 +62,7 @@ from p2pinfer.wire.step_messages import (
     Partial,
     Slot,
     Step,
+    StepAck,
 )
 
 # --- membership ---------------------------------------------------------------------------------
@@ -117,8 +119,10 @@ class Rumour(Struct, frozen=True, kw_only=True):
 class Heartbeat(ControlMessage, frozen=True, kw_only=True):
     """Sent every period to every peer: the sender's membership table and its health.
 
-    `hears_control` and `hears_steps` are the node ids heard lately on those links; `steps` counts
-    finished compute steps; `owes_step` is the step it is working on (0 when idle).
+    A sender whose `leader_id` is itself leads in `term`. `hears_control` and `hears_steps` are the
+    node ids heard lately on those links; `steps` counts finished compute steps; `owes_step` is the
+    step it is working on (0 when idle), `hung` says that its compute loop stands still, and
+    `compute_ms` how long it computed lately for a decoding step, without waiting for others.
     """
 
     node_id: Identity
@@ -137,6 +141,9 @@ class Heartbeat(ControlMessage, frozen=True, kw_only=True):
     tokens_per_s: Rate = 0.0
     kv_used_bytes: U63 = 0
     kv_limit_bytes: U63 = 0
+    hung: bool = False
+    draining: bool = False
+    compute_ms: Rate = 0.0
 
 
 class Leave(ControlMessage, frozen=True, kw_only=True):
@@ -151,7 +158,7 @@ class Leave(ControlMessage, frozen=True, kw_only=True):
 
 
 class PreVoteRequest(ControlMessage, frozen=True, kw_only=True):
-    """Would you vote for me in `term`? Changes nobody's term (Raft, section 9.6 of the thesis)."""
+    """Would you vote for me in `term`, the next one? Changes nobody's term (Raft thesis, 9.6)."""
 
     term: U63
     candidate_id: Identity
@@ -159,7 +166,7 @@ class PreVoteRequest(ControlMessage, frozen=True, kw_only=True):
 
 
 class PreVoteReply(ControlMessage, frozen=True, kw_only=True):
-    """Answer to PRE_VOTE_REQUEST."""
+    """Answer to PRE_VOTE_REQUEST: `term` is the one asked for or, where denied, the voter's own."""
 
     term: U63
     voter_id: Identity
@@ -175,7 +182,7 @@ class VoteRequest(ControlMessage, frozen=True, kw_only=True):
 
 
 class VoteReply(ControlMessage, frozen=True, kw_only=True):
-    """Answer to VOTE_REQUEST, sent when the vote is persisted."""
+    """Answer to VOTE_REQUEST, sent when the vote is persisted; `term` as in PRE_VOTE_REPLY."""
 
     term: U63
     voter_id: Identity
@@ -189,7 +196,7 @@ class Propose(ControlMessage, frozen=True, kw_only=True):
 
 
 class LogDigest(Struct, frozen=True, kw_only=True):
-    """A request's token log on one node: its length, and the hash of its tokens."""
+    """A request's token log on one node: the term that last wrote it, its length and its hash."""
 
     request_id: U63
     term: U63
@@ -222,22 +229,46 @@ class Nack(ControlMessage, frozen=True, kw_only=True):
     node_id: Identity
     code: Code
     message: Reason
+    about: MaybeIdentity = ""
 
 
-class LogTail(Struct, frozen=True, kw_only=True):
-    """Tokens that complete a request's log from index `start`, and where computing restarts."""
+class LogRequest(ControlMessage, frozen=True, kw_only=True):
+    """The leader asks for token logs that a member acknowledged the plan of `fence` with."""
+
+    fence: Fence
+    request_ids: Annotated[tuple[U63, ...], Meta(min_length=1, max_length=MAX_REQUESTS)]
+
+
+class LogEntry(ControlMessage, frozen=True, kw_only=True):
+    """A request's token log from index `start` on: prompt first, then the reply.
+
+    Member to leader: the answer to LOG_REQUEST. Leader to member, before ACTIVATE: what that member
+    lacks of the log agreed on.
+    """
+
+    fence: Fence
+    request_id: U63
+    term: U63
+    prompt_tokens: U32
+    params: SamplingParams
+    start: U32 = 0
+    tokens: Tokens
+
+
+class AgreedLog(Struct, frozen=True, kw_only=True):
+    """The log that all members have of a request from now on, and where computing restarts."""
 
     request_id: U63
-    start: U32
-    tokens: Tokens
+    length: U32
+    digest: Digest
     restart: U32
 
 
 class Activate(ControlMessage, frozen=True, kw_only=True):
-    """The plan of `fence` is in force."""
+    """The plan of `fence` is in force, with these token logs and no others."""
 
     fence: Fence
-    tails: Annotated[tuple[LogTail, ...], Meta(max_length=MAX_REQUESTS)] = ()
+    logs: Annotated[tuple[AgreedLog, ...], Meta(max_length=MAX_REQUESTS)] = ()
 
 
 # --- clients and requests -----------------------------------------------------------------------
@@ -321,10 +352,18 @@ class DrawnToken(Struct, frozen=True, kw_only=True):
     token: TokenId
 
 
+class Interruption(Struct, frozen=True, kw_only=True):
+    """A request's reply was interrupted, and goes on."""
+
+    request_id: U63
+    failover: Failover
+
+
 class Drawn(ControlMessage, frozen=True, kw_only=True):
-    """Leader to serving node: tokens drawn in one step."""
+    """Leader to serving node: tokens that are committed, in order, and what interrupted them."""
 
     tokens: Annotated[tuple[DrawnToken, ...], Meta(max_length=MAX_STEP_SLOTS)]
+    interruptions: Annotated[tuple[Interruption, ...], Meta(max_length=MAX_STEP_SLOTS)] = ()
 
 
 class Ended(ControlMessage, frozen=True, kw_only=True):
@@ -355,10 +394,26 @@ class StatusReply(ControlMessage, frozen=True, kw_only=True):
 
 
 class Drain(ControlMessage, frozen=True, kw_only=True):
-    """An operator asks that a member's units be handed over, and that it leave."""
+    """An operator asks that a member's units be handed over, and that it leave.
+
+    Answered by DONE when the member has left, or by FAILED. A node passes it on to the leader.
+    """
 
     request_id: U63
     name: Label
+
+
+class Done(ControlMessage, frozen=True, kw_only=True):
+    """What a command of a client asked for is done."""
+
+    request_id: U63
+
+
+class PlanRequest(ControlMessage, frozen=True, kw_only=True):
+    """A client asks who holds what, or would if `without` were gone; answered by STATUS_REPLY."""
+
+    request_id: U63
+    without: Label = ""
 
 
 Message = ControlMessage | DataFrame
@@ -395,6 +450,8 @@ MESSAGES: tuple[MessageType, ...] = (
     MessageType(21, "ACK", _C, "node to leader", Ack),
     MessageType(22, "NACK", _C, "node to leader", Nack),
     MessageType(23, "ACTIVATE", _C, "leader to node", Activate),
+    MessageType(24, "LOG_REQUEST", _C, "leader to node", LogRequest),
+    MessageType(25, "LOG_ENTRY", _C, "node to leader, leader to node", LogEntry),
     MessageType(32, "SUBMIT", _C, "client to node", Submit),
     MessageType(33, "ACCEPTED", _C, "node to client", Accepted),
     MessageType(34, "CHUNK", _C, "node to client", Chunk),
@@ -406,7 +463,9 @@ MESSAGES: tuple[MessageType, ...] = (
     MessageType(40, "ENDED", _C, "leader to node", Ended),
     MessageType(41, "STATUS_REQUEST", _C, "client to node", StatusRequest),
     MessageType(42, "STATUS_REPLY", _C, "node to client", StatusReply),
-    MessageType(43, "DRAIN", _C, "client to node", Drain),
+    MessageType(43, "DRAIN", _C, "client to node, node to leader", Drain),
+    MessageType(44, "DONE", _C, "node to client", Done),
+    MessageType(45, "PLAN_REQUEST", _C, "client to node", PlanRequest),
     MessageType(64, "LINK_OPEN", _S, "node to node", LinkOpen),
     MessageType(65, "STEP", _S, "leader to node", Step),
     MessageType(66, "PARTIAL", _S, "node to node", Partial),
@@ -414,6 +473,7 @@ MESSAGES: tuple[MessageType, ...] = (
     MessageType(68, "CANDIDATES", _S, "node to leader", Candidates),
     MessageType(69, "LOGITS_REQUEST", _S, "leader to node", LogitsRequest),
     MessageType(70, "LOGITS", _S, "node to leader", Logits),
+    MessageType(71, "STEP_ACK", _S, "node to leader", StepAck),
     MessageType(96, "KV_DELTA", _B, "owner to standby", KvDelta),
     MessageType(97, "KV_REQUEST", _B, "standby to owner", KvRequest),
     MessageType(98, "CREDIT", _B, "receiver to sender", Credit),
@@ -430,6 +490,7 @@ __all__ = [
     "Accepted",
     "Ack",
     "Activate",
+    "AgreedLog",
     "Cancel",
     "Candidates",
     "Chunk",
@@ -437,22 +498,26 @@ __all__ = [
     "CoverageRun",
     "Credit",
     "DataFrame",
+    "Done",
     "Drain",
     "Drawn",
     "DrawnToken",
     "Ended",
     "Failed",
+    "FinalToken",
     "Finished",
     "Forward",
     "Heartbeat",
     "Hello",
     "Hidden",
+    "Interruption",
     "KvDelta",
     "KvRequest",
     "Leave",
     "LinkOpen",
     "LogDigest",
-    "LogTail",
+    "LogEntry",
+    "LogRequest",
     "Logits",
     "LogitsRequest",
     "MemberState",
@@ -460,6 +525,7 @@ __all__ = [
     "MessageType",
     "Nack",
     "Partial",
+    "PlanRequest",
     "Plane",
     "PreVoteReply",
     "PreVoteRequest",
@@ -470,6 +536,7 @@ __all__ = [
     "StatusReply",
     "StatusRequest",
     "Step",
+    "StepAck",
     "Submit",
     "VoteReply",
     "VoteRequest",

@@ -36,8 +36,9 @@ class LinkOpen(ControlMessage, frozen=True, kw_only=True):
 class Slot(Struct, frozen=True, kw_only=True):
     """A request's run of positions `[start, start + len(tokens))` in one step.
 
-    `capacity` (positions to reserve) and `params` come with the first slot of a request in a
-    fence. KV from `start` on is void before. `sample` asks for candidates after the last position.
+    `capacity` (positions to reserve), `params` and `prompt_tokens` (how many of its tokens are the
+    prompt) come with the first slot of a request in a fence. KV from `start` on is void before.
+    `sample` asks for candidates after the last position.
     """
 
     request_id: U63
@@ -46,16 +47,38 @@ class Slot(Struct, frozen=True, kw_only=True):
     sample: bool = False
     capacity: Annotated[int, Meta(ge=0, le=MAX_POSITIONS)] = 0
     params: SamplingParams | None = None
+    prompt_tokens: Annotated[int, Meta(ge=0, le=MAX_POSITIONS)] = 0
+
+
+class FinalToken(Struct, frozen=True, kw_only=True):
+    """The last token of a reply, at `position` of its log: written down, never computed."""
+
+    request_id: U63
+    position: U32
+    token: TokenId
 
 
 class Step(ControlMessage, frozen=True, kw_only=True):
-    """Leader to every node: compute these slots; also the token log, and requests that ended."""
+    """Leader to every node: compute these slots, and write their tokens down: they are the log.
+
+    `finals` are last tokens of replies; of requests that `ended` all is forgotten. Answered by
+    STEP_ACK before anything is computed.
+    """
 
     fence: Fence
     step: U63
     link_seq: U63
     slots: Annotated[tuple[Slot, ...], Meta(max_length=MAX_STEP_SLOTS)]
     ended: Annotated[tuple[U63, ...], Meta(max_length=MAX_REQUESTS)] = ()
+    finals: Annotated[tuple[FinalToken, ...], Meta(max_length=MAX_STEP_SLOTS)] = ()
+
+
+class StepAck(ControlMessage, frozen=True, kw_only=True):
+    """The tokens of this step, and of all before it, are in the sender's log."""
+
+    fence: Fence
+    step: U63
+    link_seq: U63
 
 
 class Partial(DataFrame, frozen=True, kw_only=True):

@@ -1,0 +1,211 @@
+"""What the control plane orders its worker to do, and what the worker reports.
+
+Both are encoded by `msgspec` on the pipe between the two processes, so they are tagged structs.
+Readers import them from `core/events`.
+"""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from p2pinfer.types import Fence, Plan, SamplingParams
+from p2pinfer.wire.messages import DrawnToken
+
+# --- orders: control plane to worker --------------------------------------------------------------
+
+
+class Order(Struct, frozen=True, kw_only=True, tag=True):
+    """What the control plane tells the worker (the data plane's process)."""
+
+
+class LoadPlan(Order, frozen=True, kw_only=True):
+    """Stop obeying the active plan; load the units that `members[me]` owns in `plan`.
+
+    Token logs are kept, and the KV of units that stay. Answered by `PlanLoaded`.
+    """
+
+    plan: Plan
+    me: int
+
+
+class TokenLog(Struct, frozen=True, kw_only=True):
+    """A request's tokens, prompt first, and the term that wrote the last of them."""
+
+    request_id: int
+    term: int
+    prompt_tokens: int
+    params: SamplingParams
+    tokens: tuple[int, ...]
+
+
+class ActivatePlan(Order, frozen=True, kw_only=True):
+    """The loaded plan of `fence` is in force; the leader's worker starts to schedule steps.
+
+    `logs` are the token logs from now on: others are forgotten, longer ones cut. `listeners` are
+    the members (indices) that take part in steps: those that have acknowledged the plan.
+    """
+
+    fence: Fence
+    logs: tuple[TokenLog, ...] = ()
+    listeners: tuple[int, ...] = ()
+
+
+class Halt(Order, frozen=True, kw_only=True):
+    """Stop obeying the active plan: its leader has lost its office. Logs and KV are kept."""
+
+
+class StartRequest(Order, frozen=True, kw_only=True):
+    """Leader only: enter a request. `received` tokens are forced, never drawn again.
+
+    KV is there for the first `computed` positions, on every owner.
+    """
+
+    request_id: int
+    prompt_ids: tuple[int, ...]
+    received: tuple[int, ...]
+    params: SamplingParams
+    computed: int = 0
+
+
+class CancelRequest(Order, frozen=True, kw_only=True):
+    """Leader only: end a request and free its slot."""
+
+    request_id: int
+
+
+class StopWorker(Order, frozen=True, kw_only=True):
+    """Close the links and exit."""
+
+
+# --- reports: worker to control plane -------------------------------------------------------------
+
+
+class Report(Struct, frozen=True, kw_only=True, tag=True):
+    """What the worker tells the control plane."""
+
+
+class WorkerReady(Report, frozen=True, kw_only=True):
+    """The worker runs and can load plans."""
+
+    numeric_class: str
+    device: str
+    threads: int
+    memory_bytes: int
+
+
+class WorkerFailed(Report, frozen=True, kw_only=True):
+    """The worker cannot go on, for a reason that the operator must mend."""
+
+    message: str
+    usage: bool = False
+
+
+class LoadProgress(Report, frozen=True, kw_only=True):
+    """Bytes of the plan's weights read so far."""
+
+    done_bytes: int
+    total_bytes: int
+
+
+class Covered(Struct, frozen=True, kw_only=True):
+    """Leading positions of a request whose KV a worker has for all head units that it owns."""
+
+    request_id: int
+    positions: int
+
+
+class PlanLoaded(Report, frozen=True, kw_only=True):
+    """The units of the plan of `fence` are loaded; `error` is empty when all went well.
+
+    `logs` and `coverage` are as they stood when the worker stopped obeying the plan before.
+    """
+
+    fence: Fence
+    weight_bytes: int = 0
+    error: str = ""
+    logs: tuple[TokenLog, ...] = ()
+    coverage: tuple[Covered, ...] = ()
+
+
+class FenceSettled(Report, frozen=True, kw_only=True):
+    """Leader only: all that the logs held when the plan of `fence` was activated is committed."""
+
+    fence: Fence
+
+
+class TokensCommitted(Report, frozen=True, kw_only=True):
+    """Leader only: tokens that every owner and a quorum have in their logs, in order."""
+
+    fence: Fence
+    tokens: tuple[DrawnToken, ...]
+
+
+class RequestEnded(Report, frozen=True, kw_only=True):
+    """Leader only: a request ended by itself (`stop`, `length`: its last token is committed, and
+    was reported) or in an error code."""
+
+    fence: Fence
+    request_id: int
+    reason: str
+    total_tokens: int
+    code: str = ""
+    message: str = ""
+
+
+class StepFailed(Report, frozen=True, kw_only=True):
+    """A step could not be finished; `node_id` names whom it waited for or who sent it broken.
+
+    `broken`: that node computed what is no number; it is not a matter of the network.
+    """
+
+    fence: Fence
+    step: int
+    node_id: str
+    reason: str
+    broken: bool = False
+
+
+class LinkLost(Report, frozen=True, kw_only=True):
+    """The step link to a member broke."""
+
+    node_id: str
+
+
+class WorkerStats(Report, frozen=True, kw_only=True):
+    """Counters for heartbeats and `status`; sent several times a second, busy or not.
+
+    A worker that sends none for a while hangs. `compute_ms` is how long it computed lately for a
+    decoding step, without waiting for others.
+    """
+
+    steps: int = 0
+    owes_step: int = 0
+    hears_steps: tuple[str, ...] = ()
+    tokens_per_s: float = 0.0
+    kv_used_bytes: int = 0
+    kv_limit_bytes: int = 0
+    running: int = 0
+    waiting: int = 0
+    dropped_frames: int = 0
+    messages_sent: int = 0
+    bytes_sent: int = 0
+    compute_s: float = 0.0
+    exchange_s: float = 0.0
+    wait_s: float = 0.0
+    python_s: float = 0.0
+    compute_ms: float = 0.0
+
+
+AnyOrder = LoadPlan | ActivatePlan | Halt | StartRequest | CancelRequest | StopWorker
+AnyReport = (
+    WorkerReady
+    | WorkerFailed
+    | LoadProgress
+    | PlanLoaded
+    | FenceSettled
+    | TokensCommitted
+    | RequestEnded
+    | StepFailed
+    | LinkLost
+    | WorkerStats
+)
