@@ -26,9 +26,12 @@ from p2pinfer.wire.messages import (
     Cancel,
     Chunk,
     ControlMessage,
+    Done,
+    Drain,
     Failed,
     Finished,
     Plane,
+    PlanRequest,
     StatusReply,
     StatusRequest,
     Submit,
@@ -43,6 +46,9 @@ CONNECT_S: Final = 3.0
 
 SILENCE_S: Final = 10.0
 """A node that serves us speaks at least every second, if only by an empty CHUNK."""
+
+DRAIN_S: Final = 60.0
+"""A node answers a DRAIN when it is done with it, or after its own time-out."""
 
 GOODBYE_MS: Final = 300
 """How long a CANCEL may take to leave when a call is broken off."""
@@ -146,14 +152,39 @@ class Client:
 
     def status(self) -> dict[str, Any]:
         """The `status --json` object, as the first node that answers sees the cluster."""
+        answer = self._ask(StatusRequest(request_id=new_request_id()), self._timeout)
+        assert isinstance(answer, StatusReply)
+        status: dict[str, Any] = json.loads(answer.body)
+        return status
+
+    def plan(self, without: str = "") -> dict[str, Any]:
+        """The `plan --json` object: who holds what, or would if the node `without` were gone.
+
+        Raises `ClusterError` where there is no plan, or no such node.
+        """
+        answer = self._ask(PlanRequest(request_id=new_request_id(), without=without), self._timeout)
+        assert isinstance(answer, StatusReply)
+        plan: dict[str, Any] = json.loads(answer.body)
+        return plan
+
+    def drain(self, name: str) -> None:
+        """Let the node `name` hand over what it holds and leave; returns when it has left.
+
+        An empty name is the asked node itself, which then forgets its cluster. Raises
+        `ClusterError` when there is no such node, or the others cannot take over.
+        """
+        self._ask(Drain(request_id=new_request_id(), name=name), DRAIN_S)
+
+    def _ask(self, question: StatusRequest | PlanRequest | Drain, within: float) -> ControlMessage:
+        """The answer to a question; raises `ClusterError` where that is FAILED."""
         with self._connected() as link:
-            request_id = new_request_id()
-            link.send(StatusRequest(request_id=request_id))
+            link.send(question)
             while True:
-                answer = link.receive(self._timeout)
-                if isinstance(answer, StatusReply) and answer.request_id == request_id:
-                    status: dict[str, Any] = json.loads(answer.body)
-                    return status
+                match answer := link.receive(within):
+                    case StatusReply() | Done() if answer.request_id == question.request_id:
+                        return answer
+                    case Failed() if answer.request_id in (0, question.request_id):
+                        raise ClusterError(answer.code, answer.message, retryable=answer.retryable)
 
     @contextmanager
     def _connected(self) -> Iterator[_Link]:

@@ -241,21 +241,20 @@ class LocalCluster:
     def watch(self, on_loss: Progress) -> NoReturn:
         """Watch over the cluster, which goes on without nodes that end: `on_loss` is told of each.
 
-        Raises `ClusterError` when the founder has ended, without which there is no cluster.
+        Raises `ClusterError` when the last one has ended.
         """
-        founder, *living = self.nodes
+        living = list(self.nodes)
         lost: list[str] = []
         pause = threading.Event()
-        while not founder.ending:
+        while living:
             for node in [node for node in living if node.ending]:
                 living.remove(node)
                 lost.append(f"{node.name} {node.ending}")
-                left = 1 + len(living)
-                on_loss(f"{lost[-1]}; {_nodes(left)} {'goes' if left == 1 else 'go'} on")
-            pause.wait(WATCH_S)
-        lost += [f"{node.name} {node.ending}" for node in living if node.ending]
-        ends = "; ".join((f"{founder.name}, which led, {founder.ending}", *lost))
-        raise self._failure("leader_lost", f"{ends}: the cluster is over")
+                if left := len(living):
+                    on_loss(f"{lost[-1]}; {_nodes(left)} {'goes' if left == 1 else 'go'} on")
+            if living:
+                pause.wait(WATCH_S)
+        raise self._failure("node_lost", f"{'; '.join(lost)}: no node is left")
 
     def _failure(self, code: str, message: str) -> ClusterError:
         """The error to raise; the logs, which may tell more, are kept."""
@@ -281,7 +280,7 @@ class LocalCluster:
             pause.wait(POLL_S)
 
     def _waits_for(self) -> str:
-        """What the cluster waits for; empty once every node says that it is ready."""
+        """What the cluster waits for; empty once every node says that it is ready, and votes."""
         for index, node in enumerate(self.nodes):
             try:
                 status = self.status(index)
@@ -289,6 +288,8 @@ class LocalCluster:
                 return f"{node.name} starts"
             if not status["ready"]:
                 return f"{node.name}: {status.get('waiting') or 'the plan is being adopted'}"
+            if len(status["voters"]) < len(self.nodes):
+                return f"{node.name}: all nodes to have a vote"
         return ""
 
     def _cpus_of(self, index: int) -> list[int]:
@@ -312,7 +313,7 @@ def start_local(
 
     A node that ends by itself is told on stderr; the others go on. Returns 0; raises `UsageError`
     for a damaged model, for what can never become ready or a port that is taken, and `ClusterError`
-    when a node ends before the cluster is ready, or the founder at any time.
+    when a node ends before the cluster is ready, or when the last one has ended.
     """
     options = _given(flags or {})
     settings = load_settings(options, config_file)

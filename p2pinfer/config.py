@@ -36,6 +36,8 @@ MAX_WAIT_S = 86_400.0
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTS = ("none",)
 LAYOUTS = ("auto", "heads", "layers")
+QUORUMS = ("majority", "last-man")
+TIMINGS = ("lan", "test")
 
 WILDCARDS = ("0.0.0.0", "::", "*")
 Value = TypeVar("Value")
@@ -101,7 +103,8 @@ class NodeSettings:
     `weight` is the share of work relative to other nodes; None means as many as `threads`.
     `advertise` empty means: found out from `listen` and the network. `cpus` pins the compute
     threads (empty: not pinned). `kv_memory` is the KV cache's limit in bytes (0: chosen from what
-    is free). Raises `UsageError` for a value that is out of range.
+    is free). `quorum` counts for the whole cluster, and is its founder's. Raises `UsageError` for a
+    value that is out of range.
     """
 
     model: str = "demo"
@@ -121,6 +124,11 @@ class NodeSettings:
     min_nodes: int = 1
     join_timeout: float = 30.0
     wait_for_nodes: float = 30.0
+    orphan_timeout: float = 10.0
+    drain_timeout: float = 10.0
+    witness: bool = False
+    quorum: str = "majority"
+    timing: str = "lan"
 
     def __post_init__(self) -> None:
         """Check every value's range; raise `UsageError` naming the flag."""
@@ -144,6 +152,10 @@ class NodeSettings:
         _check_range("--min-nodes", self.min_nodes, 1, MAX_NODES)
         _check_range("--join-timeout", self.join_timeout, 0.1, MAX_WAIT_S)
         _check_range("--wait-for-nodes", self.wait_for_nodes, 0.0, MAX_WAIT_S)
+        _check_range("--orphan-timeout", self.orphan_timeout, 0.0, MAX_WAIT_S)
+        _check_range("--drain-timeout", self.drain_timeout, 0.0, MAX_WAIT_S)
+        _check("--quorum", self.quorum, self.quorum in QUORUMS, ", ".join(QUORUMS))
+        _check("--timing", self.timing, self.timing in TIMINGS, ", ".join(TIMINGS))
         _check(
             "--kv-memory",
             f"{self.kv_memory} bytes",
@@ -266,9 +278,15 @@ _FILE_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
         ("model", "name", "listen", "advertise", "state_dir", "device", "dtype", "quant"),
         (_TEXT, "a text in quotes"),
     ),
-    **dict.fromkeys(("layout", "cpus", "kv_memory"), (_TEXT, "a text in quotes")),
+    **dict.fromkeys(
+        ("layout", "cpus", "kv_memory", "quorum", "timing"), (_TEXT, "a text in quotes")
+    ),
+    "witness": ((bool,), "true or false"),
     **dict.fromkeys(("threads", "min_nodes"), (_WHOLE, "a whole number")),
-    **dict.fromkeys(("weight", "join_timeout", "wait_for_nodes"), (_NUMBER, "a number")),
+    **dict.fromkeys(
+        ("weight", "join_timeout", "wait_for_nodes", "orphan_timeout", "drain_timeout"),
+        (_NUMBER, "a number"),
+    ),
 }
 
 
@@ -301,7 +319,7 @@ def _file_value(path: Path, key: str, name: str, value: object) -> object:
             return tuple(addresses)
         raise UsageError(f"--config {path}: {key} must be an address or a list of them")
     types, wanted = _FILE_TYPES[name]
-    if not isinstance(value, types) or isinstance(value, bool):
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         raise UsageError(f"--config {path}: {key} must be {wanted}, not {value!r}")
     return value
 
@@ -332,8 +350,10 @@ def as_flags(values: Mapping[str, Any]) -> list[str]:
     """The command line that gives `node start` these values (field names; None: not given)."""
     flags: list[str] = []
     for key, value in values.items():
-        if value is None:
-            continue
-        for item in value if isinstance(value, tuple) else (value,):
-            flags += [f"--{key.replace('_', '-')}", str(item)]
+        flag = f"--{key.replace('_', '-')}"
+        if isinstance(value, bool):
+            flags += [flag] if value else []
+        elif value is not None:
+            for item in value if isinstance(value, tuple) else (value,):
+                flags += [flag, str(item)]
     return flags

@@ -7,6 +7,7 @@ Happens: messages, connections made and lost, the worker's reports, signals, tim
 from __future__ import annotations
 
 import json
+import random
 import socket
 from collections import deque
 from collections.abc import Iterable
@@ -32,6 +33,7 @@ from p2pinfer.core.events import (
     LoadProgress,
     OpenLink,
     Output,
+    Persist,
     Probe,
     ProbeAnswered,
     Received,
@@ -45,14 +47,16 @@ from p2pinfer.core.events import (
     WorkerSaid,
 )
 from p2pinfer.core.node import Node
+from p2pinfer.disk import DiskWriter
 from p2pinfer.errors import (
+    ClusterError,
     LocalProtocolError,
     P2pinferError,
     RemoteProtocolError,
     UsageError,
 )
 from p2pinfer.lifeline import die_with_parent
-from p2pinfer.limits import MAX_CONTROL_BYTES
+from p2pinfer.limits import MAX_CONTROL_BYTES, MAX_VOCAB
 from p2pinfer.node_setup import LocalModel, check_worker_ports, node_config, worker_config
 from p2pinfer.pipe import PipeClosed
 from p2pinfer.serving import Serving
@@ -64,9 +68,9 @@ from p2pinfer.wire.codec import decode, encode
 from p2pinfer.wire.messages import (
     Cancel,
     ControlMessage,
-    Drain,
     Failed,
     Plane,
+    PlanRequest,
     StatusReply,
     StatusRequest,
     Submit,
@@ -101,10 +105,10 @@ def run_node(settings: NodeSettings) -> int:
     """
     die_with_parent()
     logs.configure()
-    model = LocalModel.open(settings)
+    model = None if settings.witness else LocalModel.open(settings)
     with StateDir(settings.state_dir) as state, StopSignals() as signals:
         try:
-            daemon = Daemon(settings, model, state.node_id, signals)
+            daemon = Daemon(settings, model, state, signals)
         except _Stopped:
             return 0
         try:
@@ -124,7 +128,11 @@ class Daemon:
     """One node's control process. Raises `UsageError` where its ports cannot be had."""
 
     def __init__(
-        self, settings: NodeSettings, model: LocalModel, node_id: str, signals: StopSignals
+        self,
+        settings: NodeSettings,
+        model: LocalModel | None,
+        state: StateDir,
+        signals: StopSignals,
     ) -> None:
         self._settings = settings
         self._signals = signals
@@ -140,18 +148,20 @@ class Daemon:
             # Started before the model is hashed: importing torch takes as long.
             self._worker = WorkerProcess(settings.threads)
             undo.callback(self._worker.stop)
-            spec = model.spec(settings.quant, self._hashing)
+            spec = model.spec(settings.quant, self._hashing) if model else None
             self._serving = Serving(
                 send=self._reply,
                 wake=signals.wake,
-                tokenizer=model.tokenizer,
-                vocab_size=model.config.vocab_size,
+                tokenizer=model.tokenizer if model else None,
+                vocab_size=model.config.vocab_size if model else MAX_VOCAB,
             )
             undo.callback(self._serving.close)
+            self._disk = DiskWriter(state, signals.wake)
+            undo.callback(self._disk.close)
             self._probes = ThreadPoolExecutor(max_workers=4, thread_name_prefix="probe")
             undo.callback(self._probes.shutdown, wait=False, cancel_futures=True)
-            config = node_config(settings, spec, node_id)
-            self._node = Node(config)
+            config = node_config(settings, spec, state)
+            self._node = Node(config, random.SystemRandom().random)
             self._undo = undo.pop_all()
         self._introduce(model, spec, config.member)
 
@@ -166,19 +176,20 @@ class Daemon:
         check_worker_ports(host, port)
         return pair
 
-    def _introduce(self, model: LocalModel, spec: ModelSpec, member: Member) -> None:
+    def _introduce(self, model: LocalModel | None, spec: ModelSpec | None, member: Member) -> None:
         """Tell the worker, and the log, who this node is."""
+        folder = model.folder if model else None
         with suppress(PipeClosed):  # found again, with the reason, when the pipe is read
-            self._worker.pipe.send(worker_config(self._settings, model.folder, spec, member))
+            self._worker.pipe.send(worker_config(self._settings, folder, spec, member))
         self._log.info(
             "node_started",
             address=member.address,
             node_id=member.node_id,
             pid=member.pid,
             worker_pid=self._worker.pid,
-            model=spec.name,
-            model_id=spec.model_id[:12],
-            dtype=spec.dtype.value,
+            model=spec.name if spec else "none: a witness",
+            model_id=spec.model_id[:12] if spec else "",
+            dtype=spec.dtype.value if spec else "",
             join=list(self._settings.join),
         )
 
@@ -229,7 +240,6 @@ class Daemon:
         poller.register(pipe.fileno(), zmq.POLLIN | (zmq.POLLOUT if pipe.unsent else 0))
         until = min(self._node.deadline, self._serving.deadline)
         timeout = min(until - self._clock(), watchdog or NOTIFY_S, NOTIFY_S)
-        self._clock.plan_sleep(timeout)
         poller.poll(max(0, int(timeout * 1000) + 1))
         self._clock()
         self._signals.drain()
@@ -255,6 +265,7 @@ class Daemon:
             if message is not None:
                 self._take(route, message)
         self._feed(*self._serving.tokenised())
+        self._feed(*self._disk.done())
         while True:
             try:
                 self._feed(self._probed.get_nowait())
@@ -298,14 +309,22 @@ class Daemon:
             case StatusRequest():
                 body = json.dumps(self._node.status(self._clock())).encode()
                 self._reply(route, StatusReply(request_id=message.request_id, body=body))
-            case Drain():
-                error = "draining a node is not available in this version"
-                self._reply(
-                    route,
-                    Failed(request_id=message.request_id, code="invalid_request", message=error),
-                )
+            case PlanRequest():
+                self._reply(route, self._plan_reply(message))
             case _:
                 self._feed(Received(message=message, route=route))
+
+    def _plan_reply(self, message: PlanRequest) -> StatusReply | Failed:
+        try:
+            body = json.dumps(self._node.plan_object(message.without)).encode()
+        except ClusterError as error:
+            return Failed(
+                request_id=message.request_id,
+                code=error.code,
+                message=error.message,
+                retryable=error.retryable,
+            )
+        return StatusReply(request_id=message.request_id, body=body)
 
     # --- what the core wants done -----------------------------------------------------------------
 
@@ -335,6 +354,8 @@ class Daemon:
                 self._open(output.address)
             case CloseLink():
                 self._pair.close(output.address)
+            case Persist():
+                self._disk.write(output.number, output.state)
             case Probe():
                 self._probes.submit(self._probe, output.address)
             case Exit():

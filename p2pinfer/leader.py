@@ -1,78 +1,138 @@
-"""The leader's side of the data plane: schedules steps, joins candidates, draws tokens."""
+"""The leader's side of the data plane: sends steps, joins candidates, draws tokens."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from p2pinfer.core.scheduler import EndedReply, Scheduler
+from p2pinfer.core.orders import StartRequest, TokenLog
+from p2pinfer.core.step_clock import StepClock
+from p2pinfer.core.step_maker import StepMaker, StepReport
+from p2pinfer.core.token_log import TokenLogs
 from p2pinfer.core.units import Slice, unit_bounds, unit_count
 from p2pinfer.errors import RemoteProtocolError
 from p2pinfer.model.sampling import UnitCandidates, draw, gather, whole_offer
 from p2pinfer.step_engine import StepEngine
-from p2pinfer.step_links import StepBroken, StepLinks
+from p2pinfer.step_links import StepBroken, StepLinks, StepOverdue
 from p2pinfer.types import SamplingParams, UnitKind
-from p2pinfer.wire.messages import Candidates, DrawnToken, LogitsRequest, Slot, Step
+from p2pinfer.wire.messages import Candidates, LogitsRequest, Slot, Step
 
 
 class Leader:
-    """Runs one step after another while the scheduler has work."""
+    """Runs one step after another while there is work.
 
-    def __init__(self, engine: StepEngine, links: StepLinks, scheduler: Scheduler) -> None:
+    `listeners` are the members (indices) that steps go to, `agreed` the logs that the plan was
+    activated with. `report` is called with what the control plane is to know, the moment that it
+    is known: also in the middle of a step.
+    """
+
+    def __init__(
+        self,
+        engine: StepEngine,
+        links: StepLinks,
+        logs: TokenLogs,
+        step_clock: StepClock,
+        *,
+        listeners: Iterable[int],
+        agreed: Iterable[TokenLog],
+        report: Callable[[StepReport], None],
+    ) -> None:
         self._engine = engine
         self._links = links
-        self._scheduler = scheduler
-        self._topology = engine.topology
-        model = self._topology.plan.model
+        self._logs = logs
+        self._step_clock = step_clock
+        self._topology = t = engine.topology
+        self._listeners = tuple(sorted(set(listeners) - {t.me}))
+        self._maker = StepMaker(t, self._listeners, agreed)
+        self._report = report
+        self._rows = 0
+        model = t.plan.model
         count = unit_count(model, UnitKind.VOCAB)
         self._bounds = [unit_bounds(model, UnitKind.VOCAB, unit) for unit in range(count)]
         self._widths = [end - start for start, end in self._bounds]
-        self._params: dict[int, SamplingParams] = {}
-        self._step = 0
+        links.on_ack = self._acked
 
-    def run_step(self) -> list[DrawnToken | EndedReply] | None:
-        """Compute one step on all nodes and draw; None when there is nothing to do.
+    @property
+    def running(self) -> int:
+        """Requests that have their place in the KV cache."""
+        return self._maker.scheduler.running
 
-        A step without slots tells the nodes to free what the last requests held. Raises
-        `StepBroken` when a member's part does not come.
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for one."""
+        return self._maker.scheduler.waiting
+
+    def start(self, order: StartRequest) -> None:
+        """Enter a request."""
+        self._say(self._maker.start(order))
+
+    def cancel(self, request_id: int) -> None:
+        """End a request and free its place."""
+        self._maker.cancel(request_id)
+
+    # --- steps ------------------------------------------------------------------------------------
+
+    def run_step(self) -> int | None:
+        """Run one step on all nodes; returns how many tokens it drew, None if none was needed.
+
+        Raises `StepBroken` when a member's part, or its acknowledgement, does not come in time.
         """
         began = time.perf_counter()
-        slots = self._scheduler.next_slots()
-        ended = self._scheduler.ended_since_last()
-        if not slots and not ended:
+        self._check_overdue()
+        step = self._maker.next_step()
+        if step is None:
             return None
-        self._step += 1
-        step = self._announce(slots, ended)
+        self._rows = sum(len(slot.tokens) for slot in step.slots)
+        self._announce(step)
+        self._engine.write(step)
+        self._say(self._maker.sent(time.monotonic()))
         self._engine.clock.python_s += time.perf_counter() - began
         own = self._engine.compute(step)
         began, waited = time.perf_counter(), self._links.traffic.wait_s
-        drawn = self._draw(step, own)
-        results = self._scheduler.finish_step(slots, drawn, time.monotonic())
+        drawn = self._draw(step, own) if step.slots else {}
+        self._maker.finished(step, drawn)
+        self._engine.finish(step)
         waited = self._links.traffic.wait_s - waited
         self._engine.clock.python_s += time.perf_counter() - began - waited
-        return results
+        return len(drawn)
 
-    def _announce(self, slots: tuple[Slot, ...], ended: tuple[int, ...]) -> Step:
-        """Send the step to every other member: with it go the tokens, and so the log.
-
-        What ended goes first: its id may be used again by one of the slots.
-        """
-        for request_id in ended:
-            self._params.pop(request_id, None)
-        for slot in slots:
-            if slot.params is not None:
-                self._params[slot.request_id] = slot.params
-        fence = self._topology.plan.fence
-        for member in self._topology.others:
+    def _announce(self, step: Step) -> None:
+        """Send the step to every other listener: with it go the tokens, and so the log."""
+        for member in self._listeners:
+            if member in self._links.deaf:
+                continue
             number = self._links.next_sequence(member)
             self._links.send(
                 member,
-                Step(fence=fence, step=self._step, link_seq=number, slots=slots, ended=ended),
+                Step(
+                    fence=step.fence,
+                    step=step.step,
+                    link_seq=number,
+                    slots=step.slots,
+                    ended=step.ended,
+                    finals=step.finals,
+                ),
             )
-        return Step(fence=fence, step=self._step, link_seq=0, slots=slots, ended=ended)
+
+    def _acked(self, member: int, step: int) -> None:
+        self._say(self._maker.acked(member, step))
+
+    def _say(self, reports: list[StepReport]) -> None:
+        for report in reports:
+            self._report(report)
+
+    def _check_overdue(self) -> None:
+        """A step that nobody computes any more may still lack an acknowledgement."""
+        limit = self._step_clock.limit(self._rows)
+        member = self._maker.overdue(time.monotonic(), limit)
+        if member is not None:
+            node_id = self._topology.plan.members[member].node_id
+            raise StepOverdue(node_id, "the acknowledgement of a step is overdue")
+
+    # --- drawing ----------------------------------------------------------------------------------
 
     def _draw(self, step: Step, own: list[list[UnitCandidates]]) -> dict[int, int]:
         sampling = [slot for slot in step.slots if slot.sample]
@@ -80,8 +140,7 @@ class Leader:
         drawn: dict[int, int] = {}
         unsettled: list[int] = []
         for index, slot in enumerate(sampling):
-            params = self._params[slot.request_id]
-            token = draw(gather(offers[index], self._widths), params, _position(slot))
+            token = draw(gather(offers[index], self._widths), self._params(slot), _position(slot))
             if token is None:
                 unsettled.append(index)
             else:
@@ -89,32 +148,40 @@ class Leader:
         if unsettled:
             for index, row in zip(unsettled, self._whole_logits(step, unsettled), strict=True):
                 slot = sampling[index]
-                params = self._params[slot.request_id]
+                params = self._params(slot)
                 token = draw(whole_offer(row, params), params, _position(slot))
                 assert token is not None
                 drawn[slot.request_id] = token
         return drawn
+
+    def _params(self, slot: Slot) -> SamplingParams:
+        return self._logs.params(slot.request_id)
 
     def _collect(
         self, step: Step, slots: int, own: list[list[UnitCandidates]]
     ) -> list[list[UnitCandidates]]:
         """[slots][vocab units in order] of candidates, from all members.
 
-        Their owners answer every step, so that no member falls behind by more than one.
+        Their owners answer every step that has slots, so that no member falls behind by more than
+        one.
         """
         t = self._topology
-        owners = [member for member in t.vocab if member != t.me and step.slots]
         arrived = self._links.collect(
-            self._links.inbox.candidates, step.step, {member: member for member in owners}
+            self._links.inbox.candidates,
+            step.step,
+            {member: member for member in t.vocab if member != t.me},
         )
         by_unit: list[dict[int, UnitCandidates]] = [{} for _ in range(slots)]
         for row, of_slot in enumerate(own):
             by_unit[row].update(zip(t.holding.vocab_units, of_slot, strict=True))
         for member, frame in arrived.items():
+            node_id = t.plan.members[member].node_id
+            if not _finite(frame):
+                raise StepBroken(node_id, "candidates that are not finite", broken=True)
             try:
                 _unpack(frame, by_unit, self._bounds)
             except RemoteProtocolError as error:
-                raise StepBroken(t.plan.members[member].node_id, str(error)) from error
+                raise StepBroken(node_id, str(error)) from error
         return [[units[u] for u in range(len(self._widths))] for units in by_unit]
 
     def _whole_logits(self, step: Step, slots: list[int]) -> list[NDArray[np.float32]]:
@@ -150,13 +217,19 @@ def _position(slot: Slot) -> int:
     return slot.start + len(slot.tokens)
 
 
+def _finite(frame: Candidates) -> bool:
+    return all(
+        bool(np.isfinite(np.frombuffer(tensor.data, np.float32)).all())
+        for tensor in (frame.logits, frame.lse)
+    )
+
+
 def _unpack(
     frame: Candidates, by_unit: list[dict[int, UnitCandidates]], bounds: Sequence[Slice]
 ) -> None:
     """Put a member's candidates into `by_unit` [slots].
 
-    Raises `RemoteProtocolError` for other slots than were asked, ids outside their unit, and
-    numbers that are not finite.
+    Raises `RemoteProtocolError` for other slots than were asked, and ids outside their unit.
     """
     slots, units, width = frame.ids.shape
     if slots != max(len(by_unit), 1) or units != len(frame.units):
@@ -164,8 +237,6 @@ def _unpack(
     ids = np.frombuffer(frame.ids.data, np.int32).reshape(slots, units, width)
     scores = np.frombuffer(frame.logits.data, np.float32).reshape(slots, units, width)
     lse = np.frombuffer(frame.lse.data, np.float32).reshape(slots, units)
-    if not (np.isfinite(scores).all() and np.isfinite(lse).all()):
-        raise RemoteProtocolError("candidates that are not finite")
     for row, of_slot in enumerate(by_unit):
         for place, unit in enumerate(frame.units):
             count = int(np.count_nonzero(ids[row, place] >= 0))

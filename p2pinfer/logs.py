@@ -15,16 +15,29 @@ import structlog
 from p2pinfer.core.events import (
     Fact,
     FrameDropped,
+    LeaderLost,
+    MemberSlow,
+    PairBroken,
     PeerDead,
     PeerRefused,
     PeerSuspected,
     PlanFailed,
+    WorkerHung,
 )
 from p2pinfer.types import Fence, Member
 
 Logger = structlog.typing.FilteringBoundLogger
 
-_WARNINGS: Final = (PeerSuspected, PeerDead, PeerRefused, PlanFailed)
+_WARNINGS: Final = (
+    PeerSuspected,
+    PeerDead,
+    PeerRefused,
+    PlanFailed,
+    LeaderLost,
+    WorkerHung,
+    PairBroken,
+    MemberSlow,
+)
 _WORD_START: Final = re.compile(r"(?<!^)(?=[A-Z])")
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from p2pinfer.config import PORTS_PER_NODE, NodeSettings, parse_address
 from p2pinfer.core.events import NodeConfig
+from p2pinfer.core.timing import PRESETS
 from p2pinfer.errors import UsageError
 from p2pinfer.model.checkpoint import Checkpoint, Progress, content_id
 from p2pinfer.model.config import LlamaConfig, load_config, model_spec, resolve_model
 from p2pinfer.model.tokenizer import Tokenizer
 from p2pinfer.pipe import WorkerConfig
-from p2pinfer.state_dir import new_identity
+from p2pinfer.state_dir import StateDir, new_identity
 from p2pinfer.types import DType, Member, ModelSpec
 
 
@@ -48,11 +49,11 @@ class LocalModel:
         )
 
 
-def node_config(settings: NodeSettings, spec: ModelSpec, node_id: str) -> NodeConfig:
-    """What the core needs to know of this start of this node."""
+def node_config(settings: NodeSettings, spec: ModelSpec | None, state: StateDir) -> NodeConfig:
+    """What the core needs to know of this start of this node; `spec` is None for a witness."""
     return NodeConfig(
         member=Member(
-            node_id=node_id,
+            node_id=state.node_id,
             boot_id=new_identity(),
             name=settings.name,
             address=settings.advertised_address,
@@ -60,27 +61,33 @@ def node_config(settings: NodeSettings, spec: ModelSpec, node_id: str) -> NodeCo
             threads=settings.threads,
             weight=settings.work_weight,
             kv_bytes=settings.kv_memory,
+            witness=settings.witness,
         ),
         model=spec,
+        stored=state.read(),
         cluster_id=new_identity(),
         join=settings.join,
         layout="heads" if settings.layout == "auto" else settings.layout,
         min_nodes=settings.min_nodes,
         join_timeout=settings.join_timeout,
         wait_for_nodes=settings.wait_for_nodes,
+        orphan_timeout=settings.orphan_timeout,
+        drain_timeout=settings.drain_timeout,
+        quorum=settings.quorum,
+        timing=PRESETS[settings.timing],
     )
 
 
 def worker_config(
-    settings: NodeSettings, folder: Path, spec: ModelSpec, member: Member
+    settings: NodeSettings, folder: Path | None, spec: ModelSpec | None, member: Member
 ) -> WorkerConfig:
-    """What the worker needs to know of its node."""
+    """What the worker needs to know of its node; a witness has neither folder nor model."""
     host, port = parse_address(settings.listen)
     return WorkerConfig(
         node_id=member.node_id,
         boot_id=member.boot_id,
         name=member.name,
-        model_folder=str(folder.resolve()),
+        model_folder=str(folder.resolve()) if folder else "",
         model=spec,
         listen_host=host,
         step_port=port + 1,

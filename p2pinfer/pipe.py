@@ -17,8 +17,8 @@ from p2pinfer.core.events import AnyOrder, AnyReport
 from p2pinfer.errors import LocalProtocolError, P2pinferError
 from p2pinfer.types import Identity, ModelSpec
 
-MAX_PIPE_BYTES: Final = 64 << 20
-"""One message; a prompt and a reply of `MAX_POSITIONS` tokens each take about 10 MB."""
+MAX_PIPE_BYTES: Final = 256 << 20
+"""One message: a million tokens take about 5 MB, and `PlanLoaded` has those of all requests."""
 
 _LENGTH_BYTES: Final = 4
 _READ_BYTES: Final = 1 << 18
@@ -30,14 +30,15 @@ In = TypeVar("In", bound=msgspec.Struct)
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The first message to a worker: who it is and what it may use.
 
-    `cpus` are the CPU numbers to pin to; empty means no pinning.
+    `model` is None for a witness, which holds no model. `cpus` are the CPU numbers to pin to; empty
+    means no pinning.
     """
 
     node_id: Identity
     boot_id: Identity
     name: str
-    model_folder: str
-    model: ModelSpec
+    model_folder: str = ""
+    model: ModelSpec | None = None
     listen_host: str
     step_port: int
     bulk_port: int

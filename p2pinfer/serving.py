@@ -58,7 +58,7 @@ class Serving:
         *,
         send: Send,
         wake: Callable[[], None],
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         vocab_size: int,
     ) -> None:
         self._send = send
@@ -94,6 +94,15 @@ class Serving:
         if len(self._replies) >= MAX_PENDING_CLIENTS:
             self._refuse(route, message.request_id, "overloaded", "this node has too many clients")
             return []
+        tokenizer = self._tokenizer
+        if tokenizer is None:
+            self._refuse(
+                route,
+                message.request_id,
+                "invalid_request",
+                "this node is a witness and has no model; submit through another node",
+            )
+            return []
         largest = max((*message.prompt_ids, *message.received), default=0)
         if largest >= self._vocab_size:
             self._refuse(
@@ -106,7 +115,7 @@ class Serving:
         reply = _Reply(
             route=route,
             submit=message,
-            detokenizer=IncrementalDetokenizer(self._tokenizer, message.params.stop),
+            detokenizer=IncrementalDetokenizer(tokenizer, message.params.stop),
             began=now,
             spoken_at=now,
             next=len(message.received),
@@ -116,7 +125,7 @@ class Serving:
         self._replies[route, message.request_id] = reply
         self._sweep_at = min(self._sweep_at, now + KEEPALIVE_S)
         if message.text:
-            self._pool.submit(self._tokenizer.encode, message.text).add_done_callback(
+            self._pool.submit(tokenizer.encode, message.text).add_done_callback(
                 lambda future: self._encoded(reply, future)
             )
             return []
@@ -246,6 +255,7 @@ class Serving:
 
     def _visible(self, tokens: tuple[int, ...]) -> list[int]:
         """An end-of-text token is a token of the reply, but no text."""
+        assert self._tokenizer is not None
         return [token for token in tokens if token not in self._tokenizer.eos_ids]
 
     def _refuse(self, route: bytes, request_id: int, code: str, message: str) -> None:
@@ -287,4 +297,5 @@ def _last_message(reply: _Reply, order: Conclude) -> ControlMessage:
         text=text,
         ttft_s=order.ttft_s or max(0.0, reply.first_at - reply.began),
         tokens_per_s=order.tokens_per_s or own_rate,
+        failovers=order.failovers,
     )

@@ -1,19 +1,23 @@
 """Computes steps of the active plan: drives the model's runner and exchanges over the step links.
 
 Two exchanges per layer and stage, direct, without acknowledgement; hidden states pass from stage
-to stage; owners of vocab units offer candidates to the leader. Every node keeps the token log of
-each request, from the steps themselves.
+to stage; owners of vocab units offer candidates to the leader. Before it computes a step, every
+node writes its tokens down and says so: that is what commits them.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from collections import deque
+from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from p2pinfer.core.step_clock import StepClock
+from p2pinfer.core.token_log import TokenLogs
 from p2pinfer.core.topology import Topology
 from p2pinfer.core.units import unit_bounds
 from p2pinfer.errors import RemoteProtocolError
@@ -26,28 +30,24 @@ from p2pinfer.model.sampling import (
     unit_candidates,
 )
 from p2pinfer.step_links import StepBroken, StepLinks, from_wire, is_finite, to_wire
-from p2pinfer.types import SamplingParams, UnitKind
-from p2pinfer.wire.messages import Candidates, Hidden, Logits, LogitsRequest, Partial, Slot, Step
+from p2pinfer.types import UnitKind
+from p2pinfer.wire.messages import (
+    Candidates,
+    Hidden,
+    Logits,
+    LogitsRequest,
+    Partial,
+    Slot,
+    Step,
+    StepAck,
+)
+from p2pinfer.wire.tensors import Tensor as WireTensor
 
+DECODE_ROWS = 8
+"""A step of so few rows decodes: it takes what reading the weights takes."""
 
-@dataclass
-class Log:
-    """A request's tokens as the steps told them, and its parameters."""
-
-    params: SamplingParams
-    tokens: list[int] = field(default_factory=list)
-
-    def write(self, slot: Slot) -> None:
-        """Tokens are written by position; a step that runs again writes the same ones.
-
-        Raises `RemoteProtocolError` for a run that would leave a hole.
-        """
-        if slot.start > len(self.tokens):
-            raise RemoteProtocolError(
-                f"positions {len(self.tokens)} to {slot.start} of a request were never computed"
-            )
-        del self.tokens[slot.start :]
-        self.tokens.extend(slot.tokens)
+DECODE_STEPS = 32
+"""The last ones count."""
 
 
 @dataclass
@@ -61,9 +61,19 @@ class Clock:
 
 
 class StepEngine:
-    """One node's part in every step of one plan. `runner` is None on a node that holds nothing."""
+    """One node's part in every step of one plan. `runner` is None on a node that holds nothing.
 
-    def __init__(self, topology: Topology, runner: StageRunner | None, links: StepLinks) -> None:
+    `logs` and `step_clock` outlive the plan.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        runner: StageRunner | None,
+        links: StepLinks,
+        logs: TokenLogs,
+        step_clock: StepClock,
+    ) -> None:
         self.topology = topology
         self.clock = Clock()
         self.step = 0
@@ -71,56 +81,89 @@ class StepEngine:
         """The step in hand; 0 between steps."""
         self._runner = runner
         self._links = links
-        self._logs: dict[int, Log] = {}
+        self._logs = logs
+        self._step_clock = step_clock
+        self._began = 0.0
+        self._decoded: deque[float] = deque(maxlen=DECODE_STEPS)
         self._last: list[NDArray[np.float32]] = []
         self._sampling: list[Slot] = []
 
     # --- one step ---------------------------------------------------------------------------------
 
+    def write(self, step: Step) -> None:
+        """Write a step's tokens in the log, and free what ended: to be done before it is computed.
+
+        Raises `StepBroken` when the step does not follow from those before it.
+        """
+        try:
+            if step.step <= self.step:
+                raise RemoteProtocolError("a step that was there before")
+            self._logs.take(step)
+            self._check_kv(step)
+        except RemoteProtocolError as error:
+            raise StepBroken(self._id(self.topology.plan.leader), str(error)) from error
+        self.step = step.step
+        if self._runner is not None:
+            self._runner.forget(step.ended)
+
+    def acknowledge(self, step: Step) -> None:
+        """Tell the leader that the tokens are written."""
+        leader = self.topology.plan.leader
+        number = self._links.next_sequence(leader)
+        self._links.send(
+            leader, StepAck(fence=self.topology.plan.fence, step=step.step, link_seq=number)
+        )
+
+    def _check_kv(self, step: Step) -> None:
+        """A slot goes on where KV ends: what it reads below its start must have been written."""
+        if not self.topology.holding.head_units:
+            return
+        for slot in step.slots:
+            if self._logs.covered(slot.request_id) < slot.start:
+                raise RemoteProtocolError("a slot beyond the positions that have their KV here")
+
     def compute(self, step: Step) -> list[list[UnitCandidates]]:
-        """Compute a step. Returns [sampling slots][owned vocab units] of candidates.
+        """Compute a step that was written. Returns [sampling slots][owned vocab units].
 
         Raises `StepBroken` when a peer's frame does not come or is wrong.
         """
-        self.step = self.owes = self._links.step = step.step
-        self._links.inbox.forget_before(step.step)
+        self.owes = step.step
+        rows = sum(len(slot.tokens) for slot in step.slots)
+        self._links.begin(step.step, self._step_clock.limit(rows))
+        self._began = time.monotonic()
         began, elsewhere = time.perf_counter(), self._elsewhere_s()
-        self._forget(step.ended)
-        for slot in step.slots:
-            self._log(slot).write(slot)
         self._sampling = [slot for slot in step.slots if slot.sample]
         self._last = []
-        if self._runner is not None and step.slots:
-            self._run(self._runner, step)
+        if self._runner is not None and rows:
+            computed = self.clock.compute_s
+            self._run(self._runner, step, rows)
+            if rows <= DECODE_ROWS:
+                self._decoded.append(self.clock.compute_s - computed)
+        self._logs.finish(step.slots)
         self.clock.steps += 1
         offers = self._offers()
-        self.owes = 0
         elsewhere = self._elsewhere_s() - elsewhere
         self.clock.python_s += time.perf_counter() - began - elsewhere
         return offers
+
+    def finish(self, step: Step) -> None:
+        """This node has nothing more to do in a step: note how long it took, with its waits."""
+        self.owes = 0
+        rows = sum(len(slot.tokens) for slot in step.slots)
+        if rows:
+            self._step_clock.finished(rows, time.monotonic() - self._began)
+
+    @property
+    def compute_ms(self) -> float:
+        """The median time that a decoding step took to compute lately; 0 before the first."""
+        return 1000 * median(self._decoded) if self._decoded else 0.0
 
     def _elsewhere_s(self) -> float:
         """Seconds that are accounted for already: computing, exchanging, waiting."""
         return self.clock.compute_s + self.clock.exchange_s + self._links.traffic.wait_s
 
-    def _forget(self, ended: tuple[int, ...]) -> None:
-        for request_id in ended:
-            self._logs.pop(request_id, None)
-        if self._runner is not None:
-            self._runner.forget(ended)
-
-    def _log(self, slot: Slot) -> Log:
-        log = self._logs.get(slot.request_id)
-        if log is None:
-            if slot.params is None:
-                leader = self.topology.plan.members[self.topology.plan.leader]
-                raise StepBroken(leader.node_id, "a step of a request that was never introduced")
-            log = self._logs[slot.request_id] = Log(slot.params)
-        return log
-
-    def _run(self, runner: StageRunner, step: Step) -> None:
+    def _run(self, runner: StageRunner, step: Step, rows: int) -> None:
         run = runner.run(step.slots)
-        rows = sum(len(slot.tokens) for slot in step.slots)
         answer: torch.Tensor | None = None
         while True:
             began = time.perf_counter()
@@ -133,6 +176,7 @@ class StepEngine:
             finally:
                 self.clock.compute_s += time.perf_counter() - began
             began, waited = time.perf_counter(), self._links.traffic.wait_s
+            self._links.breathe()
             match need:
                 case NeedSum():
                     answer = self._sum(step, need, rows)
@@ -148,7 +192,8 @@ class StepEngine:
         """Where no partial was exchanged, this is the only place that sees a broken product."""
         with np.errstate(all="ignore"):
             if not all(np.isfinite(logits.sum()) for logits in self._last):
-                raise StepBroken(self._id(self.topology.me), "logits that are not finite")
+                me = self._id(self.topology.me)
+                raise StepBroken(me, "logits that are not finite", broken=True)
 
     # --- exchanges --------------------------------------------------------------------------------
 
@@ -168,8 +213,7 @@ class StepEngine:
         )
         device = next(iter(parts.values())).device if parts else torch.device("cpu")
         for member, partial in arrived.items():
-            if partial.tensor.shape[1] != rows or not is_finite(partial.tensor):
-                raise StepBroken(self._id(member), "a partial of the wrong size or not finite")
+            self._check(member, partial.tensor, partial.tensor.shape[1] == rows, "a partial")
             sums = from_wire(partial.tensor)
             parts.update(zip(partial.parts, sums.to(device).unbind(), strict=True))
         return whole_sum(parts, units)
@@ -183,7 +227,7 @@ class StepEngine:
         )
         tensor = to_wire(stacked)
         if not is_finite(tensor):
-            raise StepBroken(self._id(t.me), "a partial that is not finite")
+            raise StepBroken(self._id(t.me), "a partial that is not finite", broken=True)
         assert t.holding.stage is not None
         for peer in t.peers:
             frame = Partial(
@@ -204,9 +248,15 @@ class StepEngine:
         assert sender is not None
         arrived = self._links.collect(self._links.inbox.hidden, step.step, {sender: sender})
         hidden = arrived[sender].tensor
-        if hidden.shape[0] != rows or not is_finite(hidden):
-            raise StepBroken(self._id(sender), "hidden states of the wrong size or not finite")
+        self._check(sender, hidden, hidden.shape[0] == rows, "hidden states")
         return from_wire(hidden)
+
+    def _check(self, member: int, tensor: WireTensor, fits: bool, what: str) -> None:
+        """Raise `StepBroken` for what cannot be computed with."""
+        if not fits:
+            raise StepBroken(self._id(member), f"{what} of the wrong size")
+        if not is_finite(tensor):
+            raise StepBroken(self._id(member), f"{what} not finite", broken=True)
 
     def _give(self, step: Step, need: GiveHidden) -> None:
         t = self.topology
@@ -236,16 +286,16 @@ class StepEngine:
             return []
         model, offers = self.topology.plan.model, []
         for row, slot in enumerate(self._sampling):
-            log = self._logs[slot.request_id]
+            params, tokens = self._logs.params(slot.request_id), self._logs.tokens(slot.request_id)
             position = slot.start + len(slot.tokens)
             of_slot = []
             for place, unit in enumerate(self.topology.holding.vocab_units):
                 first = unit_bounds(model, UnitKind.VOCAB, unit).start
                 logits = self._last[place][row]
-                penalty = log.params.repetition_penalty
+                penalty = params.repetition_penalty
                 if penalty != 1.0:
-                    logits = self._last[place][row] = penalise(logits, first, log.tokens, penalty)
-                of_slot.append(unit_candidates(logits, first, log.params, position))
+                    logits = self._last[place][row] = penalise(logits, first, tokens, penalty)
+                of_slot.append(unit_candidates(logits, first, params, position))
             offers.append(of_slot)
         return offers
 
@@ -257,7 +307,7 @@ class StepEngine:
         """
         t = self.topology
         units = t.holding.vocab_units
-        wanted = [candidates_wanted(self._logs[s.request_id].params) for s in self._sampling]
+        wanted = [candidates_wanted(self._logs.params(s.request_id)) for s in self._sampling]
         shape = (max(len(offers), 1), len(units), max(wanted, default=1))
         ids = np.full(shape, -1, np.int32)
         scores = np.zeros(shape, np.float32)
@@ -299,8 +349,3 @@ class StepEngine:
     def own_logits(self, unit: int, slots: list[int]) -> NDArray[np.float32]:
         """[slots, unit width] of a vocab unit that this node owns, of the last step."""
         return self._last[self.topology.holding.vocab_units.index(unit)][slots]
-
-    @property
-    def kv_used_bytes(self) -> int:
-        """Bytes of KV written on this node."""
-        return self._runner.cache.used_bytes if self._runner else 0

@@ -1,9 +1,9 @@
-"""The step links of one node: frames of the active plan go out, and are filed as they come in.
+"""The step links of one node: frames of the plan in force go out, and are filed as they come in.
 
-Every data frame carries the fence of its plan and its number on the link. A frame of a plan that
-is loaded but not yet active is held, up to `MAX_HELD_BYTES` per peer; any other foreign frame is
-dropped and counted. A gap in a link's numbers means a lost frame: nothing of ours sends again, so
-the step is broken, and a new epoch is the cure.
+What becomes of a frame is decided by `core/step_gate.py`. A link that breaks or comes back, and a
+gap in its numbers, mean that frames were lost: nothing of ours sends again, so the step is broken,
+and a new epoch is the cure. Only links that carry what a step needs count: a member without units
+that the leader cannot reach is left out until the next plan (it is *deaf*).
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ import zmq
 from numpy.typing import NDArray
 from torch import Tensor
 
-from p2pinfer.core.step_checks import StepMessage, check_frame
+from p2pinfer.core.commits import owners
+from p2pinfer.core.step_checks import StepMessage
+from p2pinfer.core.step_gate import Drop, File, Gap, StepGate
 from p2pinfer.core.topology import Topology
 from p2pinfer.errors import P2pinferError, RemoteProtocolError
-from p2pinfer.limits import MAX_HELD_BYTES, MAX_NODES
 from p2pinfer.transport import LinkEvent, LinkKind, SocketPair
-from p2pinfer.types import Member, Plan
+from p2pinfer.types import Member
 from p2pinfer.wire.codec import decode, encode
 from p2pinfer.wire.messages import (
     Candidates,
@@ -40,6 +41,7 @@ from p2pinfer.wire.messages import (
     Partial,
     Plane,
     Step,
+    StepAck,
 )
 from p2pinfer.wire.tensors import Tensor as WireTensor
 from p2pinfer.wire.tensors import WireDType
@@ -49,26 +51,29 @@ EVENTS_EVERY_S = 0.05
 
 STEP_PORT_OFFSET = 1
 
-STEP_TIMEOUT_S = 120.0
-"""One wait for a peer within a step; longer, and the step is broken, whoever is alive."""
-
 MAX_FILED = 4096
 """Frames of one kind filed and not yet used: a peer is one exchange ahead at most, by layers."""
 
-MAX_STRANGERS = 2 * MAX_NODES
-"""Links of nodes outside every plan known here, which a plan on its way may make members."""
-
-LINK_TIMEOUT_S = 10.0
-"""How long links to the members of a new plan may take to connect."""
+LINK_TIMEOUT_S = 5.0
+"""How long the links that a new plan's steps need may take to connect: a connect that is lost is
+tried again after 2 s."""
 
 
 class StepBroken(P2pinferError):
-    """A step cannot be finished; `node_id` is the member at fault."""
+    """A step cannot be finished; `node_id` is the member at fault.
 
-    def __init__(self, node_id: str, reason: str) -> None:
+    `broken`: it computed what is no number.
+    """
+
+    def __init__(self, node_id: str, reason: str, *, broken: bool = False) -> None:
         super().__init__(f"{reason} (member {node_id})")
         self.node_id = node_id
         self.reason = reason
+        self.broken = broken
+
+
+class StepOverdue(StepBroken):
+    """The member owes its part for longer than any step should take."""
 
 
 Key = TypeVar("Key", int, tuple[int, int, int])
@@ -150,10 +155,10 @@ def is_finite(tensor: WireTensor) -> bool:
 
 
 class StepLinks:
-    """Sends to and hears from the other members of a plan.
+    """Sends to and hears from the other members of a plan. `me`: (node id, boot id).
 
-    `interrupt` is called whenever the control plane's pipe becomes readable during a wait; it may
-    raise to leave the wait. `on_pause` is called several times a second, waiting or not.
+    `interrupt` is called when the control plane's pipe becomes readable during a wait, and several
+    times a second; it may raise to leave the wait. `on_pause` is called as often, waiting or not.
     """
 
     def __init__(
@@ -168,54 +173,53 @@ class StepLinks:
         self.pair = pair
         self.traffic = Traffic()
         self.inbox = Inbox()
-        self.topology: Topology | None = None
-        self.step = 0
-        """The step being computed or last computed: peers are at most one ahead of it."""
+        self.lost: list[str] = []
+        """Node ids of members of a plan whose step link broke; the caller takes them out."""
+        self.deaf: set[int] = set()
+        """Members without units that can no longer be reached, on the leader."""
+        self.on_ack: Callable[[int, int], None] | None = None
+        """Called with (member, step) for each STEP_ACK; may raise `RemoteProtocolError`."""
+        self._gate = StepGate(me)
         self._identity = me
+        self._owners: frozenset[int] = frozenset()
         self._interrupt = interrupt
         self._on_pause = on_pause
-        self._waiting = False
+        self._deadline = math.inf
         self._pipe_fd = pipe_fd
         self._poller = zmq.Poller()
         self._poller.register(pipe_fd, zmq.POLLIN)
         self._poller.register(pair.router, zmq.POLLIN)
         self._events_at = 0.0
         self._opening = b""
-        self._routes: dict[bytes, LinkOpen] = {}
         self._sequence_out: dict[int, int] = defaultdict(int)
-        self._sequence_in: dict[int, int] = defaultdict(int)
-        self._pending: Plan | None = None
-        self._held: list[tuple[bytes, bytes]] = []
-        self._held_bytes: dict[bytes, int] = defaultdict(int)
         self._heard: dict[str, float] = {}
-        self.lost: list[str] = []
 
     # --- plans ------------------------------------------------------------------------------------
 
-    def open(self, plan: Plan, me: int) -> None:
-        """Connect to every other member of `plan` and say whose link this is.
+    def open(self, mine: Topology) -> None:
+        """Connect to every other member of a plan and say whose link this is.
 
-        Frames of the active plan are no longer accepted; those of `plan` are held. Raises
-        `StepBroken` when a member cannot be reached within `LINK_TIMEOUT_S`.
+        Frames of the plan in force are no longer accepted; those of this one are held. Only links
+        that its steps need are waited for: raises `StepBroken` when one of those does not connect
+        within `LINK_TIMEOUT_S`.
         """
-        self.topology = None
-        self.inbox = Inbox()
-        self._pending = plan
-        self._held.clear()
-        self._held_bytes.clear()
+        plan, me = mine.plan, mine.me
+        self.close()
+        self._gate.load(plan)
+        self._owners = owners(plan)
         wanted = {self._address(m): m for i, m in enumerate(plan.members) if i != me}
         for address in tuple(self.pair.addresses):
             if address not in wanted:
                 self.pair.close(address)
         for address in wanted:
-            if address not in self.pair.addresses:
-                self.pair.open(address)
+            self.pair.open(address)
         node_id, boot_id = self._identity
-        opening = encode(LinkOpen(node_id=node_id, boot_id=boot_id, fence=plan.fence))
-        self._opening = opening
+        self._opening = encode(LinkOpen(node_id=node_id, boot_id=boot_id, fence=plan.fence))
+        needed = {self._address(plan.members[i]) for i in self._receivers(mine)}
         deadline = time.monotonic() + LINK_TIMEOUT_S
         for address, member in wanted.items():
-            while not self.pair.send(address, opening):
+            # Where it is not connected yet, and not needed, this is said when it is.
+            while not self.pair.send(address, self._opening) and address in needed:
                 if time.monotonic() > deadline:
                     raise StepBroken(
                         member.node_id,
@@ -223,23 +227,27 @@ class StepLinks:
                     )
                 self._poll(deadline)
 
-    def activate(self, topology: Topology) -> None:
+    def _receivers(self, mine: Topology) -> set[int]:
+        """The members that steps cannot do without my sending to."""
+        if mine.leads:
+            return set(self._owners) - {mine.me}
+        if mine.me in self._owners:
+            return {mine.plan.leader, *mine.peers, *mine.hidden_to}
+        return set()
+
+    def activate(self, mine: Topology) -> None:
         """The plan given to `open` is in force: number frames from 0 and file those held."""
-        self.topology = topology
-        self.step = 0
-        self._pending = None
         self._sequence_out.clear()
-        self._sequence_in.clear()
-        held, self._held = self._held, []
-        self._held_bytes.clear()
-        for route, frame in held:
-            self._file(route, frame)
+        for route, message in self._gate.activate(mine):
+            self._accept(route, 0, message)
 
     def close(self) -> None:
         """Stop obeying any plan; links stay connected."""
-        self.topology = None
-        self._pending = None
+        self._gate.close()
         self.inbox = Inbox()
+        self.deaf = set()
+        self.on_ack = None
+        self._deadline = math.inf
 
     @staticmethod
     def _address(member: Member) -> str:
@@ -254,16 +262,24 @@ class StepLinks:
         return number
 
     def send(self, member: int, message: Message) -> None:
-        """Send one numbered frame; raises `StepBroken` when the link takes no more."""
-        assert self.topology is not None
+        """Send one numbered frame; raises `StepBroken` when a link that is needed takes no more."""
+        active = self._gate.active
+        assert active is not None
         frame = encode(message)
-        target = self.topology.plan.members[member]
+        target = active.plan.members[member]
         if not self.pair.send(self._address(target), frame):
-            raise StepBroken(target.node_id, f"the step link to {target.name} takes no frame")
+            self._trouble(active, member, "takes no frame")
+            return
         self.traffic.messages += 1
         self.traffic.bytes += len(frame)
 
     # --- receiving --------------------------------------------------------------------------------
+
+    def begin(self, step: int, limit_s: float) -> None:
+        """A step is being computed: all of it must be there within `limit_s`."""
+        self._gate.began(step)
+        self.inbox.forget_before(step)
+        self._deadline = time.monotonic() + limit_s
 
     def collect(
         self, box: dict[Key, dict[int, Frame]], key: Key, wanted: Mapping[int, int]
@@ -271,27 +287,30 @@ class StepLinks:
         """Wait until `box[key]` has every name in `wanted` and take it.
 
         `wanted` maps a name (a member, or a vocab unit) to the member that owes it. Raises
-        `StepBroken`, naming the first that did not come within `STEP_TIMEOUT_S`.
+        `StepOverdue`, naming the first that did not come before the step's time was over.
         """
         began = time.perf_counter()
-        deadline = time.monotonic() + STEP_TIMEOUT_S
-        self._waiting = True
         try:
             while not wanted.keys() <= (arrived := box.get(key, {})).keys():
-                if time.monotonic() > deadline:
-                    assert self.topology is not None
+                if time.monotonic() > self._deadline:
+                    active = self._gate.active
+                    assert active is not None
                     owing = next(member for name, member in wanted.items() if name not in arrived)
-                    node_id = self.topology.plan.members[owing].node_id
-                    raise StepBroken(node_id, f"a step is overdue by {STEP_TIMEOUT_S:g} s")
-                self._poll(deadline)
+                    raise StepOverdue(active.plan.members[owing].node_id, "a step is overdue")
+                self._poll(self._deadline)
         finally:
-            self._waiting = False
             self.traffic.wait_s += time.perf_counter() - began
         return box.pop(key, {})
 
     def idle(self, timeout_s: float) -> None:
         """Wait for a frame or an order, at most `timeout_s`."""
         self._poll(time.monotonic() + timeout_s)
+
+    def breathe(self) -> None:
+        """Called within long computations: several times a second, look at links and orders."""
+        if time.monotonic() - self._events_at >= EVENTS_EVERY_S:
+            self._interrupt()
+            self.pump()
 
     def _poll(self, deadline: float) -> None:
         left = min(EVENTS_EVERY_S, max(0.0, deadline - time.monotonic()))
@@ -307,86 +326,75 @@ class StepLinks:
         now = time.monotonic()
         if now - self._events_at >= EVENTS_EVERY_S:
             self._events_at = now
-            for event in self.pair.events():
-                self._note(event)
             self._on_pause()
+            self._look(self.pair.events())
 
-    def _note(self, event: LinkEvent) -> None:
-        """A link that breaks is told to the control plane; one that comes back is opened again."""
-        if event.kind is LinkKind.UP and self._opening:
-            self.pair.send(event.address, self._opening)
-        elif event.kind is LinkKind.DOWN and self.topology is not None:
-            for member in self.topology.plan.members:
-                if self._address(member) == event.address:
-                    self.lost.append(member.node_id)
-                    if self._waiting:
-                        # What the connection still held is gone, and nobody sends it again.
-                        raise StepBroken(member.node_id, f"the step link to {member.name} broke")
+    def _look(self, events: list[LinkEvent]) -> None:
+        """A link that comes back is opened again; one that broke may have held frames."""
+        for event in events:
+            if event.kind is LinkKind.UP and self._opening:
+                self.pair.send(event.address, self._opening)
+        active = self._gate.active
+        if active is None:
+            return
+        down = {event.address for event in events if event.kind is LinkKind.DOWN}
+        broken = [i for i in active.others if self._address(active.plan.members[i]) in down]
+        self.lost += [active.plan.members[member].node_id for member in broken]
+        for member in broken:
+            self._trouble(active, member, "broke")
+
+    def _trouble(self, active: Topology, member: int, what: str) -> None:
+        """A link to or from a member may have lost frames: does a step need them?"""
+        exchanged = (active.plan.leader, active.hidden_from, *active.peers, *active.hidden_to)
+        if active.leads and member not in self._owners:
+            self.deaf.add(member)
+        elif active.leads or member in exchanged:
+            name = active.plan.members[member]
+            raise StepBroken(name.node_id, f"the step link of {name.name} {what}")
 
     def heard_within(self, seconds: float) -> tuple[str, ...]:
         """Node ids heard on step links lately."""
         now = time.monotonic()
-        return tuple(n for n, at in self._heard.items() if now - at <= seconds)
+        self._heard = {n: at for n, at in self._heard.items() if now - at <= seconds}
+        return tuple(self._heard)
 
     def _file(self, route: bytes, frame: bytes) -> None:
         try:
             message = decode(frame, Plane.STEPS)
-            if isinstance(message, LinkOpen):
-                self._opened(route, message)
-                return
-            self._accept(route, frame, message)
         except RemoteProtocolError:
             self.traffic.dropped += 1
-
-    def _opened(self, route: bytes, message: LinkOpen) -> None:
-        """One route for each life of a node: a reconnect takes the place of what broke."""
-        life = (message.node_id, message.boot_id)
-        for other in [r for r, m in self._routes.items() if (m.node_id, m.boot_id) == life]:
-            del self._routes[other]
-        self._routes[route] = message
-        plans = [p for p in (self._pending, self.topology and self.topology.plan) if p]
-        members = {(m.node_id, m.boot_id) for plan in plans for m in plan.members}
-        # A plan that others have already, and this node not yet, may make a stranger a member.
-        strangers = [r for r, m in self._routes.items() if (m.node_id, m.boot_id) not in members]
-        for stranger in strangers[: max(0, len(strangers) - MAX_STRANGERS)]:
-            del self._routes[stranger]
-
-    def _accept(self, route: bytes, frame: bytes, message: ControlMessage | DataFrame) -> None:
-        opened = self._routes.get(route)
-        if opened is None or not isinstance(message, StepMessage):
-            raise RemoteProtocolError("a step frame on a link that nobody opened")
-        if self._pending is not None and message.fence == self._pending.fence:
-            _index(self._pending, opened, message)
-            self._hold(route, frame)
             return
-        topology = self.topology
-        if topology is None or message.fence != topology.plan.fence:
-            raise RemoteProtocolError("a frame of a foreign fence")
-        sender = _index(topology.plan, opened, message)
-        expected = self._sequence_in[sender]
-        if message.link_seq != expected:
-            raise StepBroken(opened.node_id, f"frame {expected} was lost before {message.link_seq}")
-        self._sequence_in[sender] = expected + 1
-        self._heard[opened.node_id] = time.monotonic()
-        if message.step < self.step:
-            raise RemoteProtocolError(f"a frame of step {message.step} during step {self.step}")
-        check_frame(topology, sender, message)
-        if self.inbox.full():
-            raise RemoteProtocolError("more frames than any step has use for")
-        self._put(message, sender)
+        if isinstance(message, LinkOpen):
+            member = self._gate.opened(route, message)
+            if member is not None and self._gate.active is not None:
+                self._trouble(self._gate.active, member, "broke and came back")
+            return
+        self._accept(route, len(frame), message)
 
-    def _hold(self, route: bytes, frame: bytes) -> None:
-        """Keep a member's frame of the plan that is loaded here and not yet in force."""
-        if self._held_bytes[route] + len(frame) > MAX_HELD_BYTES:
-            raise RemoteProtocolError("more bytes than may be held for a plan")
-        self._held_bytes[route] += len(frame)
-        self._held.append((route, frame))
+    def _accept(self, route: bytes, nbytes: int, message: ControlMessage | DataFrame) -> None:
+        match self._gate.arrived(route, nbytes, message):
+            case File(sender=sender):
+                assert isinstance(message, StepMessage)
+                self._put(message, sender)
+            case Drop():
+                self.traffic.dropped += 1
+            case Gap(sender=sender, reason=reason):
+                assert self._gate.active is not None
+                self._trouble(self._gate.active, sender, f"lost something: {reason}")
+                self.traffic.dropped += 1
 
     def _put(self, message: StepMessage, sender: int) -> None:
-        inbox = self.inbox
+        active, inbox = self._gate.active, self.inbox
+        assert active is not None
+        self._heard[active.plan.members[sender].node_id] = time.monotonic()
+        if inbox.full():
+            self.traffic.dropped += 1
+            return
         match message:
             case Step():
                 inbox.steps.append(message)
+            case StepAck():
+                self._acknowledged(sender, message.step)
             case LogitsRequest():
                 inbox.requests.append(message)
             case Partial():
@@ -399,12 +407,9 @@ class StepLinks:
             case Logits():
                 inbox.logits.setdefault(message.step, {})[message.unit] = message
 
-
-def _index(plan: Plan, opened: LinkOpen, message: StepMessage) -> int:
-    """The member that opened the link; a frame may not speak for another."""
-    for index, member in enumerate(plan.members):
-        if (member.node_id, member.boot_id) == (opened.node_id, opened.boot_id):
-            if isinstance(message, DataFrame) and message.sender != index:
-                raise RemoteProtocolError("a frame that names another sender")
-            return index
-    raise RemoteProtocolError("a frame from a node outside the plan")
+    def _acknowledged(self, sender: int, step: int) -> None:
+        try:
+            if self.on_ack is not None:
+                self.on_ack(sender, step)
+        except RemoteProtocolError:
+            self.traffic.dropped += 1

@@ -49,6 +49,9 @@ Name = Annotated[
 
 Address = Annotated[str, Meta(max_length=MAX_ADDRESS_CHARS, pattern=r"\Atcp://[!-~]+:[0-9]{1,5}\Z")]
 TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
+Length = Annotated[int, Meta(ge=0, le=MAX_POSITIONS)]
+"""A number of tokens or positions of one request."""
+
 Tokens = Annotated[tuple[TokenId, ...], Meta(max_length=MAX_POSITIONS)]
 MemberIndex = Annotated[int, Meta(ge=0, lt=MAX_NODES)]
 

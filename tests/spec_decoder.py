@@ -75,6 +75,8 @@ DATA_RANGES = {
     )
 }
 DTYPES = {int(row["dtype"]): row for row in table("dtype", "name", "bytes")}
+TIMER_TABLE = table("timer", "lan", "test", "formula or reason")
+SETTING_TABLE = table("setting", "default", "meaning")
 ERROR_TABLE = table("code", "retryable", "who acts", "meaning")
 FIELD_TABLES = {
     section.title: rows
@@ -321,10 +323,10 @@ def check_rules(name: str, m: dict[str, Any]) -> None:
         require(len(m["prompt_ids"]) + len(m["received"]) <= most, "too many tokens")
     if name == "CHUNK":
         require(m["start"] + len(m["tokens"]) <= most, "too many tokens")
+    if name == "LOG_ENTRY":
+        require(m["start"] + len(m["tokens"]) <= most, "too many tokens")
     if name == "ACTIVATE":
-        for tail in m["tails"]:
-            end = tail["start"] + len(tail["tokens"])
-            require(end <= most and tail["restart"] <= end, "a tail")
+        require(all(log["restart"] <= log["length"] for log in m["logs"]), "restart of a log")
     if name == "STEP":
         runs = [(slot["start"], len(slot["tokens"])) for slot in m["slots"]]
         require(sum(length for _, length in runs) <= LIMITS["MAX_STEP_TOKENS"], "positions")

@@ -18,6 +18,9 @@ import pytest
 from msgspec import inspect
 
 from p2pinfer import limits
+from p2pinfer.core.events import NodeConfig
+from p2pinfer.core.requests import REPLY_KEPT_S
+from p2pinfer.core.timing import PRESETS
 from p2pinfer.errors import ERROR_CODES, RemoteProtocolError
 from p2pinfer.limits import MAX_NODES
 from p2pinfer.wire import codec, data_frames
@@ -144,6 +147,22 @@ def test_limits_are_those_of_the_code() -> None:
     code = {name: value for name, value in vars(limits).items() if name.startswith("MAX_")}
     shared = {name: value for name, value in code.items() if name not in LOCAL_LIMITS}
     assert shared == spec.LIMITS
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_timers_are_those_of_the_code(preset: str) -> None:
+    """Every timer has the value of the table, in both presets, and none is left out."""
+    table = {row["timer"]: float(row[preset]) for row in spec.TIMER_TABLE}
+    assert table == msgspec.structs.asdict(PRESETS[preset])
+    assert set(spec.TIMER_TABLE[0]) == {"timer", *PRESETS, "formula or reason"}
+
+
+def test_settings_are_the_defaults_of_the_code() -> None:
+    """The settings that are times have the defaults of the table."""
+    defaults = {field.name: field.default for field in msgspec.structs.fields(NodeConfig)}
+    for row in spec.SETTING_TABLE:
+        code = REPLY_KEPT_S if row["setting"] == "reply_kept" else defaults[row["setting"]]
+        assert float(row["default"]) == code, row["setting"]
 
 
 def test_error_table_is_the_codes_table() -> None:

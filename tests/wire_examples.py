@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from p2pinfer.limits import MAX_POSITIONS
 from p2pinfer.types import (
     DType,
     Failover,
@@ -79,7 +80,12 @@ MEMBER = Member(
     kv_bytes=4 << 30,
 )
 WITNESS = Member(
-    node_id=BERT, boot_id=BOOT, name="bert é", address="tcp://[2001:db8::1]:65535", witness=True
+    node_id=BERT,
+    boot_id=BOOT,
+    name="bert é",
+    address="tcp://[2001:db8::1]:65535",
+    witness=True,
+    blank=True,
 )
 MODEL = ModelSpec(
     name="stories",
@@ -104,6 +110,8 @@ PLAN = Plan(
     leader=1,
     members=(MEMBER, WITNESS),
     voters=(0, 1),
+    old_voters=(ANNA,),
+    quorum="last-man",
     model=MODEL,
     stages=(
         Stage(start=0, end=1, head_owners=(0, 0), mlp_owners=(0, 0, 0), head_standbys=((1,), ())),
@@ -163,6 +171,9 @@ EXAMPLES: dict[str, m.Message] = {
         tokens_per_s=12.5,
         kv_used_bytes=1 << 20,
         kv_limit_bytes=1 << 30,
+        hung=True,
+        draining=True,
+        compute_ms=7.25,
     ),
     "heartbeat of an idle node": m.Heartbeat(
         node_id=ANNA, boot_id=BOOT, incarnation=0, term=0, fence=Fence()
@@ -180,9 +191,24 @@ EXAMPLES: dict[str, m.Message] = {
         coverage=(m.CoverageRun(request_id=5, stage=1, units=(0, 4095), positions=8),),
     ),
     "ack without requests": m.Ack(fence=FENCE, node_id=ANNA),
-    "nack": m.Nack(fence=FENCE, node_id=ANNA, code="internal", message="model.safetensors is cut"),
+    "nack": m.Nack(
+        fence=FENCE, node_id=ANNA, code="internal", message="no frame in 0.5 s", about=BERT
+    ),
+    "log request": m.LogRequest(fence=FENCE, request_ids=(5, HUGE)),
+    "log entry": m.LogEntry(
+        fence=FENCE, request_id=5, term=2, prompt_tokens=8, params=PARAMS, tokens=(1, 2, 3)
+    ),
+    "log entry from the middle": m.LogEntry(
+        fence=FENCE,
+        request_id=5,
+        term=3,
+        prompt_tokens=8,
+        params=SamplingParams(),
+        start=8,
+        tokens=(4, 5),
+    ),
     "activate": m.Activate(
-        fence=FENCE, tails=(m.LogTail(request_id=5, start=8, tokens=(1, 2), restart=10),)
+        fence=FENCE, logs=(m.AgreedLog(request_id=5, length=10, digest="cd" * 32, restart=9),)
     ),
     "activate without requests": m.Activate(fence=FENCE),
     "submit of text": m.Submit(request_id=HUGE, text="Es war einmal …", params=SamplingParams()),
@@ -213,7 +239,8 @@ EXAMPLES: dict[str, m.Message] = {
         tokens=(
             m.DrawnToken(request_id=1, index=0, token=5),
             m.DrawnToken(request_id=HUGE, index=4_000_000_000, token=0),
-        )
+        ),
+        interruptions=(m.Interruption(request_id=1, failover=FAILOVER),),
     ),
     "ended": m.Ended(
         request_id=1,
@@ -222,24 +249,32 @@ EXAMPLES: dict[str, m.Message] = {
         code="node_lost",
         message="the node anna is gone",
         retryable=True,
-        ttft_s=1.0,
-        tokens_per_s=2.0,
-        failovers=(FAILOVER,),
     ),
     "status request": m.StatusRequest(request_id=1),
     "status reply": m.StatusReply(request_id=1, body=b'{"ready": true}'),
     "drain": m.Drain(request_id=1, name="anna"),
+    "done": m.Done(request_id=1),
+    "plan request": m.PlanRequest(request_id=1, without="bert é"),
     "link open": m.LinkOpen(node_id=ANNA, boot_id=BOOT, fence=FENCE),
     "step": m.Step(
         fence=FENCE,
         step=1,
         link_seq=0,
         slots=(
-            m.Slot(request_id=1, start=0, tokens=(1, 2, 3), capacity=512, params=PARAMS),
+            m.Slot(
+                request_id=1,
+                start=0,
+                tokens=(1, 2, 3),
+                capacity=512,
+                params=PARAMS,
+                prompt_tokens=300,
+            ),
             m.Slot(request_id=2, start=40, tokens=(9,), sample=True),
         ),
         ended=(3, 4),
+        finals=(m.FinalToken(request_id=4, position=MAX_POSITIONS - 1, token=2),),
     ),
+    "step that only commits": m.Step(fence=FENCE, step=2, link_seq=1, slots=()),
     "partial": m.Partial(
         fence=FENCE,
         step=1,
@@ -278,6 +313,7 @@ EXAMPLES: dict[str, m.Message] = {
         unit=4095,
         tensor=tensor(WireDType.FLOAT16, 1, 7),
     ),
+    "step ack": m.StepAck(fence=FENCE, step=1, link_seq=0),
     "kv delta": m.KvDelta(
         fence=FENCE,
         step=9,

@@ -53,7 +53,9 @@ U63_TOO_LARGE = b"\0" * 7 + b"\x80"
 MEMBERS = plain(EXAMPLES["propose"])["plan"]["members"]
 SLOT = plain(EXAMPLES["step"])["slots"][1]
 PARAMS = plain(EXAMPLES["submit of text"])["params"]
-TAIL = plain(EXAMPLES["activate"])["tails"][0]
+LOG = plain(EXAMPLES["activate"])["logs"][0]
+COVERAGE = plain(EXAMPLES["ack"])["coverage"][0]
+FINAL = plain(EXAMPLES["step"])["finals"][0]
 
 INVALID: dict[str, bytes] = {
     "nothing": b"",
@@ -83,10 +85,10 @@ INVALID: dict[str, bytes] = {
     "an integer that is a float": control("status request", request_id=1.0),
     "an integer that is a boolean": control("status request", request_id=True),
     "an integer that is nil": control("status request", request_id=None),
-    "a float that is NaN": control("ended", ttft_s=float("nan")),
+    "a float that is NaN": control("finished", ttft_s=float("nan")),
     "a float that is infinite": control("submit of text", params=PARAMS | {"top_p": float("inf")}),
-    "a float that is negative": control("ended", ttft_s=-1.0),
-    "a float that is a boolean": control("ended", ttft_s=True),
+    "a float that is negative": control("finished", ttft_s=-1.0),
+    "a float that is a boolean": control("finished", ttft_s=True),
     "a boolean that is a number": control("failed", retryable=1),
     "text that is bytes": control("failed", message=b"x"),
     "text that is not UTF-8": raw(37, b"\x82\xaarequest_id\x01\xa6reason\xa1\xff"),
@@ -111,12 +113,24 @@ INVALID: dict[str, bytes] = {
     "more positions than a step has": control(
         "step", slots=[SLOT | {"tokens": [1] * MAX_STEP_TOKENS}, SLOT]
     ),
-    "a log tail that restarts beyond its end": control("activate", tails=[TAIL | {"restart": 11}]),
-    "a log tail beyond the positions": control("activate", tails=[TAIL | {"start": 1 << 20}]),
+    "a final token beyond the positions": control(
+        "step", finals=[FINAL | {"position": MAX_POSITIONS}]
+    ),
+    "a log that restarts beyond its end": control("activate", logs=[LOG | {"restart": 11}]),
+    "a log beyond the positions": control("activate", logs=[LOG | {"length": MAX_POSITIONS + 1}]),
+    "an entry of a log beyond the positions": control("log entry", start=MAX_POSITIONS),
+    "a prompt beyond the positions": control("log entry", prompt_tokens=MAX_POSITIONS + 1),
+    "a digest that is cut": control("activate", logs=[LOG | {"digest": "ab" * 31}]),
+    "a request for no logs": control("log request", request_ids=[]),
+    "coverage beyond the positions": control(
+        "ack", coverage=[COVERAGE | {"positions": MAX_POSITIONS + 1}]
+    ),
     "a KV request for nothing": control("kv request", end=0),
     "a KV request beyond the positions": control("kv request", end=MAX_POSITIONS + 1),
     "a leader who is no member": plan(leader=2),
     "a voter who is no member": plan(voters=[0, 2]),
+    "a voter before who has no identity": plan(old_voters=[""]),
+    "a quorum that is unknown": plan(quorum="everybody"),
     "a plan without members": plan(members=[]),
     "a member twice": plan(members=[MEMBERS[0], MEMBERS[0]]),
     "a stage without layers": stage(start=1),

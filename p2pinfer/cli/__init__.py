@@ -15,7 +15,7 @@ from contextlib import suppress
 import click
 
 from p2pinfer import __version__
-from p2pinfer.cli import bench, cluster, demo, doctor, model, node, status, submit
+from p2pinfer.cli import bench, cluster, demo, doctor, model, node, plan, status, submit
 from p2pinfer.errors import ClusterError, P2pinferError, UsageError
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -35,6 +35,7 @@ for _verb in (
     cluster.cluster,
     submit.submit,
     status.status,
+    plan.plan,
     demo.demo,
     doctor.doctor,
     model.model,

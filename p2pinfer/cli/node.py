@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from p2pinfer.cli.options import own_node_options, shared_node_options
+from p2pinfer.cli.options import own_node_options, shared_node_options, to_option
 
 
 @click.group()
@@ -28,3 +28,32 @@ def start(config: Path | None, **flags: object) -> int:
     from p2pinfer.daemon import run_node  # only now: a wrong flag is told at once
 
     return run_node(settings)
+
+
+@node.command()
+@click.argument("name")
+@to_option
+def drain(name: str, to: tuple[str, ...]) -> int:
+    """Let the node NAME hand over what it holds, and leave.
+
+    Replies go on. It ends when others hold its part; if they cannot, it stays, and you are told.
+    """
+    from p2pinfer.client import Client
+
+    Client(to).drain(name)
+    click.echo(f"{name} has left")
+    return 0
+
+
+@node.command()
+@to_option
+def leave(to: tuple[str, ...]) -> int:
+    """Let this machine's node hand over, leave, and forget its cluster.
+
+    Started again, it founds a new cluster, or joins the one that --join names.
+    """
+    from p2pinfer.client import Client
+
+    Client(to).drain("")
+    click.echo("the node has left its cluster")
+    return 0

@@ -65,6 +65,25 @@ def shared_node_options(command: Command) -> Command:
             help="How many seconds a request may wait until the cluster is ready; default: 30.",
         ),
         click.option(
+            "--orphan-timeout",
+            type=float,
+            metavar="S",
+            help="How long a reply goes on whose client and serving node are gone; default: 10.",
+        ),
+        click.option(
+            "--drain-timeout",
+            type=float,
+            metavar="S",
+            help="How long a node that is told to end may take to hand over; default: 10.",
+        ),
+        click.option(
+            "--quorum",
+            metavar="majority|last-man",
+            help="Who may decide: most voters, or whoever is left (unsafe when cables are cut). "
+            "The founder's word counts.",
+        ),
+        click.option("--timing", metavar="lan|test", help="The preset of all timers."),
+        click.option(
             "--config",
             type=click.Path(dir_okay=False, path_type=Path),
             metavar="FILE",
@@ -89,6 +108,12 @@ def own_node_options(command: Command) -> Command:
         ),
         click.option("--state-dir", metavar="DIR", help="Where this node keeps its identity."),
         click.option("--cpus", metavar="LIST", help="Pin the compute threads, for example 0,2-3."),
+        click.option(
+            "--witness",
+            is_flag=True,
+            default=None,
+            help="Vote, but hold no part of the model: for a small third machine.",
+        ),
     )(command)
 
 

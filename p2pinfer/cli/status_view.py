@@ -46,9 +46,29 @@ def header(status: Mapping[str, Any]) -> Text:
     state = "ready" if ready else f"not ready: {status.get('waiting') or 'making a plan'}"
     return Text.assemble(
         (str(model), "bold"),
-        f"   leader {status.get('leader') or '-'}   epoch {status.get('epoch', 0)}   ",
+        f"   leader {status.get('leader') or '-'}   term {status.get('term', 0)}"
+        f"   epoch {status.get('epoch', 0)}   ",
         (state, "green" if ready else "yellow"),
     )
+
+
+def safety(status: Mapping[str, Any]) -> Text:
+    """One line: who votes, and whose death is survived."""
+    voters, tolerated = status.get("voters") or [], status.get("tolerates") or []
+    return Text.assemble(
+        f"voters {', '.join(voters) or '-'}   survives the death of ",
+        (" or ".join(tolerated) or "nobody", "green" if tolerated else "yellow"),
+    )
+
+
+def condition(member: Mapping[str, Any]) -> Text:
+    """A member's state in one word: what is wrong with it wins over what is right."""
+    state = str(member["state"])
+    if state == "alive" and member.get("hung"):
+        return Text("hung", style="red")
+    if state == "alive" and member.get("draining"):
+        return Text("draining", style="yellow")
+    return Text(state, style=STATE_COLOURS.get(state, ""))
 
 
 def holdings_table(members: Sequence[Mapping[str, Any]]) -> Table:
@@ -75,7 +95,7 @@ def members_table(members: Sequence[Mapping[str, Any]]) -> Table:
         kv = member.get("kv") or {}
         table.add_row(
             member["name"],
-            Text(member["state"], style=STATE_COLOURS.get(member["state"], "")),
+            condition(member),
             member["address"].removeprefix("tcp://"),
             spans(member),
             owned_runs(member, "head_units"),
@@ -89,7 +109,7 @@ def members_table(members: Sequence[Mapping[str, Any]]) -> Table:
 
 def status_view(status: Mapping[str, Any]) -> RenderableType:
     """Header and members, as `p2pinfer status` shows them."""
-    return Group(header(status), members_table(status["members"]))
+    return Group(header(status), safety(status), members_table(status["members"]))
 
 
 def _figure(value: float | None) -> str:

@@ -5,7 +5,7 @@ Every refusal names both values, ours and theirs, so that either side's log tell
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from p2pinfer.limits import MAX_NODES
@@ -18,13 +18,15 @@ from p2pinfer.wire.messages import Hello, Refused
 class Gate:
     """What the asked node is and knows: its own member, cluster ("" while joining), living peers.
 
-    `model` is None for a witness, which leaves the judgement of models to the others.
+    `model` is None for a witness, which leaves the judgement of models to the others. `heard` are
+    the node ids of the peers that are there for sure (`Neighbours.sure_ids`).
     """
 
     me: Member
     model: ModelSpec | None
     cluster_id: str
     peers: Iterable[Member]
+    heard: Collection[str] = ()
 
 
 def make_hello(me: Member, model: ModelSpec | None, cluster_id: str, layout: str) -> Hello:
@@ -72,6 +74,30 @@ def _identity(hello: Hello, gate: Gate) -> Refused | None:
         message=f"{gate.me.name} has the node id {gate.me.node_id} itself; if you are another "
         f"node, give it a state directory of its own",
     )
+
+
+def _twin(hello: Hello, gate: Gate) -> Refused | None:
+    """A second process with the identity of one that is there, a copied state folder say.
+
+    At the same address it must be the same node, started again: two cannot listen there. And one
+    whose former process is not heard just now, or whose connection broke, is taken to have been
+    started again elsewhere.
+    """
+    theirs = hello.member
+    for peer in gate.peers:
+        if (
+            peer.node_id == theirs.node_id
+            and peer.boot_id != theirs.boot_id
+            and peer.address != theirs.address
+            and peer.node_id in gate.heard
+        ):
+            return Refused(
+                code="identity_taken",
+                message=f"node id {theirs.node_id} belongs to {peer.name} (pid {peer.pid}), which "
+                f"runs at {peer.address}; {theirs.name} at {theirs.address} must have a state "
+                f"directory of its own, or that process must end first",
+            )
+    return None
 
 
 def _settled(hello: Hello, gate: Gate) -> Refused | None:
@@ -147,6 +173,7 @@ def _room(hello: Hello, gate: Gate) -> Refused | None:
 _RULES: tuple[Callable[[Hello, Gate], Refused | None], ...] = (
     _version,
     _identity,
+    _twin,
     _settled,
     _model,
     _settings,

@@ -2,12 +2,19 @@
 
 Term, vote and newest plan are written before anybody is told of them (Raft, section 5.2). Writing
 is an output and its completion an input, so nothing else of the node waits for the disk.
+
+A node that begins without its state is blank: it may have promised, in a life that it has
+forgotten, what it now would contradict. It promises anew and keeps that, but its word is counted
+with care (`core/quorum.py`) until a plan is in force that names this boot a voter: that plan got
+its quorum without the forgotten word, so whoever needed that word can win nothing any more.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+
+from msgspec.structs import replace
 
 from p2pinfer.core.events import Persist, StoredState
 from p2pinfer.core.outbox import Outbox
@@ -18,19 +25,19 @@ Then = Callable[[float], None]
 
 
 class Durable:
-    """The stored state as this node now has it, which the disk may lag behind.
-
-    `blank` is true for a node that began without state and did not found its cluster: it has no
-    vote until a plan names this boot a voter.
-    """
+    """The stored state as this node now has it, which the disk may lag behind."""
 
     def __init__(self, stored: StoredState | None, boot_id: str, box: Outbox) -> None:
-        self.state = stored or StoredState(cluster_id="")
-        self.blank = stored is None
+        self.state = stored or StoredState(cluster_id="", blank=True)
         self._boot_id = boot_id
         self._box = box
         self._number = 0
         self._waiting: deque[tuple[int, Then]] = deque()
+
+    @property
+    def blank(self) -> bool:
+        """Whether what this node promised before is lost and not healed. Also after a restart."""
+        return self.state.blank
 
     @property
     def plan(self) -> Plan | None:
@@ -42,41 +49,49 @@ class Durable:
         """That plan's fence; (0, 0) where there is none."""
         return self.state.plan.fence if self.state.plan else Fence()
 
-    def found(self, cluster_id: str, term: int, node_id: str) -> None:
+    def found(self, cluster_id: str, term: int, node_id: str, then: Then | None = None) -> None:
         """This node founds a cluster: it is its only voter, and has voted for itself."""
-        self.blank = False
-        self._write(StoredState(cluster_id=cluster_id, term=term, voted_for=node_id), None)
+        self._write(StoredState(cluster_id=cluster_id, term=term, voted_for=node_id), then)
 
     def vote(self, term: int, candidate_id: str, then: Then) -> None:
         """Vote in `term`; `then` may say so."""
-        self._write(self._changed(term=term, voted_for=candidate_id), then)
+        free = self.state.voted_for in ("", candidate_id)
+        assert term > self.state.term or (term == self.state.term and free), "one vote per term"
+        self._write(replace(self.state, term=term, voted_for=candidate_id), then)
 
     def enter_term(self, term: int) -> None:
         """A higher term was seen: votes of the one before are over. Nobody waits for this."""
-        if term > self.state.term:
-            self._write(self._changed(term=term, voted_for=""), None)
+        if term <= self.state.term:
+            return
+        state = replace(self.state, term=term, voted_for="")
+        if state.blank and state.plan is None:
+            self.state = state  # a node that may never become a member leaves nothing behind
+        else:
+            self._write(state, None)
 
     def accept(self, plan: Plan, cluster_id: str, then: Then) -> None:
-        """Take a plan as the newest; `then` may acknowledge it."""
-        state = self.state
-        term = max(state.term, plan.fence.term)
+        """Take a plan, newer than all before, as the newest; `then` may acknowledge it."""
+        state, term = self.state, plan.fence.term
+        assert plan.fence > self.fence and term >= state.term, "fences and terms only grow"
         voted_for = state.voted_for if term == state.term else ""
         changed = StoredState(
-            cluster_id=cluster_id, term=term, voted_for=voted_for, plan=plan, active=False
+            cluster_id=cluster_id, term=term, voted_for=voted_for, plan=plan, blank=state.blank
         )
-        voters = (plan.members[index] for index in plan.voters)
-        if any(voter.boot_id == self._boot_id for voter in voters):
-            self.blank = False
         self._write(changed, then)
 
     def activated(self, fence: Fence) -> None:
-        """The newest plan is known to be in force."""
-        if fence == self.fence and not self.state.active:
-            self._write(self._changed(active=True), None)
+        """The plan of `fence` is known to be in force; of an older one there is nothing to note."""
+        plan, state = self.state.plan, self.state
+        if plan is None or fence != plan.fence:
+            return
+        voters = (plan.members[index].boot_id for index in plan.voters)
+        blank = state.blank and self._boot_id not in voters
+        if not state.active or blank != state.blank:
+            self._write(replace(state, active=True, blank=blank), None)
 
     def forget(self) -> None:
         """This node has left its cluster for good."""
-        self.state, self._waiting = StoredState(cluster_id=""), deque()
+        self.state, self._waiting = StoredState(cluster_id="", blank=True), deque()
         self._number += 1
         self._box.add(Persist(number=self._number, state=None))
 
@@ -84,18 +99,6 @@ class Durable:
         """All up to `number` is on the disk: do what waited for it."""
         while self._waiting and self._waiting[0][0] <= number:
             self._waiting.popleft()[1](now)
-
-    def _changed(
-        self, *, term: int | None = None, voted_for: str | None = None, active: bool | None = None
-    ) -> StoredState:
-        old = self.state
-        return StoredState(
-            cluster_id=old.cluster_id,
-            term=old.term if term is None else term,
-            voted_for=old.voted_for if voted_for is None else voted_for,
-            plan=old.plan,
-            active=old.active if active is None else active,
-        )
 
     def _write(self, state: StoredState, then: Then | None) -> None:
         self.state = state

@@ -101,14 +101,6 @@ class ClientCancelled(Input, frozen=True, kw_only=True):
     reason: str = "client"
 
 
-class DrainAsked(Input, frozen=True, kw_only=True):
-    """A client of this node asks that a member hand over what it holds, and leave."""
-
-    route: bytes
-    request_id: int
-    name: str
-
-
 class Persisted(Input, frozen=True, kw_only=True):
     """What `Persist` number `number`, and all before it, said is on the disk."""
 
@@ -173,6 +165,7 @@ class StoredState(Struct, frozen=True, kw_only=True):
 
     `voted_for` is whom it voted for in `term`. `plan` is the newest that it acknowledged (None:
     there was none since it founded the cluster); `active`: that plan is known to be in force.
+    `blank`: what it promised before this began is lost, and no plan in force has healed that yet.
     """
 
     cluster_id: str
@@ -180,6 +173,7 @@ class StoredState(Struct, frozen=True, kw_only=True):
     voted_for: str = ""
     plan: Plan | None = None
     active: bool = False
+    blank: bool = False
 
 
 class Persist(Output, frozen=True, kw_only=True):
@@ -329,6 +323,7 @@ class PlanAdopted(Fact, frozen=True, kw_only=True):
     members: tuple[str, ...]
     leader: str = ""
     voters: tuple[str, ...] = ()
+    owners: tuple[str, ...] = ()
     agree_s: float = 0.0
 
 
@@ -405,7 +400,6 @@ __all__ = [
     "Conclude",
     "Covered",
     "Deliver",
-    "DrainAsked",
     "ElectionStarted",
     "Exit",
     "Fact",

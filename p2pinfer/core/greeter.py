@@ -17,10 +17,8 @@ from p2pinfer.core.admission import (
 )
 from p2pinfer.core.election import Election
 from p2pinfer.core.events import JoinWaiting, NodeConfig, PeerRefused, ReplyTo, Send
-from p2pinfer.core.membership import Peer
 from p2pinfer.core.neighbours import Neighbours
 from p2pinfer.core.outbox import Outbox
-from p2pinfer.types import Member
 from p2pinfer.wire.codec import VERSIONS
 from p2pinfer.wire.messages import Hello, MemberState, Refused, Welcome
 
@@ -30,14 +28,11 @@ JOIN_WAITING_EVERY_S = 5.0
 class Host(Protocol):
     """The node, as far as greeting concerns it."""
 
-    def joined(self, leader: Member, now: float) -> None:
-        """This node is in a cluster now, and follows `leader`."""
+    def known_addresses(self) -> tuple[str, ...]:
+        """Where members that are not there may come back: hints, no more."""
 
     def fail(self, error: str, exit_code: int, now: float) -> None:
         """This node cannot go on."""
-
-    def has_acked(self, member: Member) -> bool:
-        """Whether this node leads, and that member has acknowledged its newest plan."""
 
 
 class Greeter:
@@ -54,9 +49,9 @@ class Greeter:
         self._since = 0.0
         self._give_up_at = inf
         self._say_at = inf
+        self._knock_at = -inf
         self._last_answer = ""
         self._met_itself = False
-        self._lost_leader: Member | None = None
 
     # --- looking for a cluster --------------------------------------------------------------------
 
@@ -65,11 +60,10 @@ class Greeter:
         self._give_up_at = now + self._config.join_timeout
         self._seek(self._config.join, now)
 
-    def rejoin(self, leader: Member, addresses: tuple[str, ...], now: float) -> None:
-        """The cluster is over, for its leader is gone: look for a new one, for ever."""
-        self._lost_leader = leader
+    def come_back(self, addresses: tuple[str, ...], now: float) -> None:
+        """This node has been in a cluster: greet its members, for ever; addresses are hints."""
         self._give_up_at = inf
-        self._seek((*self._config.join, leader.address, *addresses), now)
+        self._seek(addresses, now)
 
     def _seek(self, addresses: tuple[str, ...], now: float) -> None:
         self._since, self._say_at = now, now + JOIN_WAITING_EVERY_S
@@ -80,13 +74,16 @@ class Greeter:
     def deadline(self) -> float:
         """When this wants to look again."""
         due = self._near.links.next_due()
-        return due if self._near.cluster_id else min(due, self._give_up_at, self._say_at)
+        if self._near.cluster_id:
+            return min(due, self._knock_at)
+        return min(due, self._give_up_at, self._say_at)
 
     def look(self, now: float) -> None:
         """Greet where it is due; while looking for a cluster say so, and give up in the end."""
         for link in self._near.links.due(now):
             self.greet(link.address, now)
         if self._near.cluster_id:
+            self._knock(now)
             return
         waited = now - self._since
         if now >= self._give_up_at:
@@ -101,6 +98,19 @@ class Greeter:
         elif now >= self._say_at:
             self._say_at = now + JOIN_WAITING_EVERY_S
             self._box.add(JoinWaiting(addresses=self._near.links.addresses(), waited_s=waited))
+
+    def _knock(self, now: float) -> None:
+        """Greet where members that are gone may be again: a cut cable looks like a death to both
+        sides, and neither hears when it is mended."""
+        if now < self._knock_at:
+            return
+        self._knock_at = now + self._config.timing.hello_retry
+        links = self._near.links
+        here = {peer.member.address for peer in self._near.table.living()}
+        for address in self._host.known_addresses():
+            if address not in here:
+                self._near.open(address)
+                links.greet_again_after_a_while(address, now)
 
     # --- greeting ---------------------------------------------------------------------------------
 
@@ -120,7 +130,8 @@ class Greeter:
         """Somebody says HELLO: welcome it, or say why not."""
         me, theirs, near = self._near.table.me, hello.member, self._near
         peers = tuple(peer.member for peer in near.table.living())
-        refused = check_hello(hello, Gate(me, self._config.model, near.cluster_id, peers))
+        gate = Gate(me, self._config.model, near.cluster_id, peers, heard=near.sure_ids(now))
+        refused = check_hello(hello, gate)
         if refused:
             self._met_itself |= (theirs.node_id, theirs.boot_id) == (me.node_id, me.boot_id)
             self._box.add(ReplyTo(route=route, message=refused))
@@ -128,11 +139,8 @@ class Greeter:
                 self._tell(theirs.address, refused, by_us=True)
             return
         known = near.table.get(theirs.node_id)
-        if known and known.living and self._is_reborn(known, hello):
+        if known and known.living and known.member.boot_id != theirs.boot_id:
             near.lose(known, MemberState.DEAD, "it started again", now)
-            # If that was the leader, this node has no cluster to welcome anybody to.
-            self.greeted(hello, route, now)
-            return
         near.came_by(route, theirs.node_id)
         welcome = Welcome(
             version=common_version(hello.versions),
@@ -144,12 +152,6 @@ class Greeter:
         self._box.add(ReplyTo(route=route, message=welcome))
         near.add(theirs, now, spoke=True)
 
-    def _is_reborn(self, known: Peer, hello: Hello) -> bool:
-        """Another process, or one that has forgotten this cluster since it acknowledged a plan."""
-        if known.member.boot_id != hello.member.boot_id:
-            return True
-        return not hello.cluster_id and self._host.has_acked(known.member)
-
     # --- answers ----------------------------------------------------------------------------------
 
     def welcomed(self, welcome: Welcome, address: str, now: float) -> None:
@@ -158,8 +160,8 @@ class Greeter:
         if address not in near.links or welcome.version not in VERSIONS:
             near.drop(welcome, "this node did not ask for it")
             return
-        if not near.cluster_id and not self._adopt(welcome, now):
-            return
+        if not near.cluster_id:
+            near.cluster_id = welcome.cluster_id
         if welcome.cluster_id != near.cluster_id:
             near.drop(welcome, f"it is of cluster {welcome.cluster_id}")
             return
@@ -176,30 +178,12 @@ class Greeter:
                 # Whoever is there now, its answer to our greeting will tell.
                 near.open(member.address)
 
-    def _adopt(self, welcome: Welcome, now: float) -> bool:
-        """Enter the cluster of a welcome, unless its leader is the one that was just lost."""
-        listed = {m.node_id: m for m in (*welcome.members, welcome.member)}
-        leader = listed.get(welcome.leader_id)
-        if leader is None or leader.node_id == self._near.table.me.node_id:
-            self._near.drop(welcome, "it names no leader among its members")
-            return False
-        gone = self._lost_leader
-        same = gone and (gone.node_id, gone.boot_id) == (leader.node_id, leader.boot_id)
-        if same and welcome.member.node_id != leader.node_id:
-            self._near.drop(welcome, "its sender has not missed the lost leader yet")
-            return False
-        self._near.cluster_id = welcome.cluster_id
-        self._near.add(leader, now, spoke=False)
-        self._host.joined(leader, now)
-        return True
-
     def refused(self, refused: Refused, address: str, now: float) -> None:
         """Our greeting on the link to `address` is refused: for now, or for good."""
         near = self._near
         if address not in near.links:
             return
         self._last_answer = refused.message
-        leader = near.table.get(self._election.leader_id)
         if refused.code == "not_a_member":
             near.links.greet_again(address)
         elif refused.code == "identity_taken" and self._met_itself:
@@ -209,13 +193,9 @@ class Greeter:
         else:
             near.links.refused(address, for_good=True)
             self._tell(address, refused, by_us=False)
-            if not near.cluster_id:
+            alone = not near.table.living()
+            if not near.cluster_id or (alone and refused.code != "wrong_cluster"):
                 self._host.fail(refused.message, 1, now)
-            elif leader and address == leader.member.address:
-                if refused.code == "wrong_cluster":
-                    near.lose(leader, MemberState.DEAD, "it is in another cluster", now)
-                else:
-                    self._host.fail(refused.message, 1, now)
 
     def _close_own(self, address: str, now: float) -> None:
         """One of the addresses to join is this node's own."""

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from math import inf
 
 from p2pinfer.core.events import CloseLink, OpenLink, Output
+from p2pinfer.core.timing import LAN, Timing
 from p2pinfer.types import Member
-
-HELLO_RETRY_S = 1.0
 
 
 @dataclass(slots=True)
@@ -38,7 +37,8 @@ class Link:
 class Links:
     """The links that this node has asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, timing: Timing = LAN) -> None:
+        self._retry = timing.hello_retry
         self._links: dict[str, Link] = {}
 
     def __contains__(self, address: str) -> bool:
@@ -103,7 +103,7 @@ class Links:
     def greet_again_after_a_while(self, address: str, now: float) -> None:
         """Greet on an answered link once more, but not more often than on an unanswered one."""
         link = self._links.get(address)
-        if link and link.node_id and link.greeted_at + HELLO_RETRY_S <= now:
+        if link and link.node_id and link.greeted_at + self._retry <= now:
             self.greet_again(address)
 
     def greet_again(self, *addresses: str) -> None:
@@ -123,7 +123,7 @@ class Links:
         return [
             link
             for link in self._links.values()
-            if link.unanswered and link.greeted_at + HELLO_RETRY_S <= now
+            if link.unanswered and link.greeted_at + self._retry <= now
         ]
 
     def connected(self) -> tuple[str, ...]:
@@ -133,7 +133,7 @@ class Links:
     def next_due(self) -> float:
         """When the next greeting is due."""
         return min(
-            (k.greeted_at + HELLO_RETRY_S for k in self._links.values() if k.unanswered),
+            (k.greeted_at + self._retry for k in self._links.values() if k.unanswered),
             default=inf,
         )
 

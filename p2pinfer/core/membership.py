@@ -2,28 +2,37 @@
 
 Every node hears every other one directly (`MAX_NODES` is small), so a member is declared dead on
 direct evidence only; what others say of it (rumours) makes this node look for itself. A member
-that hears itself called suspect refutes it with a higher incarnation.
+that hears itself called suspect refutes it with a higher incarnation, and rumours of lower ones
+count no more. All times are in seconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from math import inf
 
+from p2pinfer.core.timing import Timing
 from p2pinfer.limits import MAX_NODES
 from p2pinfer.types import Fence, Member
 from p2pinfer.wire.messages import Heartbeat, MemberState, Rumour
 
-FIRST_WORD_S = 5.0
-"""Patience with a member known from a list only: it may still be starting, or opening its link."""
+FORGET_S = 60.0
+"""How long a member that is gone, and that no plan names, is remembered: long enough to be seen in
+`status`, and for everybody to have missed it, so that no rumour brings it back."""
+
+HEARD_PERIODS = 2
+"""Who was heard within so many heartbeat periods is heard: one heartbeat may be lost."""
 
 LIVING = (MemberState.ALIVE, MemberState.SUSPECT)
 
 
 @dataclass(slots=True)
 class Peer:
-    """What this node believes of one other member; times in seconds of the local clock."""
+    """What this node believes of one other member.
+
+    `spoke` is false while it is known from others only; `gone_at` is when it was lost.
+    """
 
     member: Member
     heard_at: float
@@ -32,6 +41,7 @@ class Peer:
     incarnation: int = 0
     heartbeat: Heartbeat | None = None
     rtt_s: float | None = None
+    gone_at: float = inf
 
     @property
     def living(self) -> bool:
@@ -47,11 +57,12 @@ class Peer:
 class Membership:
     """The members that one node knows, itself (`me`) apart."""
 
-    def __init__(self, me: Member) -> None:
+    def __init__(self, me: Member, timing: Timing) -> None:
         self.me = me
         self.incarnation = 0
         self.changed_at = -inf
         """When a member last came or went."""
+        self._timing = timing
         self._peers: dict[str, Peer] = {}
 
     def __getitem__(self, node_id: str) -> Peer:
@@ -73,6 +84,19 @@ class Membership:
         """The living members, this node first."""
         return (self.me, *(peer.member for peer in self.living()))
 
+    def lost_ids(self) -> frozenset[str]:
+        """Node ids of those known to be dead or to have left."""
+        return frozenset(node_id for node_id, peer in self._peers.items() if not peer.living)
+
+    def heard_ids(self, now: float, stretch: float = 1.0) -> frozenset[str]:
+        """Node ids of the living peers that were heard lately; `stretch` is the local health's."""
+        within = HEARD_PERIODS * self._timing.heartbeat_every * stretch
+        return frozenset(
+            peer.member.node_id
+            for peer in self.living()
+            if peer.spoke and now - peer.heard_at <= within
+        )
+
     def is_living(self, member: Member) -> bool:
         """Whether that very incarnation of a member (its boot id) is alive or suspect."""
         if member.node_id == self.me.node_id:
@@ -83,13 +107,16 @@ class Membership:
     def join(self, member: Member, now: float, *, spoke: bool) -> bool:
         """Note a member, alive; true if it is new here. `spoke`: we have it from itself."""
         peer = self._peers.get(member.node_id)
-        if peer and peer.living and peer.member.boot_id == member.boot_id:
+        same = peer is not None and peer.member.boot_id == member.boot_id
+        if peer and peer.living and same:
             if spoke:
                 peer.member, peer.heard_at, peer.spoke = member, now, True
             return False
-        self._peers[member.node_id] = Peer(member=member, heard_at=now, spoke=spoke)
+        new = Peer(member=member, heard_at=now, spoke=spoke)
+        if peer and same:
+            new.incarnation = peer.incarnation
+        self._peers[member.node_id] = new
         self.changed_at = now
-        self._forget_gone()
         return True
 
     def heard(self, heartbeat: Heartbeat, now: float) -> None:
@@ -122,7 +149,8 @@ class Membership:
 
     def lose(self, node_id: str, state: MemberState, now: float) -> None:
         """A peer is `DEAD` or has `LEFT`."""
-        self._peers[node_id].state = state
+        peer = self._peers[node_id]
+        peer.state, peer.gone_at = state, now
         self.changed_at = now
 
     def silent(self, now: float, dead_after: float) -> list[Peer]:
@@ -134,7 +162,8 @@ class Membership:
         return min((self._dies_at(peer, dead_after) for peer in self.living()), default=inf)
 
     def _dies_at(self, peer: Peer, dead_after: float) -> float:
-        return peer.heard_at + (dead_after if peer.spoke else max(dead_after, FIRST_WORD_S))
+        patience = dead_after if peer.spoke else max(dead_after, self._timing.first_word)
+        return peer.heard_at + patience
 
     def rumours(self) -> tuple[Rumour, ...]:
         """What this node believes of every peer it knows, for its heartbeats."""
@@ -159,8 +188,21 @@ class Membership:
         """Forget everybody: this node is in no cluster any more."""
         self._peers.clear()
 
-    def _forget_gone(self) -> None:
-        """Keep the table bounded: the members longest gone are forgotten first."""
-        gone = sorted((p for p in self.everybody() if not p.living), key=lambda p: p.heard_at)
-        for peer in gone[: max(0, len(gone) - MAX_NODES)]:
-            del self._peers[peer.member.node_id]
+    def forget_gone(self, now: float, kept: Collection[str] = ()) -> list[Member]:
+        """Forget who has been gone for long, and of too many the longest gone; returns them.
+
+        `kept` are the node ids that the newest plan names: whether they live still matters.
+        """
+        gone = sorted(
+            (p for p in self.everybody() if not p.living and p.member.node_id not in kept),
+            key=lambda peer: peer.gone_at,
+        )
+        too_many = sum(not peer.living for peer in self._peers.values()) - MAX_NODES
+        forgotten = [
+            peer.member
+            for number, peer in enumerate(gone)
+            if number < too_many or peer.gone_at + FORGET_S <= now
+        ]
+        for member in forgotten:
+            del self._peers[member.node_id]
+        return forgotten

@@ -2,11 +2,14 @@
 
 Who is there is decided on direct evidence: a connection that breaks makes a member suspect and has
 it probed, a refused probe or silence makes it dead, its heartbeat clears every doubt. Heartbeats
-carry the whole table as rumours; those make this node look for itself.
+carry the whole table as rumours; those make this node look for itself. Nobody else's death, the
+leader's included, changes the table.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import dataclass
 from math import inf
 from typing import Protocol
 
@@ -35,6 +38,19 @@ from p2pinfer.wire.messages import ControlMessage, Heartbeat, MemberState, Rumou
 MAX_ROUTES = 4 * MAX_NODES
 """Connections that are known to belong to a member; the oldest is forgotten first."""
 
+PROBE_AGAIN_PERIODS = 2
+"""A suspect whose port was open is probed again after so many heartbeat periods of silence: a dying
+process may close its connections before its port."""
+
+
+@dataclass(slots=True)
+class _Probing:
+    """An address that is looked at, for whose sake, and when it was answered (inf: not yet)."""
+
+    address: str
+    member: Member
+    answered_at: float = inf
+
 
 class OnLost(Protocol):
     """Told of every member that is lost, once the table and the links say so."""
@@ -43,28 +59,29 @@ class OnLost(Protocol):
 
 
 class Neighbours:
-    """`cluster_id` is empty while this node is in no cluster. Times in seconds."""
+    """`cluster_id` is empty while this node is in no cluster. Times in seconds, as awake time."""
 
     def __init__(
         self, config: NodeConfig, links: Links, election: Election, box: Outbox, on_lost: OnLost
     ) -> None:
         self.cluster_id = ""
-        self.table = Membership(config.member)
+        self.table = Membership(config.member, config.timing)
         self.links = links
         self._config = config
         self._election = election
         self._box = box
         self._on_lost = on_lost
         self._routes: dict[bytes, str] = {}
-        self._probes: dict[str, str] = {}
+        self._probes: dict[str, _Probing] = {}
         self._heartbeat_at = -inf
+        self._stretch = 1.0
 
     @property
     def deadline(self) -> float:
         """When this wants to look again."""
         if not self.table.living():
             return inf
-        return min(self._heartbeat_at, self.table.next_death(self._config.dead_after))
+        return min(self._heartbeat_at, self.table.next_death(self._dead_after))
 
     def put(self, outputs: list[Output]) -> None:
         """Pass on what a part of this returned."""
@@ -105,7 +122,17 @@ class Neighbours:
     # --- coming and going -------------------------------------------------------------------------
 
     def add(self, member: Member, now: float, *, spoke: bool) -> None:
-        """A member is there; `spoke`: we have it from itself."""
+        """A member is there. `spoke`: it greeted us; else it answered us, or is on a list.
+
+        The greeting of one that was lost does not bring it back: only its answer to ours shows
+        that it hears us too. Otherwise a cut in one direction would bring it back again and again.
+        """
+        known = self.table.get(member.node_id)
+        lost = known is not None and not known.living and known.member.boot_id == member.boot_id
+        if spoke and lost:
+            self.open(member.address)
+            self.links.greet_again(member.address)
+            return
         if self.table.join(member, now, spoke=spoke):
             self._box.add(PeerJoined(member=member))
         self.open(member.address)
@@ -117,21 +144,40 @@ class Neighbours:
             return
         if self.table.suspect(member.node_id):
             self._box.add(PeerSuspected(name=member.name, node_id=member.node_id, reason=reason))
-        address = address or member.address
-        self._probes[address] = member.node_id
+        self._probe(member, address or member.address)
+
+    def _probe(self, member: Member, address: str) -> None:
+        self._probes[member.node_id] = _Probing(address, member)
         self._box.add(Probe(address=address))
 
     def probe_answered(self, event: ProbeAnswered, now: float) -> None:
         """A suspect whose port is closed is dead; an open port proves nothing."""
-        peer = self.table.get(self._probes.pop(event.address, ""))
-        if event.refused and peer and peer.state is MemberState.SUSPECT:
-            self.lose(peer, MemberState.DEAD, "it refuses connections", now)
+        for probing in [p for p in self._probes.values() if p.address == event.address]:
+            peer = self.table.get(probing.member.node_id)
+            suspect = peer is not None and peer.state is MemberState.SUSPECT
+            if peer is None or not suspect or peer.member.boot_id != probing.member.boot_id:
+                del self._probes[probing.member.node_id]
+            elif event.refused:
+                self.lose(peer, MemberState.DEAD, "it refuses connections", now)
+            else:
+                probing.answered_at = now
+
+    def _probe_again(self, now: float) -> None:
+        """Look again at suspects that still say nothing."""
+        after = PROBE_AGAIN_PERIODS * self._config.timing.heartbeat_every
+        for node_id, probing in list(self._probes.items()):
+            peer = self.table.get(node_id)
+            if peer is None or peer.state is not MemberState.SUSPECT:
+                del self._probes[node_id]
+            elif probing.answered_at + after <= now:
+                self._probe(peer.member, probing.address)
 
     def lose(self, peer: Peer, state: MemberState, reason: str, now: float) -> None:
         """A member is `DEAD` or has `LEFT`."""
         member, node_id = peer.member, peer.member.node_id
         self.table.lose(node_id, state, now)
         self._routes = {r: owner for r, owner in self._routes.items() if owner != node_id}
+        self._probes.pop(node_id, None)
         self.close(member)
         if state is MemberState.LEFT:
             self._box.add(PeerLeft(name=member.name, node_id=node_id))
@@ -152,11 +198,11 @@ class Neighbours:
 
     # --- heartbeats -------------------------------------------------------------------------------
 
-    def heartbeat(self, fence: Fence, stats: WorkerStats, now: float) -> Heartbeat:
+    def heartbeat(
+        self, fence: Fence, stats: WorkerStats, now: float, *, hung: bool, draining: bool
+    ) -> Heartbeat:
         """This node's heartbeat, but for the echo of each receiver's clock."""
-        living = self.table.living()
-        ids = {peer.member.node_id for peer in living}
-        heard = (p for p in living if p.spoke and p.state is MemberState.ALIVE)
+        ids = {peer.member.node_id for peer in self.table.living()}
         return Heartbeat(
             node_id=self.table.me.node_id,
             boot_id=self.table.me.boot_id,
@@ -167,27 +213,54 @@ class Neighbours:
             steps=stats.steps,
             owes_step=stats.owes_step,
             rumours=self.table.rumours(),
-            hears_control=tuple(peer.member.node_id for peer in heard),
+            hears_control=tuple(sorted(self.table.heard_ids(now, self._stretch))),
             hears_steps=tuple(node_id for node_id in stats.hears_steps if node_id in ids),
             sent_at_ms=round(now * 1000),
             tokens_per_s=stats.tokens_per_s,
             kv_used_bytes=stats.kv_used_bytes,
             kv_limit_bytes=stats.kv_limit_bytes,
+            hung=hung,
+            draining=draining,
+            compute_ms=stats.compute_ms,
         )
 
-    def look(self, fence: Fence, stats: WorkerStats, now: float) -> None:
-        """Lose who fell silent, and send heartbeats when their time has come."""
-        for peer in self.table.silent(now, self._config.dead_after):
-            # The loss of the leader empties the table.
-            if self.table.get(peer.member.node_id) is peer:
-                self.lose(peer, MemberState.DEAD, "it fell silent", now)
+    def sure_ids(self, now: float) -> frozenset[str]:
+        """Node ids of the peers that are there for sure: heard just now, and not suspected."""
+        return frozenset(
+            node_id
+            for node_id in self.table.heard_ids(now)
+            if self.table[node_id].state is MemberState.ALIVE
+        )
+
+    def speak_soon(self, now: float) -> None:
+        """Something happened that the others should know at once: send heartbeats when next
+        looked at."""
+        self._heartbeat_at = min(self._heartbeat_at, now)
+
+    def look(
+        self, own: Heartbeat, now: float, *, stretch: float = 1.0, kept: Collection[str] = ()
+    ) -> None:
+        """Lose who fell silent, forget who is gone for long, and send heartbeats when it is time.
+
+        `own` is this node's heartbeat as it stands; `stretch` is the local health's. `kept` are
+        the node ids that the newest plan names, which are not forgotten.
+        """
+        self._stretch = stretch
+        for peer in self.table.silent(now, self._dead_after):
+            self.lose(peer, MemberState.DEAD, "it fell silent", now)
+        self._probe_again(now)
+        for member in self.table.forget_gone(now, kept):
+            self.close(member)
         if now < self._heartbeat_at:
             return
-        self._heartbeat_at = now + self._config.heartbeat_every
-        own = self.heartbeat(fence, stats, now)
+        self._heartbeat_at = now + self._config.timing.heartbeat_every
         for peer in self.table.living():
             node_id = peer.member.node_id
             self._box.send(node_id, replace(own, echo_ms=self.table.echo_ms(node_id, now)))
+
+    @property
+    def _dead_after(self) -> float:
+        return self._config.timing.dead_after * self._stretch
 
     def heard(self, heartbeat: Heartbeat, now: float) -> bool:
         """Take in a member's heartbeat; false when it is of another life of that node."""
@@ -206,18 +279,13 @@ class Neighbours:
     def _weigh(self, rumour: Rumour, teller: Peer, now: float) -> None:
         """A rumour about another node: look for ourselves, by greeting it or by probing it."""
         peer = self.table.get(rumour.node_id)
-        alive = rumour.state is MemberState.ALIVE
         if peer is None:
             # The teller's answer to a greeting lists the members that it knows.
-            if alive:
+            if rumour.state is MemberState.ALIVE:
                 self.links.greet_again_after_a_while(teller.member.address, now)
-        elif peer.living:
-            silent = now - peer.heard_at > 3 * self._config.heartbeat_every
-            gone = rumour.state in (MemberState.DEAD, MemberState.LEFT)
-            if gone and silent and peer.member.boot_id == rumour.boot_id:
-                self.doubt(peer, f"{teller.member.name} has lost it")
-        elif teller.member.node_id == self._election.leader_id:
-            if alive:
-                self.open(peer.member.address)
-            else:
-                self.close(peer.member)
+            return
+        gone = rumour.state in (MemberState.DEAD, MemberState.LEFT)
+        same = peer.member.boot_id == rumour.boot_id and rumour.incarnation >= peer.incarnation
+        silent = now - peer.heard_at > 3 * self._config.timing.heartbeat_every
+        if gone and same and silent and rumour.node_id not in self._probes:
+            self.doubt(peer, f"{teller.member.name} has lost it")

@@ -1,30 +1,35 @@
 """A node's control plane as one value that takes inputs and gives outputs, without any I/O.
 
 `Node` joins the parts: who is there (`neighbours`, `greeter`), who leads (`election`), which plan
-is in force (`plan_maker` on the leader, `plan_holder` on every node), and the requests (`requests`
-on the serving node, `request_log` on the leader). It passes messages between them and decides what
-the loss of a member, of the leader or of the worker means.
+is in force (`plan_holder`; on the leader `leadership`, which makes it), what may not be forgotten
+(`durable`), and the requests of this node's clients (`requests`). It passes messages between them
+and decides what the loss of a member, of the leader or of the worker means.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import inf
 from typing import Any
 
 from msgspec.structs import replace
 
-from p2pinfer.core.election import Election
+from p2pinfer.core.departure import Departure
+from p2pinfer.core.durable import Durable
+from p2pinfer.core.election import Election, ElectionView
 from p2pinfer.core.events import (
     ClientCancelled,
     ClientSubmitted,
     Exit,
+    FenceSettled,
     Input,
-    LeaderElected,
     LinkDown,
     LinkLost,
     LinkUp,
     NodeConfig,
     Output,
+    Persisted,
+    PersistFailed,
     PlanLoaded,
     ProbeAnswered,
     Received,
@@ -33,35 +38,38 @@ from p2pinfer.core.events import (
     ShutdownAsked,
     StepFailed,
     StopWorker,
-    TokensDrawn,
+    TokensCommitted,
     WorkerDied,
     WorkerFailed,
+    WorkerHung,
     WorkerReady,
     WorkerSaid,
     WorkerStats,
 )
 from p2pinfer.core.greeter import Greeter
+from p2pinfer.core.health import LocalHealth, WorkerWatch
+from p2pinfer.core.leadership import Leadership
 from p2pinfer.core.links import Links
 from p2pinfer.core.membership import Peer
 from p2pinfer.core.neighbours import Neighbours
 from p2pinfer.core.outbox import Outbox
 from p2pinfer.core.plan_holder import PlanHolder
-from p2pinfer.core.plan_maker import PlanMaker, View
-from p2pinfer.core.request_log import RequestLog
+from p2pinfer.core.preview import plan_object, preview
+from p2pinfer.core.proposal import owners
 from p2pinfer.core.requests import Serving
 from p2pinfer.core.status import make_status
-from p2pinfer.types import Fence, Member
+from p2pinfer.errors import ClusterError
 from p2pinfer.wire.messages import (
-    Ack,
     Activate,
-    Cancel,
     ControlMessage,
+    Drain,
     Drawn,
     Ended,
-    Forward,
     Heartbeat,
     Hello,
     Leave,
+    LogEntry,
+    LogRequest,
     MemberState,
     Nack,
     PreVoteReply,
@@ -75,35 +83,49 @@ from p2pinfer.wire.messages import (
 
 
 class Node:
-    """One node. `now` is in seconds of a clock that never goes back; `handle` never blocks."""
+    """One node. `now` is in seconds of a clock that never goes back; `handle` never blocks.
 
-    def __init__(self, config: NodeConfig) -> None:
-        me = config.member.node_id
-        links = Links()
+    `draw` gives random numbers in [0, 1): elections need them, and the caller has the source.
+    """
+
+    def __init__(self, config: NodeConfig, draw: Callable[[], float]) -> None:
+        me = config.member
+        links = Links(config.timing)
         self._config = config
-        self._me = me
+        self._me = me.node_id
         self._started = self._stopped = False
-        self._box = Outbox(me, links.to)
-        self._election = Election(me)
+        self._box = Outbox(me.node_id, links.to)
+        self._durable = Durable(config.stored, me.boot_id, self._box)
+        self._election = Election(me, self._durable, config.timing, self._box, draw)
         self._near = Neighbours(config, links, self._election, self._box, self._lost)
         self._greeter = Greeter(config, self._near, self._election, self._box, self)
-        self._holder = PlanHolder(config.member, config.model, self._box)
-        self._maker: PlanMaker | None = None
-        self._log = RequestLog(self._box)
+        self._holder = PlanHolder(me, config.model, self._durable, self._box)
         self._serving = Serving(config, self._box)
+        self._departure = Departure(config, self._near, self._box)
+        self._leadership: Leadership | None = None
+        self._followed = ("", 0)
         self._stats = WorkerStats()
+        self._health = LocalHealth(config.timing)
+        self._watch = WorkerWatch(config.timing)
+        self._hung = False
+        self._wanted = inf
 
     # --- the interface ----------------------------------------------------------------------------
 
     def handle(self, event: Input, now: float) -> list[Output]:
-        """Take one input, at time `now`; returns what is to be done, in order."""
+        """Take one input, at time `now`; returns what is to be done, in order.
+
+        Inside, time is the node's awake time (`core/health`).
+        """
+        now = self._health.look(self._wanted, now)
         if not self._started:
             self._started = True
             self._start(now)
         for step in (self._take, self._look_around, self._look):
             if not self._stopped:
                 step(event, now)
-                self._hear_itself(now)
+                self._settle(now)
+        self._wanted = self.deadline
         return self._box.take()
 
     @property
@@ -113,26 +135,30 @@ class Node:
             return -inf
         if self._stopped:
             return inf
+        return self._health.told(self._deadline())
+
+    def _deadline(self) -> float:
         return min(
             self._greeter.deadline,
             self._near.deadline,
             self._election.deadline,
             self._serving.deadline,
-            self._log.deadline,
-            self._maker.deadline if self._maker else inf,
+            self._departure.deadline,
+            self._watch.deadline,
+            self._leadership.deadline if self._leadership else inf,
         )
 
     @property
     def ready(self) -> bool:
-        """Whether a plan is in force here and all its members say that they obey it too."""
+        """Whether somebody leads and all who hold a part of the plan in force say they obey it."""
         plan, fence = self._holder.active, self._holder.obeyed
-        if plan is None or plan.fence != fence:
+        if plan is None or plan.fence != fence or not self._election.leader_id:
             return False
         table = self._near.table
         return all(
             table.is_living(member)
             and (member.node_id == self._me or table[member.node_id].fence == fence)
-            for member in plan.members
+            for member in owners(plan)
         )
 
     @property
@@ -142,16 +168,19 @@ class Node:
             return ""
         if not self._near.cluster_id:
             return "a cluster to join"
-        if self._maker:
-            return self._maker.waiting or "all nodes to take up the plan"
         if not self._holder.worker_ready:
             return "this node's worker to start"
+        if self._leadership:
+            return self._leadership.waiting or "all nodes to take up the plan"
+        if not self._election.leader_id:
+            return self._election.waiting
         if self._holder.pending:
             return "the weights to load"
         return "the leader's plan"
 
     def status(self, now: float) -> dict[str, Any]:
         """The object of `status --json`."""
+        now = self._health.awake(now)
         return make_status(
             cluster_id=self._near.cluster_id,
             leader_id=self._election.leader_id,
@@ -161,17 +190,40 @@ class Node:
             plan=self._holder.active,
             model=self._config.model,
             membership=self._near.table,
-            own=self._near.heartbeat(self._holder.obeyed, self._stats, now),
+            own=self._own_heartbeat(now),
             stats=self._stats,
         )
+
+    def plan_object(self, without: str = "") -> dict[str, Any]:
+        """The object of `plan --json`: who holds what, or would if the member so named were gone.
+
+        Raises `ClusterError` where there is no plan, or no such member.
+        """
+        plan = self._holder.active
+        if plan is None:
+            raise ClusterError(
+                "not_ready", f"there is no plan yet; the cluster waits for {self.waiting}"
+            )
+        if not without:
+            return plan_object(plan)
+        return preview(plan, self._near.table.members(), without)
 
     # --- inputs -----------------------------------------------------------------------------------
 
     def _start(self, now: float) -> None:
-        model, me = self._config.model, self._near.table.me
-        if self._config.join:
+        stored, config = self._config.stored, self._config
+        table = self._near.table
+        table.changed_at = now
+        if stored is not None:
+            self._near.cluster_id = stored.cluster_id
+            self._election.resume(now)
+            known = stored.plan.members if stored.plan else ()
+            others = [m.address for m in known if m.node_id != self._me]
+            self._greeter.come_back((*others, *config.join), now)
+        elif config.join:
+            table.me = replace(table.me, blank=True)
             self._greeter.join(now)
-        elif model is None:
+        elif config.model is None:
             self.fail(
                 "a witness holds no model, so it cannot found a cluster: give it the address of "
                 "a node with --join",
@@ -179,11 +231,8 @@ class Node:
                 now,
             )
         else:
-            self._near.cluster_id = self._config.cluster_id
-            self._election.found()
-            self._maker = PlanMaker(self._config, model, self._election.term, self._box)
-            self._near.table.changed_at = now
-            self._follow(me)
+            self._near.cluster_id = config.cluster_id
+            self._election.found(config.cluster_id, now)
 
     def _take(self, event: Input, now: float) -> None:
         match event:
@@ -196,64 +245,119 @@ class Node:
             case ProbeAnswered():
                 self._near.probe_answered(event, now)
             case WorkerSaid():
+                self._watch.said(now)
                 self._worker_said(event, now)
             case WorkerDied():
                 self.fail(f"this node's worker died: {event.detail}", 1, now)
+            case Persisted():
+                self._durable.persisted(event.number, now)
+            case PersistFailed():
+                self.fail(f"the state of this node could not be written: {event.reason}", 1, now)
             case ClientSubmitted():
                 self._serving.submit(event, self.waiting, now)
             case ClientCancelled():
                 self._serving.cancelled(event, now)
             case ShutdownAsked():
-                self.fail("", 0, now)
+                self._departure.leave(now)
 
-    def _hear_itself(self, now: float) -> None:
-        """Handle messages to oneself until there are no more, then start what may start."""
-        while self._box.to_self and not self._stopped:
+    def _settle(self, now: float) -> None:
+        """Handle messages to oneself until there are no more; follow whoever leads by then."""
+        while not self._stopped:
+            self._mind_the_leader(now)
+            if not self._box.to_self:
+                break
             self._member_said(self._box.to_self.popleft(), self._me, now)
-        if self._maker and self._maker.in_force(self._near.table.members()):
-            self._log.start_all()
+        if self._leadership and not self._stopped:
+            self._leadership.start(self._holder.obeyed)
+
+    def _mind_the_leader(self, now: float) -> None:
+        """Take up or lay down the office; tell the requests who leads."""
+        election = self._election
+        leader = (election.leader_id, election.term if election.leader_id else 0)
+        if leader == self._followed:
+            return
+        self._followed = leader
+        self._leadership = None
+        if not election.leader_id:
+            self._holder.halt()
+            self._serving.leader_lost()
+            return
+        if election.leads:
+            self._leadership = Leadership(
+                self._config, election.term, self._durable, self._near, self._box
+            )
+            self._near.speak_soon(now)
+        self._serving.leader_found(election.leader_id, election.term)
 
     def _look_around(self, _event: Input, now: float) -> None:
-        """What time brings about among the members: silence, heartbeats, greetings."""
-        self._near.look(self._holder.obeyed, self._stats, now)
+        """What time brings about among the members: silence, heartbeats, greetings, hangs."""
+        self._look_at_worker(now)
+        plan = self._durable.plan
+        kept = [member.node_id for member in plan.members] if plan else []
+        own = self._own_heartbeat(now)
+        self._near.look(own, now, stretch=self._health.stretch, kept=kept)
         self._greeter.look(now)
 
+    def _look_at_worker(self, now: float) -> None:
+        hung, silence = self._watch.hung(now), self._watch.silence(now)
+        if hung != self._hung:
+            self._hung = hung
+            self._box.add(WorkerHung(hung=hung, silence_s=silence))
+            self._near.speak_soon(now)
+        if self._watch.given_up(now):
+            self.fail(f"this node's worker has been hanging for {silence:.0f} s", 1, now)
+
     def _look(self, _event: Input, now: float) -> None:
-        """What time, or what just happened, brings about for plans and requests."""
-        if self._maker:
-            table = self._near.table
-            living = table.living()
-            ids = [
-                peer.member.node_id for peer in living if self._near.links.to(peer.member.node_id)
-            ]
-            suspects = (p.member.name for p in living if p.state is MemberState.SUSPECT)
-            view = View(
-                living=table.members(),
-                reached=frozenset((self._me, *ids)),
-                suspects=tuple(suspects),
+        """What time, or what just happened, brings about for elections, plans and requests."""
+        table = self._near.table
+        draining = self._departure.draining
+        self._election.look(
+            ElectionView(
+                members=table.members(),
+                lost=table.lost_ids(),
+                able=self._holder.worker_ready
+                and not self._hung
+                and not draining
+                and self._config.model is not None,
+            ),
+            now,
+        )
+        self._mind_the_leader(now)
+        if self._leadership:
+            self._leadership.look(
+                self._holder.active,
+                self._own_heartbeat(now),
                 worker_ready=self._holder.worker_ready,
-                quiet_since=table.changed_at,
+                draining=draining,
+                now=now,
             )
-            self._maker.look(view, now)
-            self._log.forget_old(now)
-        self._serving.look(ready=self.ready, waiting=self.waiting, now=now)
+        self._serving.look(
+            ready=self.ready,
+            waiting=self.waiting,
+            leaderless=not self._election.leader_id and self._durable.plan is not None,
+            now=now,
+        )
+        if self._departure.look(self._holder.active, self._holder.obeyed, now):
+            self.fail("", 0, now)
+
+    def _own_heartbeat(self, now: float) -> Heartbeat:
+        return self._near.heartbeat(
+            self._holder.obeyed,
+            self._stats,
+            now,
+            hung=self._hung,
+            draining=self._departure.draining,
+        )
+
+    def known_addresses(self) -> tuple[str, ...]:
+        """Where members that are not there may come back: hints, no more."""
+        plan, table = self._durable.plan, self._near.table
+        gone = (p.member.address for p in table.everybody() if p.state is MemberState.DEAD)
+        planned = (m.address for m in plan.members if m.node_id != self._me) if plan else ()
+        alone = () if table.living() else self._config.join
+        return tuple(dict.fromkeys((*gone, *planned, *alone)))
 
     # --- joining, leaving, losing -----------------------------------------------------------------
-
-    def joined(self, leader: Member, now: float) -> None:
-        """This node is in a cluster now, and follows `leader`, whose term its heartbeats tell."""
-        self._election.follow(leader.node_id, 0)
-        self._follow(leader)
-
-    def _follow(self, leader: Member) -> None:
-        self._box.add(
-            LeaderElected(name=leader.name, node_id=leader.node_id, term=self._election.term)
-        )
-        self._serving.leader_found(leader.node_id)
-
-    def has_acked(self, member: Member) -> bool:
-        """Whether this node leads, and that member has acknowledged its newest plan."""
-        return self._maker is not None and self._maker.has_acked(member)
 
     def fail(self, error: str, exit_code: int, now: float) -> None:
         """Leave cluster and process: on request (`error` empty), or because there is no way on."""
@@ -264,33 +368,18 @@ class Node:
         leave = Leave(node_id=me.node_id, boot_id=me.boot_id, reason=error[:4096])
         for peer in self._near.table.living():
             self._box.send(peer.member.node_id, leave)
+        if self._departure.for_good and not error:
+            self._durable.forget()
         self._box.order(StopWorker())
         self._box.add(Exit(error=error, exit_code=exit_code))
         self._stopped = True
 
     def _lost(self, peer: Peer, state: MemberState, reason: str, now: float) -> None:
-        """What the loss of a member means for its requests, its units, or the cluster."""
-        member, node_id = peer.member, peer.member.node_id
-        if self._election.node_lost(node_id):
-            self._serving.leader_lost(
-                f"the leader {member.name} was lost ({reason}); submit again when the cluster is "
-                f"back",
-                now,
-            )
-            addresses = tuple(p.member.address for p in self._near.table.everybody())
-            self._election.forget()
-            self._holder.forget()
-            self._near.forget()
-            self._greeter.rejoin(member, addresses, now)
-        elif self._maker:
-            self._maker.lost(member)
-            self._log.serving_lost(node_id)
-            if state is MemberState.DEAD and self._maker.is_owner(node_id):
-                self._log.fail_started(
-                    "node_lost",
-                    f"node {member.name}, which held a part of the model, was lost: {reason}; "
-                    f"submit again",
-                )
+        """What the loss of a member means: for the leadership, its units and its requests."""
+        if self._leadership:
+            self._leadership.lost(peer, state, now)
+        self._election.lost(peer.member.node_id, reason, now)
+        self._departure.lost(peer.member, state)
 
     # --- the worker -------------------------------------------------------------------------------
 
@@ -301,13 +390,12 @@ class Node:
             case WorkerFailed() as report:
                 self.fail(report.message, 2 if report.usage else 1, now)
             case PlanLoaded() as report:
-                self._holder.loaded(report)
-            case TokensDrawn() as report:
-                self._log.drawn(report.tokens)
-            case RequestEnded() as report:
-                self._log.ended(report, now)
+                self._holder.loaded(report, now)
+            case TokensCommitted() | FenceSettled() | RequestEnded() as report:
+                if self._leadership:
+                    self._leadership.reported(report, now)
             case StepFailed() as report:
-                self._step_failed(report)
+                self._step_failed(report, now)
             case LinkLost() as report:
                 if peer := self._near.table.get(report.node_id):
                     self._near.doubt(peer, "its step link broke")
@@ -327,27 +415,28 @@ class Node:
             table.me = me
             for address in self._near.links.connected():
                 self._greeter.greet(address, now)
-        self._holder.worker_started()
+        self._holder.worker_started(now)
 
-    def _step_failed(self, report: StepFailed) -> None:
-        """The leader proposes the same owners again; any other node tells the leader."""
+    def _step_failed(self, report: StepFailed, now: float) -> None:
+        """The leader begins a new epoch; any other node tells the leader."""
         peer = self._near.table.get(report.node_id)
         who = f" ({peer.member.name})" if peer else ""
         why = f"step {report.step} failed{who}: {report.reason}"
         if report.fence != self._holder.obeyed:
             return
-        if self._maker is None:
-            nack = Nack(fence=report.fence, node_id=self._me, code="internal", message=why[:4096])
+        if self._leadership:
+            self._leadership.own_step_failed(report, why, now)
+        elif self._election.leader_id:
+            nack = Nack(
+                fence=report.fence,
+                node_id=self._me,
+                code="internal",
+                message=why[:4096],
+                about=report.node_id,
+            )
             self._box.send(self._election.leader_id, nack)
-            return
-        self._break_off(report.fence, why)
         if peer:
             self._near.doubt(peer, "a step waited for it")
-
-    def _break_off(self, fence: Fence, why: str) -> None:
-        """A step of the plan in force failed on some node: begin a new epoch."""
-        if self._maker and self._maker.step_failed(fence, why):
-            self._log.step_failed(why)
 
     # --- messages ---------------------------------------------------------------------------------
 
@@ -359,6 +448,8 @@ class Node:
                 self._greeter.refused(message, event.link, now)
             case Hello() as message if event.route:
                 self._greeter.greeted(message, event.route, now)
+            case Drain() as message if not self._near.sender(event.route):
+                self._departure.asked(message, event.route, now)
             case message:
                 if sender := self._near.sender(event.route):
                     self._member_said(message, sender, now)
@@ -385,40 +476,33 @@ class Node:
                 peer = self._near.table[sender]
                 if peer.member.boot_id == message.boot_id:
                     self._near.lose(peer, MemberState.LEFT, message.reason or "it left", now)
-            case Propose() if leading:
-                self._holder.propose(message, self._near.cluster_id, sender)
+            case Propose() if message.plan.members[message.plan.leader].node_id == sender:
+                if self._election.follow(sender, message.plan.fence.term, now):
+                    self._mind_the_leader(now)
+                    self._holder.propose(message, self._near.cluster_id, sender, now)
+            case LogRequest() if leading:
+                self._holder.log_request(message, sender)
+            case LogEntry() if leading and sender != self._me:
+                self._holder.log_entry(message, now)
             case Activate() if leading:
-                self._holder.activate(message)
+                self._activate(message, now)
             case Drawn() if leading:
                 self._serving.drawn(message, now)
             case Ended() if leading:
                 self._serving.ended(message, now)
             case PreVoteRequest() | PreVoteReply() | VoteRequest() | VoteReply():
-                for fact in self._election.handle(message, sender, now):
-                    self._box.add(fact)
-            case _ if not (self._maker and self._to_leader(self._maker, message, sender, now)):
+                self._election.handle(message, sender, now)
+            case Drain():
+                self._departure.told(message, now)
+            case _ if not (self._leadership and self._leadership.said(message, sender, now)):
                 self._near.drop(message, "it is not for its sender to say, or not to this node")
 
-    def _to_leader(
-        self, maker: PlanMaker, message: ControlMessage, sender: str, now: float
-    ) -> bool:
-        """What members say to their leader; false when it is none of that."""
-        match message:
-            case Ack() if message.node_id == sender:
-                maker.ack(message, now)
-            case Nack() if message.node_id == sender:
-                maker.nack(message, now)
-                self._break_off(message.fence, message.message)
-            case Forward() if message.serving_id == sender:
-                self._log.forward(message, now)
-            case Cancel():
-                self._log.cancel(message, sender)
-            case _:
-                return False
-        return True
+    def _activate(self, message: Activate, now: float) -> None:
+        listeners = self._leadership.maker.listeners if self._leadership else ()
+        self._holder.activate(message, now, listeners)
 
     def _heard(self, heartbeat: Heartbeat, now: float) -> None:
         if self._near.heard(heartbeat, now):
-            self._election.handle(heartbeat, heartbeat.node_id, now)
-            if self._maker:
-                self._maker.obeys(heartbeat.node_id, heartbeat.fence)
+            self._election.heard(heartbeat, now)
+            if self._leadership:
+                self._leadership.heard(heartbeat, now)

@@ -1,78 +1,133 @@
 """How a node obeys plans: PROPOSE makes it load, ACK says that it has, ACTIVATE puts it in force.
 
-Fences only grow. What the leader sends twice (because an answer may be lost) is answered twice and
-done once. The leader's own node obeys by the same code: its messages to itself come in here too.
+Fences only grow. A plan is acknowledged when its units are loaded and it is on the disk, and comes
+into force only with the very token logs that ACTIVATE names: what a node lacks of them the leader
+sends before. What the leader sends twice (an answer may be lost) is answered twice and done once.
+The leader's own node obeys by the same code: its messages to itself come in here too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+from p2pinfer.core.agreement import digest, summary
+from p2pinfer.core.durable import Durable
 from p2pinfer.core.events import (
     ActivatePlan,
     FrameDropped,
+    Halt,
     LoadPlan,
     PlanAdopted,
     PlanFailed,
     PlanLoaded,
+    TokenLog,
 )
 from p2pinfer.core.outbox import Outbox
-from p2pinfer.core.planner import validate
+from p2pinfer.core.planner import holding, validate
 from p2pinfer.errors import RemoteProtocolError
 from p2pinfer.types import Fence, Member, ModelSpec, Plan
-from p2pinfer.wire.messages import Ack, Activate, Nack, Propose
+from p2pinfer.wire.messages import (
+    Ack,
+    Activate,
+    AgreedLog,
+    CoverageRun,
+    LogEntry,
+    LogRequest,
+    Nack,
+    Propose,
+)
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A plan being made ready: what of it is done, and the log entries that came for it."""
+
+    plan: Plan
+    index: int
+    heard_at: float
+    stored: bool = False
+    report: PlanLoaded | None = None
+    entries: dict[int, LogEntry] = field(default_factory=dict)
+
+    def log(self, request_id: int) -> TokenLog | None:
+        """This node's own log of a request, as it stood when the worker stopped."""
+        assert self.report is not None
+        return next((log for log in self.report.logs if log.request_id == request_id), None)
 
 
 class PlanHolder:
     """The plan in force here (`active`) and the one being made ready (`pending`).
 
-    `model` is None for a witness, which holds nothing and has no worker to ask.
+    `model` is None for a witness, which owns nothing: its worker only writes logs. `durable.plan`
+    is what this node has accepted; after a restart nothing of it is loaded, so none is active.
     """
 
-    def __init__(self, me: Member, model: ModelSpec | None, box: Outbox) -> None:
+    def __init__(self, me: Member, model: ModelSpec | None, durable: Durable, box: Outbox) -> None:
         self.active: Plan | None = None
-        self.pending: Plan | None = None
-        self.worker_ready = model is None
-        self._highest = Fence()
-        self._loaded = False
+        self.worker_ready = False
+        self._next: _Pending | None = None
+        self._refusal: Nack | None = None
         self._me = me
         self._model = model
+        self._durable = durable
         self._box = box
+
+    @property
+    def pending(self) -> Plan | None:
+        """The plan being made ready, or acknowledged and not yet in force."""
+        return self._next.plan if self._next else None
 
     @property
     def obeyed(self) -> Fence:
         """The fence of the plan in force, or (0, 0) while there is none or the next one loads."""
-        return self.active.fence if self.active and not self.pending else Fence()
+        return self.active.fence if self.active and not self._next else Fence()
 
-    def propose(self, message: Propose, cluster_id: str, leader_id: str) -> None:
-        """The leader proposes a plan: check it and make ready."""
+    # --- making ready -----------------------------------------------------------------------------
+
+    def propose(self, message: Propose, cluster_id: str, sender: str, now: float) -> None:
+        """The leader proposes a plan: check it and make ready. `cluster_id` is this node's."""
         plan = message.plan
-        if self.pending and plan.fence == self.pending.fence:
-            if self._loaded:
-                self._acknowledge(plan)
-            return
-        if plan.fence <= self._highest:
-            self._drop(f"its fence {_text(plan.fence)} is not above {_text(self._highest)}")
-        elif plan.cluster_id != cluster_id:
-            self._drop(f"it is of cluster {plan.cluster_id}")
-        elif plan.leader >= len(plan.members) or plan.members[plan.leader].node_id != leader_id:
-            self._drop("it names a leader that its sender is not")
-        elif self._index(plan) is None:
-            self._highest, self.active, self.pending = plan.fence, None, None
-            self._drop("this node has no place in it")
+        if self._next and plan.fence == self._next.plan.fence:
+            self._acknowledge(self._next)
+        elif self._refusal and plan.fence == self._refusal.fence:
+            self._box.send(sender, self._refusal)
+        elif plan.fence == self.obeyed:
+            pass  # Sent again before our ACK had come.
+        elif problem := self._objection(plan, cluster_id, sender):
+            self._box.add(FrameDropped(reason=f"PROPOSE: {problem}"))
         else:
-            self._accept(plan)
+            self._accept(plan, cluster_id, now)
 
-    def _accept(self, plan: Plan) -> None:
-        self._highest, self.pending, self._loaded = plan.fence, plan, False
+    def _objection(self, plan: Plan, cluster_id: str, sender: str) -> str:
+        """Why a plan is none of this node's; empty: it is."""
+        known, term = self._durable.fence, self._durable.state.term
+        if plan.leader >= len(plan.members) or plan.members[plan.leader].node_id != sender:
+            return "it names a leader that its sender is not"
+        if plan.cluster_id != cluster_id:
+            return f"it is of cluster {plan.cluster_id}"
+        if plan.fence.term < term:
+            return f"its term {plan.fence.term} is over, the term is {term}"
+        if plan.fence <= known:
+            return f"its fence {_text(plan.fence)} is not above {_text(known)}"
+        return "" if self._index(plan) is not None else "this life of the node has no place in it"
+
+    def _accept(self, plan: Plan, cluster_id: str, now: float) -> None:
+        index = self._index(plan)
+        assert index is not None
+        self._refusal = None
         try:
             validate(plan)
             self._check_model(plan)
         except RemoteProtocolError as error:
+            self.halt()
             self._refuse(plan, str(error))
             return
-        if self._model is None:
-            self._acknowledge(plan)
-        elif self.worker_ready:
-            self._load(plan)
+        self._next = _Pending(plan, index, now)
+        if self.worker_ready:
+            self._box.order(LoadPlan(plan=plan, me=index))
+        self._durable.accept(plan, cluster_id, partial(self._stored, plan.fence))
 
     def _check_model(self, plan: Plan) -> None:
         ours, theirs = self._model, plan.model
@@ -86,41 +141,142 @@ class PlanHolder:
                 f"(id {ours.model_id[:12]}…) as {ours.dtype}, {ours.quant}"
             )
 
-    def worker_started(self) -> None:
+    def worker_started(self, now: float) -> None:
         """The worker can take orders; a plan may be waiting for it."""
         self.worker_ready = True
-        if self.pending:
-            self._load(self.pending)
+        if self._next:
+            self._box.order(LoadPlan(plan=self._next.plan, me=self._next.index))
 
-    def loaded(self, report: PlanLoaded) -> None:
+    def loaded(self, report: PlanLoaded, now: float) -> None:
         """The worker has loaded a plan, or failed to."""
-        plan = self.pending
-        if plan is None or report.fence != plan.fence:
+        if self._next is None or report.fence != self._next.plan.fence:
             return
         if report.error:
-            self._refuse(plan, report.error)
-        else:
-            self._acknowledge(plan)
-
-    def activate(self, message: Activate) -> None:
-        """The leader puts the loaded plan in force; a repetition changes nothing."""
-        plan = self.pending
-        if plan is None or message.fence != plan.fence or not self._loaded:
-            if message.fence != self.obeyed:
-                self._box.add(
-                    FrameDropped(reason=f"ACTIVATE of {_text(message.fence)}, not loaded here")
-                )
+            self._refuse(self._next.plan, report.error)
             return
-        self.active, self.pending = plan, None
-        if self._model is not None:
-            self._box.order(ActivatePlan(fence=plan.fence))
-        names = tuple(member.name for member in plan.members)
-        self._box.add(PlanAdopted(fence=plan.fence, members=names))
+        self._next.report = report
+        self._acknowledge(self._next)
+
+    def _stored(self, fence: Fence, _now: float) -> None:
+        """The plan of that fence is on the disk."""
+        if self._next and self._next.plan.fence == fence:
+            self._next.stored = True
+            self._acknowledge(self._next)
+
+    def _acknowledge(self, pending: _Pending) -> None:
+        """Say that the plan is ready here, if it is."""
+        plan, report = pending.plan, pending.report
+        if report is None or not pending.stored:
+            return
+        ack = Ack(
+            fence=plan.fence,
+            node_id=self._me.node_id,
+            logs=tuple(summary(log) for log in report.logs),
+            coverage=tuple(_coverage(plan, pending.index, report)),
+        )
+        self._box.send(plan.members[plan.leader].node_id, ack)
+
+    def _refuse(self, plan: Plan, reason: str) -> None:
+        """This node cannot hold its part. It obeys no plan until the leader proposes another."""
+        self.active, self._next = None, None
+        self._box.add(PlanFailed(fence=plan.fence, reason=reason))
+        self._refusal = Nack(
+            fence=plan.fence, node_id=self._me.node_id, code="internal", message=reason[:4096]
+        )
+        self._box.send(plan.members[plan.leader].node_id, self._refusal)
+
+    # --- the logs ---------------------------------------------------------------------------------
+
+    def log_request(self, message: LogRequest, sender: str) -> None:
+        """The leader lacks the tokens of logs that this node acknowledged with."""
+        pending = self._next
+        if pending is None or pending.report is None or message.fence != pending.plan.fence:
+            self._box.add(FrameDropped(reason=f"LOG_REQUEST of {_text(message.fence)}, not ready"))
+            return
+        for request_id in message.request_ids:
+            if log := pending.log(request_id):
+                entry = LogEntry(
+                    fence=message.fence,
+                    request_id=request_id,
+                    term=log.term,
+                    prompt_tokens=log.prompt_tokens,
+                    params=log.params,
+                    tokens=log.tokens,
+                )
+                self._box.send(sender, entry)
+
+    def log_entry(self, message: LogEntry, now: float) -> None:
+        """The leader sends what this node lacks of a log, ahead of ACTIVATE."""
+        pending = self._next
+        if pending and pending.report and message.fence == pending.plan.fence:
+            pending.entries[message.request_id] = message
+
+    def _matching(self, pending: _Pending, agreed: AgreedLog) -> TokenLog | None:
+        """The log agreed on, made of what this node has and what came; None: that is not it."""
+        own, entry = pending.log(agreed.request_id), pending.entries.get(agreed.request_id)
+        for source, tokens in _versions(own, entry):
+            kept = tokens[: agreed.length]
+            if len(kept) == agreed.length and digest(kept) == agreed.digest:
+                return TokenLog(
+                    request_id=agreed.request_id,
+                    term=pending.plan.fence.term,
+                    prompt_tokens=source.prompt_tokens,
+                    params=source.params,
+                    tokens=kept,
+                )
+        return None
+
+    # --- in force ---------------------------------------------------------------------------------
+
+    def activate(self, message: Activate, now: float, listeners: tuple[int, ...] = ()) -> None:
+        """The leader puts the loaded plan in force; a repetition changes nothing.
+
+        `listeners` are known on the leader's own node only: the members that take part in steps.
+        """
+        pending = self._next
+        ready = pending is not None and pending.report is not None and pending.stored
+        if pending is None or not ready or message.fence != pending.plan.fence:
+            if message.fence != self.obeyed:
+                self._drop_activate(message.fence, "it is not loaded here")
+            return
+        logs = []
+        for agreed in message.logs:
+            log = self._matching(pending, agreed)
+            if log is None:
+                self._drop_activate(message.fence, f"the log of request {agreed.request_id} lacks")
+                return
+            logs.append(log)
+        plan = pending.plan
+        self.active, self._next = plan, None
+        self._durable.activated(plan.fence)
+        self._box.order(ActivatePlan(fence=plan.fence, logs=tuple(logs), listeners=listeners))
+        self._box.add(
+            PlanAdopted(
+                fence=plan.fence,
+                members=tuple(member.name for member in plan.members),
+                leader=plan.members[plan.leader].name,
+                voters=tuple(plan.members[index].name for index in plan.voters),
+                agree_s=now - pending.heard_at,
+            )
+        )
+
+    def _drop_activate(self, fence: Fence, why: str) -> None:
+        self._box.add(FrameDropped(reason=f"ACTIVATE of {_text(fence)}: {why}"))
+
+    def halt(self) -> None:
+        """Nobody leads any more, as far as this node knows: steps end, logs and KV stay.
+
+        A plan that is being made ready stays so: if its leader led on after all, it may activate
+        it; no other leader can.
+        """
+        if self.active and not self._next:
+            self._box.order(Halt())
+        self.active = None
 
     def forget(self) -> None:
-        """The cluster is gone for this node, and its fences with it."""
-        self.active = self.pending = None
-        self._highest = Fence()
+        """This node has left its cluster for good."""
+        self.halt()
+        self._next = self._refusal = None
 
     def _index(self, plan: Plan) -> int | None:
         identity = (self._me.node_id, self._me.boot_id)
@@ -129,27 +285,30 @@ class PlanHolder:
                 return index
         return None
 
-    def _load(self, plan: Plan) -> None:
-        index = self._index(plan)
-        assert index is not None
-        self._box.order(LoadPlan(plan=plan, me=index))
 
-    def _acknowledge(self, plan: Plan) -> None:
-        self._loaded = True
-        leader = plan.members[plan.leader].node_id
-        self._box.send(leader, Ack(fence=plan.fence, node_id=self._me.node_id))
+def _coverage(plan: Plan, index: int, report: PlanLoaded) -> Iterator[CoverageRun]:
+    """What the worker has of the KV of those head units that are its own by the new plan."""
+    mine = holding(plan, index)
+    for covered in report.coverage:
+        if mine.stage is not None and mine.head_units:
+            yield CoverageRun(
+                request_id=covered.request_id,
+                stage=mine.stage,
+                units=mine.head_units,
+                positions=covered.positions,
+            )
 
-    def _refuse(self, plan: Plan, reason: str) -> None:
-        """This node cannot hold its part. It obeys no plan until the leader proposes another."""
-        self.active = self.pending = None
-        self._box.add(PlanFailed(fence=plan.fence, reason=reason))
-        nack = Nack(
-            fence=plan.fence, node_id=self._me.node_id, code="internal", message=reason[:4096]
-        )
-        self._box.send(plan.members[plan.leader].node_id, nack)
 
-    def _drop(self, reason: str) -> None:
-        self._box.add(FrameDropped(reason=f"PROPOSE: {reason}"))
+def _versions(
+    own: TokenLog | None, entry: LogEntry | None
+) -> Iterator[tuple[TokenLog | LogEntry, tuple[int, ...]]]:
+    """What a node may have of a log, and who says so: with the leader's tail, and without."""
+    if entry:
+        head = own.tokens[: entry.start] if own else ()
+        if len(head) == entry.start:
+            yield entry, head + entry.tokens
+    if own:
+        yield own, own.tokens
 
 
 def _text(fence: Fence) -> str:

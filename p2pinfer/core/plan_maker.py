@@ -1,42 +1,40 @@
-"""The leader's part in the life of a plan: propose, gather the ACKs, activate, and send again.
+"""The leader's part in the life of a plan: when to propose one, and what it says.
 
-`core/plan_rules.py` says when to propose and `core/planner.py` what. There is no time limit on
-loading: a member that lives is waited for, one that dies is left out by the next proposal.
+`core/plan_rules.py` says when, `core/replan.py` who holds what, `core/voters.py` who votes;
+`core/proposal.py` then brings the plan into force. The request log learns with which token logs.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
-from dataclasses import dataclass
 from math import inf
 from typing import NamedTuple
 
-from p2pinfer.core.events import NodeConfig, PlanFailed, PlanProposed
+import msgspec
+
+from p2pinfer.core.agreement import same_bits
+from p2pinfer.core.events import NodeConfig, PlanFailed, PlanProposed, RequestRestored
 from p2pinfer.core.outbox import Outbox
-from p2pinfer.core.plan_rules import Boot, Situation, boot, boots, decide
-from p2pinfer.core.planner import PlacementError, holding, make_plan
+from p2pinfer.core.plan_rules import (
+    Boot,
+    Decision,
+    Situation,
+    View,
+    boot,
+    boots,
+    decide,
+    may_work,
+)
+from p2pinfer.core.planner import PlacementError, may_own
+from p2pinfer.core.proposal import Proposal, owners
+from p2pinfer.core.quorum import voter_ids
+from p2pinfer.core.replan import next_plan
+from p2pinfer.core.request_log import RequestLog
+from p2pinfer.core.voters import NodeIds, next_voters
+from p2pinfer.limits import MAX_NODES
 from p2pinfer.types import Fence, Member, ModelSpec, Plan
-from p2pinfer.wire.messages import Ack, Activate, Nack, Propose
-
-RESEND_S = 1.0
-"""How long after a PROPOSE or ACTIVATE without effect it is sent again."""
-
-UNABLE_S = 10.0
-UNABLE_MAX_S = 640.0
-"""How long a member that could not hold its part is left out: doubling, since each further try
-makes running replies begin again, but never for good, since a blocked port may be opened."""
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """The members as the leader sees them now, itself included; `quiet_since` in seconds."""
-
-    living: tuple[Member, ...]
-    reached: frozenset[str]
-    """Node ids of those that our messages reach."""
-    suspects: tuple[str, ...]
-    worker_ready: bool
-    quiet_since: float
+from p2pinfer.wire.messages import Ack, LogEntry, Nack
 
 
 class Refusal(NamedTuple):
@@ -46,207 +44,441 @@ class Refusal(NamedTuple):
     until: float
 
 
-def may_work(member: Member) -> bool:
-    """Whether a member can take part in a plan: its worker has said how it computes."""
-    return member.witness or bool(member.numeric_class)
+_NOTHING = (frozenset[Boot](), Refusal("", inf))
 
 
 class PlanMaker:
-    """What the leader knows of its newest plan. Times in seconds."""
+    """What the leader knows of its newest plan, in one term. Times in seconds.
 
-    def __init__(self, config: NodeConfig, model: ModelSpec, term: int, box: Outbox) -> None:
-        self.target: Plan | None = None
-        self.activated = False
+    `base` is the newest plan that it has accepted, and `base_active` whether that is known to be in
+    force; from then on `base` is the last plan that it activated itself.
+    """
+
+    def __init__(  # noqa: PLR0917 - all that a term of office begins with
+        self,
+        config: NodeConfig,
+        model: ModelSpec,
+        term: int,
+        base: Plan | None,
+        base_active: bool,
+        box: Outbox,
+        log: RequestLog,
+    ) -> None:
         self.waiting = ""
         """What the next plan waits for; empty when it waits for nothing."""
         self._config = config
+        self._timing = config.timing
         self._model = model
+        self._me = config.member.node_id
         self._term = term
-        self._epoch = 0
+        self._epoch = base.fence.epoch if base else 0
+        known = base or config.stored
+        self._cluster_id = known.cluster_id if known else config.cluster_id
+        self._base = base
+        self._base_active = base_active
+        self._first = True
         self._box = box
-        self._acked: set[str] = set()
-        self._obeyed: dict[str, Fence] = {}
+        self._log = log
+        self._current: Proposal | None = None
+        self._view: View | None = None
+        self._looked_at = -inf
         self._broken: set[Boot] = set()
+        self._missed: dict[Boot, float] = {}
+        """Who was lost since the last plan in force, and after what silence."""
         self._unable: dict[Boot, Refusal] = {}
-        self._unplaceable: tuple[frozenset[Boot], Refusal] = (frozenset(), Refusal("", inf))
-        self._refusals: dict[Boot, int] = {}
+        self._useless: dict[Boot, Refusal] = {}
+        """Those that could not even take part without units."""
+        self._unplaceable = _NOTHING
+        """The able members for which no plan could be made, and why."""
+        self._times: dict[Boot, int] = {}
+        self._patience: dict[Boot, float] = {}
         self._step_failed = ""
-        self._served = False
-        self._resend_at = inf
-        self._quiet_at = inf
+
+    # --- what it knows ----------------------------------------------------------------------------
+
+    @property
+    def target(self) -> Plan | None:
+        """The newest plan that this leader has proposed."""
+        return self._current.plan if self._current else None
+
+    @property
+    def activated(self) -> bool:
+        """Whether that plan is in force."""
+        return self._current is not None and self._current.activated
+
+    @property
+    def listeners(self) -> tuple[int, ...]:
+        """The members of the plan in force, by index, that take part in its steps."""
+        return self._current.listeners if self._current else ()
 
     @property
     def deadline(self) -> float:
-        """When this wants to look again."""
-        refusals = (*self._unable.values(), self._unplaceable[1])
-        return min(self._resend_at, self._quiet_at, *(refusal.until for refusal in refusals))
+        """When this wants to look again; what is over was looked at already."""
+        if self._view is None:
+            return -inf
+        times = (
+            self._view.quiet_since + self._timing.settle,
+            self._unplaceable[1].until,
+            *(refusal.until for refusal in (*self._unable.values(), *self._useless.values())),
+            *self._patience.values(),
+            *(self._current.deadlines if self._current else ()),
+        )
+        return min((time for time in times if time > self._looked_at), default=inf)
 
     def in_force(self, living: Iterable[Member]) -> bool:
-        """Whether the plan is active and all its members live: requests may be started."""
-        if self.target is None or not self.activated or self._step_failed:
+        """Whether the plan is active and all its owners live: requests may be started."""
+        if self._current is None or not self._current.activated or self._step_failed:
             return False
-        return boots(self.target.members) <= boots(living) - self._broken
-
-    def is_owner(self, node_id: str) -> bool:
-        """Whether a node owns any unit of the plan that was activated."""
-        if self.target is None or not self.activated:
-            return False
-        ids = [member.node_id for member in self.target.members]
-        return node_id in ids and holding(self.target, ids.index(node_id)).stage is not None
+        return boots(self._current.owners) <= boots(living) - self._broken
 
     def has_acked(self, member: Member) -> bool:
         """Whether that very member has acknowledged the newest plan."""
-        return (
-            self.target is not None
-            and member.node_id in self._acked
-            and (member.node_id, member.boot_id) in boots(self.target.members)
-        )
+        current = self._current
+        if current is None or boot(member) not in boots(current.plan.members) - self._broken:
+            return False
+        return current.has_acked(member.node_id)
 
     # --- deciding ---------------------------------------------------------------------------------
 
     def look(self, view: View, now: float) -> None:
-        """Propose if the rules say so, and send again what may have been lost."""
-        here = boots(view.living)
-        self._unable = {
-            life: refusal
-            for life, refusal in self._unable.items()
-            if life in here and now < refusal.until
-        }
-        if now >= self._unplaceable[1].until:
-            self._unplaceable = (frozenset(), Refusal("", inf))
-        known = boots(self.target.members if self.target else ()) - self._broken
-        able = tuple(
-            member
-            for member in view.living
-            if (member.node_id in view.reached or boot(member) in known)
-            and boot(member) not in self._unable
-            and may_work(member)
-        )
-        decision = decide(self._situation(view, able, now))
+        """Bring the newest plan into force if it can be; propose if the rules say so."""
+        self._view, self._looked_at = view, now
+        self._forget_old(boots(view.living), now)
+        self._advance(now)
+        decision = decide(self._situation(view, now))
         self.waiting = decision.why
-        settled_at = view.quiet_since + self._config.settle
-        self._quiet_at = settled_at if now < settled_at and not decision.propose else inf
         if decision.propose:
-            self._propose(able, decision.why, now)
-        elif now >= self._resend_at:
-            self._send_again(now)
+            self._propose(view, decision, now)
+        elif self._current:
+            self._current.look(boots(view.living) - self._broken, now)
 
-    def _situation(self, view: View, able: tuple[Member, ...], now: float) -> Situation:
+    def _forget_old(self, here: frozenset[Boot], now: float) -> None:
+        for refusals in (self._unable, self._useless):
+            for life in [i for i, r in refusals.items() if i not in here or now >= r.until]:
+                del refusals[life]
+        self._patience = {life: at for life, at in self._patience.items() if life in here}
+        self._times = {life: times for life, times in self._times.items() if life in here}
+        if now >= self._unplaceable[1].until:
+            self._unplaceable = _NOTHING
+
+    def _situation(self, view: View, now: float) -> Situation:
+        able = self._able(view)
         members, refusal = self._unplaceable
-        return Situation(
+        unstarted = _names(m for m in view.living if not may_work(m))
+        situation = Situation(
             worker_ready=view.worker_ready,
-            able=able,
+            suspects=view.suspects,
+            able=_names(able),
             unable=(
                 *(refusal.why for refusal in self._unable.values()),
-                *(f"{m.name}'s worker to start" for m in view.living if not may_work(m)),
+                *(f"{name}'s worker to start" for name in unstarted),
             ),
-            suspects=view.suspects,
-            target=self.target,
-            broken=frozenset(self._broken),
-            loading=tuple(m.name for m in self._unacked()) if not self.activated else (),
-            settled=now >= view.quiet_since + self._config.settle,
             min_nodes=self._config.min_nodes,
-            served=self._served,
-            step_failed=self._step_failed,
+            served=self._base is not None,
             unplaceable=refusal.why if members == boots(able) else "",
+            proposed=self._current is not None,
+            step_failed=self._step_failed,
+            settled=now >= view.quiet_since + self._timing.settle,
+        )
+        return self._with_news(situation, self._current, view, now) if self._current else situation
+
+    def _with_news(
+        self, situation: Situation, current: Proposal, view: View, now: float
+    ) -> Situation:
+        """What has changed since the newest plan was proposed."""
+        plan = current.plan
+        here, listed = boots(view.living) - self._broken, boots(plan.members)
+        voters, _ = self._voters(view)
+        gone = (m for m in plan.members if boot(m) not in here | current.gone)
+        unfit = (
+            m
+            for m in current.owners
+            if boot(m) in here and (m.node_id in view.unfit or boot(m) in self._unable)
+        )
+        fit = (m for m in self._able(view) if boot(m) in listed - current.offered)
+        late = (
+            m
+            for m in plan.members
+            if m.node_id in current.late and now >= self._patience.get(boot(m), -inf)
+        )
+        return dataclasses.replace(
+            situation,
+            lost=_names(gone),
+            unfit=_names(unfit),
+            astray=_names(current.astray(now)),
+            newcomers=_names(m for m in self._listed(view, voters) if boot(m) not in listed),
+            fit_again=_names(fit),
+            votes=_change_of_votes(plan, voters, view) if current.activated else "",
+            stragglers=_names(late),
+            loading=() if current.activated else _names(current.unanswered(here)),
         )
 
-    def _propose(self, able: tuple[Member, ...], why: str, now: float) -> None:
+    def _able(self, view: View) -> tuple[Member, ...]:
+        """Members that may own units now."""
+        return tuple(
+            member
+            for member in view.living
+            if self._at_hand(member, view)
+            and may_own(member)
+            and member.node_id not in view.unfit
+            and boot(member) not in self._unable
+        )
+
+    def _at_hand(self, member: Member, view: View) -> bool:
+        """Whether a member can take part at all. One that was reached before will be again."""
+        plan = self.target or self._base
+        known = boots(plan.members) - self._broken if plan else frozenset()
+        return may_work(member) and (member.node_id in view.reached or boot(member) in known)
+
+    def _voters(self, view: View) -> tuple[NodeIds, NodeIds]:
+        """Node ids of the next plan's voters, and of its old voters."""
+        if self._base is None:
+            ready = {member.node_id for member in self._able(view)}
+        else:
+            acked = [m for m in view.living if self.activated and self.has_acked(m)]
+            ready = {member.node_id for member in acked} - view.draining
+        return next_voters(
+            self._base,
+            base_active=self._base_active,
+            first=self._first,
+            leader_id=self._me,
+            living=view.living,
+            lost=view.lost,
+            ready=ready,
+        )
+
+    def _listed(self, view: View, voters: NodeIds) -> tuple[Member, ...]:
+        """The next plan's members: voters, be they here or not, then all that are at hand."""
+        before = {m.node_id: m for m in (self._base.members if self._base else ())}
+        living = {m.node_id: m for m in view.living}
+        others = [
+            m.node_id
+            for m in view.living
+            if self._at_hand(m, view) and boot(m) not in self._useless
+        ]
+        ids = list(dict.fromkeys((self._me, *voters, *others)))[:MAX_NODES]
+        return tuple(self._record(living.get(i) or before[i], before.get(i)) for i in ids)
+
+    def _record(self, member: Member, before: Member | None) -> Member:
+        """How a plan lists a member: as blank only while that life has not had a vote in force."""
+        if before is None or self._base is None or boot(before) != boot(member):
+            return member
+        voted = self._base_active and member.node_id in voter_ids(self._base)
+        return msgspec.structs.replace(member, blank=before.blank and not voted)
+
+    def _propose(self, view: View, decision: Decision, now: float) -> None:
+        able = self._able(view)
+        voters, old_voters = self._voters(view)
+        members = self._listed(view, voters)
+        previous = self.target or self._base
         fence = Fence(self._term, self._epoch + 1)
         try:
-            plan = make_plan(
-                members=able,
+            plan = next_plan(
+                previous=previous,
+                members=members,
+                able=frozenset(member.node_id for member in able),
                 model=self._model,
                 layout=self._config.layout,
                 fence=fence,
-                cluster_id=self._config.cluster_id,
-                leader_id=self._config.member.node_id,
+                cluster_id=self._cluster_id,
+                leader_id=self._me,
+                voters=voters,
+                old_voters=old_voters,
+                quorum=self._config.quorum,
+                replicas=self._config.replicas,
+                rebalance=decision.rebalance,
             )
         except PlacementError as error:
             self._cannot_place(able, fence, error.message, inf)
             return
+        self._let_rest(view, now)
         self._epoch += 1
-        self.target, self.activated, self._step_failed = plan, False, ""
-        self._acked, self._broken = set(), set()
-        self._resend_at = now + RESEND_S
-        names = tuple(member.name for member in plan.members)
-        self._box.add(PlanProposed(fence=fence, members=names, why=why))
-        for member in plan.members:
-            self._box.send(member.node_id, Propose(plan=plan))
+        self._current = Proposal(
+            plan,
+            first=self._first,
+            offered=self._offered(plan, boots(able), decision.rebalance),
+            gone=boots(members) - boots(view.living),
+            timing=self._timing,
+            box=self._box,
+        )
+        self._broken, self._step_failed = set(), ""
+        names = _names(plan.members)
+        self._box.add(PlanProposed(fence=fence, members=names, why=decision.why))
+        self._current.propose(now)
         self.waiting = f"{', '.join(names)} to load the weights"
 
+    def _offered(self, plan: Plan, able: frozenset[Boot], rebalance: bool) -> frozenset[Boot]:
+        """Members that could have got units by this plan; others are asked again when settled."""
+        if rebalance:
+            return able
+        before = self._current.offered if self._current else frozenset()
+        return (before & able) | boots(owners(plan))
+
+    def _let_rest(self, view: View, now: float) -> None:
+        """A slow member owns nothing for a while: without units nobody sees how fast it is."""
+        for member in self._current.owners if self._current else ():
+            if member.node_id in view.slow and boot(member) not in self._unable:
+                until = self._until(member, now)
+                self._unable[boot(member)] = Refusal(f"{member.name} computes slowly", until)
+
     def _cannot_place(self, able: Iterable[Member], fence: Fence, why: str, until: float) -> None:
-        """These members cannot hold the model: wait for others; the old plan is over."""
+        """These members cannot hold the model: wait for others."""
         why = "; ".join((why, *(refusal.why for refusal in self._unable.values())))
         self._unplaceable = (boots(able), Refusal(why, until))
-        self.target, self.activated, self.waiting = None, False, why
-        self._resend_at = inf
+        self.waiting = why
         self._box.add(PlanFailed(fence=fence, reason=why))
 
     # --- answers ----------------------------------------------------------------------------------
 
     def ack(self, message: Ack, now: float) -> None:
-        """A member has loaded its part; after the last one the plan is in force."""
-        if self.target is None or self.activated or message.fence != self.target.fence:
-            return
-        self._acked.add(message.node_id)
-        if self._unacked():
-            return
-        self.activated = self._served = True
-        self._resend_at = now + RESEND_S
-        for member in self.target.members:
-            self._box.send(member.node_id, Activate(fence=self.target.fence))
+        """A member has loaded its part; after the last one the plan comes into force."""
+        current = self._current
+        if current and message.fence == current.plan.fence and self._lists(message.node_id):
+            current.ack(message)
+            self._advance(now)
 
-    def nack(self, message: Nack, now: float) -> None:
-        """A member cannot hold its part: go on without it, and ask it again after a while."""
-        if self.target is None or self.activated or message.fence != self.target.fence:
-            return
-        member = next((m for m in self.target.members if m.node_id == message.node_id), None)
-        if member is None:
-            return
-        why = f"{member.name}: {message.message}"
-        self._box.add(PlanFailed(fence=message.fence, reason=why))
-        if member.node_id == self._config.member.node_id:
-            # No plan goes without its leader: wait until other members would share the load.
-            self._cannot_place(self.target.members, message.fence, why, self._until(member, now))
-        else:
-            self._unable[boot(member)] = Refusal(why, self._until(member, now))
+    def nack(self, message: Nack, now: float) -> bool:
+        """A member cannot hold its part: go on without it, and ask it again after a while.
 
-    def _until(self, member: Member, now: float) -> float:
-        """When to try a member again that has just refused."""
-        times = self._refusals.get(boot(member), 0)
-        self._refusals[boot(member)] = times + 1
-        return now + min(UNABLE_MAX_S, UNABLE_S * (1 << min(times, 10)))
-
-    def step_failed(self, fence: Fence, why: str) -> bool:
-        """A step of the plan in force broke: the same members begin a new epoch. False: stale."""
-        if self.target is None or not self.activated or fence != self.target.fence:
+        False: it says something else, of a step of the plan in force.
+        """
+        current = self._current
+        if current is None or message.fence != current.plan.fence:
+            return True
+        indices = {m.node_id: index for index, m in enumerate(current.plan.members)}
+        index = indices.get(message.node_id)
+        if index in current.listeners:
             return False
-        self._step_failed = why
+        if index is not None:
+            self._refused(current, current.plan.members[index], message.message, now)
         return True
 
-    def lost(self, member: Member) -> None:
+    def _refused(self, current: Proposal, member: Member, message: str, now: float) -> None:
+        why = f"{member.name}: {message}"
+        self._box.add(PlanFailed(fence=current.plan.fence, reason=why))
+        current.refuse(member.node_id)
+        refusal = Refusal(why, self._until(member, now))
+        if boot(member) in boots(current.owners):
+            self._unable[boot(member)] = refusal
+        elif member.node_id != self._me:
+            self._useless[boot(member)] = refusal
+        else:
+            # No plan goes without its leader, even if that owns nothing.
+            able = self._able(self._view) if self._view else ()
+            self._cannot_place(able, current.plan.fence, why, refusal.until)
+            self._current = None
+
+    def _until(self, member: Member, now: float) -> float:
+        """When to try a member again that could not do its part: each time after twice as long."""
+        times = self._times.get(boot(member), 0)
+        self._times[boot(member)] = times + 1
+        return now + min(self._timing.unable_max, self._timing.unable_for * (1 << min(times, 10)))
+
+    def log_entry(self, message: LogEntry, sender: str, now: float) -> None:
+        """A member sends a token log that was asked for."""
+        if self._current and self._current.log_entry(message, sender):
+            self._advance(now)
+
+    def step_failed(
+        self, fence: Fence, why: str, *, about: str = "", broken: bool = False, now: float
+    ) -> bool:
+        """A step of the plan in force broke: a new epoch begins. False: stale, or known already.
+
+        `broken`: the member `about` computed what is no number, and is to own nothing for a while.
+        """
+        current = self._current
+        if current is None or not current.activated or fence != current.plan.fence:
+            return False
+        if broken:
+            for member in current.owners:
+                if member.node_id == about and boot(member) not in self._unable:
+                    refusal = Refusal(f"{member.name}: {why}", self._until(member, now))
+                    self._unable[boot(member)] = refusal
+        known, self._step_failed = self._step_failed, self._step_failed or why
+        return not known
+
+    def lost(self, member: Member, silence_s: float = 0.0) -> None:
         """A member died or left: if it comes back it knows nothing of the plan any more."""
         self._broken.add(boot(member))
+        self._missed[boot(member)] = silence_s
+        if self._current and boot(member) in boots(self._current.plan.members):
+            self._current.lost(member.node_id)
 
     def obeys(self, node_id: str, fence: Fence) -> None:
         """A heartbeat says which plan a member obeys."""
-        self._obeyed[node_id] = fence
+        if self._current:
+            self._current.obeys(node_id, fence)
 
-    def _unacked(self) -> list[Member]:
-        members = self.target.members if self.target else ()
-        return [member for member in members if member.node_id not in self._acked]
+    def _lists(self, node_id: str) -> bool:
+        return self.target is not None and node_id in {m.node_id for m in self.target.members}
 
-    def _send_again(self, now: float) -> None:
-        """A connection that broke may have taken PROPOSE or ACTIVATE with it."""
-        plan = self.target
-        assert plan is not None
-        self._resend_at = now + RESEND_S
-        if not self.activated:
-            for member in self._unacked():
-                self._box.send(member.node_id, Propose(plan=plan))
+    # --- in force ---------------------------------------------------------------------------------
+
+    def _advance(self, now: float) -> None:
+        """Put the newest plan in force once it is acknowledged and its logs are here."""
+        current, view = self._current, self._view
+        if current is None or view is None or current.activated:
             return
-        for member in plan.members:
-            others = member.node_id != self._config.member.node_id
-            if others and self._obeyed.get(member.node_id) != plan.fence:
-                self._box.send(member.node_id, Activate(fence=plan.fence))
+        here = boots(view.living) - self._broken
+        if not current.enough(here, view.lost, now):
+            return
+        agreed = current.collect(self._log.wants)
+        if agreed is None:
+            return
+        lost, detect_s = self._interrupted_by(current, view)
+        exact = self._base is None or same_bits(self._base, current.plan)
+        self._be_patient(current.unanswered(here), now)
+        self._base, self._base_active, self._first = current.plan, True, False
+        self._missed = {}
+        current.activate(agreed, now)
+        self._log.adopt(agreed, lost, detect_s, exact, now)
+        for each in agreed:
+            self._box.add(
+                RequestRestored(
+                    request_id=each.request_id,
+                    length=len(each.log.tokens),
+                    restart=each.restart,
+                    rung="none" if each.restart else "replay",
+                )
+            )
+
+    def _interrupted_by(self, current: Proposal, view: View) -> tuple[tuple[str, ...], float]:
+        """Names of those whose failure ended the plan before, and how long finding out took.
+
+        Who was asked to leave off, or only slow, failed nobody.
+        """
+        if self._base is None:
+            return (), 0.0
+        here, own = boots(view.living), boots(current.owners)
+        failed = {
+            boot(m)
+            for m in view.living
+            if m.node_id in view.hung | view.outcasts
+            or (boot(m) in self._unable and m.node_id not in view.slow)
+        }
+        lost = [
+            m
+            for m in (*owners(self._base), self._base.members[self._base.leader])
+            if boot(m) in self._missed or boot(m) not in here or boot(m) in failed - own
+        ]
+        detect_s = max((self._missed.get(boot(m), 0.0) for m in lost), default=0.0)
+        return tuple(sorted({m.name for m in lost})), detect_s
+
+    def _be_patient(self, late: Iterable[Member], now: float) -> None:
+        """Who is late again and again shall not begin an epoch each time."""
+        for member in late:
+            first = boot(member) not in self._patience
+            self._patience[boot(member)] = now if first else self._until(member, now)
+
+
+def _names(members: Iterable[Member]) -> tuple[str, ...]:
+    return tuple(member.name for member in members)
+
+
+def _change_of_votes(plan: Plan, voters: NodeIds, view: View) -> str:
+    """Who is to become a voter, or to be one no more; empty: all stays as it is."""
+    names = {m.node_id: m.name for m in (*plan.members, *view.living)}
+    now, then = voter_ids(plan), frozenset(voters)
+    more = (f"{names[node_id]} to vote" for node_id in sorted(then - now))
+    less = (f"{names[node_id]} to vote no more" for node_id in sorted(now - then))
+    return ", ".join((*more, *less))

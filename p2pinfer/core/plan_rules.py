@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from p2pinfer.types import Member, Plan
+from p2pinfer.types import Member
 
 Boot = tuple[str, str]
 """Node id and boot id: one life of one node."""
+
+Names = tuple[str, ...]
 
 
 def boot(member: Member) -> Boot:
@@ -24,55 +26,98 @@ def boots(members: Iterable[Member]) -> frozenset[Boot]:
     return frozenset(map(boot, members))
 
 
-@dataclass(frozen=True, slots=True)
-class Situation:
-    """What the leader sees when it asks itself whether to propose.
+def may_work(member: Member) -> bool:
+    """Whether a member can take part in a plan: its worker has said how it computes."""
+    return member.witness or bool(member.numeric_class)
 
-    `able` are the living members, itself included, that its messages reach and that have not said
-    that they cannot hold their part (those are in `unable`, with what they said). `target` is the
-    newest plan, whether in force or being loaded.
-    """
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """The members as the leader sees them now, itself included; sets are of node ids."""
+
+    living: tuple[Member, ...]
+    reached: frozenset[str]
+    """Those that our messages reach."""
+    suspects: Names
+    """Names of members that are in doubt."""
+    lost: frozenset[str]
+    """Known to be dead or to have left."""
+    hung: frozenset[str]
+    outcasts: frozenset[str]
+    """Those that lose their units because of a broken pair."""
+    slow: frozenset[str]
+    draining: frozenset[str]
+    worker_ready: bool
+    quiet_since: float
+    """When a member last came or went, in seconds."""
+
+    @property
+    def unfit(self) -> frozenset[str]:
+        """Members that are to own nothing for now."""
+        return self.hung | self.outcasts | self.slow | self.draining
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Situation:
+    """What the leader sees when it asks itself whether to propose; members by their names."""
 
     worker_ready: bool
-    able: tuple[Member, ...]
-    unable: tuple[str, ...]
-    suspects: tuple[str, ...]
-    target: Plan | None
-    broken: frozenset[Boot]
-    """Members of the target that were lost since it was proposed, even if they are back."""
+    suspects: Names
+    able: Names
+    """Those that may own units."""
 
-    loading: tuple[str, ...]
-    settled: bool
-    """No member has come or gone for a while."""
+    unable: Names
+    """Why others may not: what they said, or what they wait for."""
 
     min_nodes: int
     served: bool
-    """A plan was in force once: from then on the cluster goes on with whoever remains."""
+    """The cluster had a plan before: from then on it goes on with whoever remains."""
 
-    step_failed: str
     unplaceable: str
     """Why no plan could be made for these very members, or empty."""
 
-    @property
-    def lost(self) -> tuple[str, ...]:
-        """Names of members of the target that are gone, or that cannot hold their part."""
-        here = boots(self.able) - self.broken
-        members = self.target.members if self.target else ()
-        return tuple(m.name for m in members if boot(m) not in here)
+    proposed: bool
+    """This leader has proposed a plan; what follows is about the newest."""
 
-    @property
-    def newcomers(self) -> tuple[str, ...]:
-        """Names of members that the target does not know."""
-        there = boots(self.target.members if self.target else ())
-        return tuple(m.name for m in self.able if boot(m) not in there)
+    lost: Names = ()
+    """Its members that are gone, even if they are back."""
+
+    unfit: Names = ()
+    """Its owners that are to own nothing."""
+
+    step_failed: str = ""
+    astray: Names = ()
+    """Members that took part, and do not obey it any more."""
+
+    newcomers: Names = ()
+    """Members that it does not list."""
+
+    fit_again: Names = ()
+    """Members that it lists, and that were offered no units."""
+
+    votes: str = ""
+    """How the voters are to change, or empty."""
+
+    stragglers: Names = ()
+    """Members that acknowledged it too late to take part."""
+
+    loading: Names = ()
+    """Members that it waits for; none once it is in force."""
+
+    settled: bool = True
+    """No member has come or gone for a while."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Propose, or wait; and why. `why` empty: there is nothing to wait for."""
+    """Propose, or wait; and why. `why` empty: there is nothing to wait for.
+
+    `rebalance`: units may move to members that own nothing, not only from those that are lost.
+    """
 
     propose: bool
     why: str = ""
+    rebalance: bool = False
 
 
 def decide(situation: Situation) -> Decision:
@@ -88,30 +133,55 @@ def _worker(s: Situation) -> Decision | None:
 
 
 def _suspects(s: Situation) -> Decision | None:
-    """A plan with a suspect is a gamble, and the doubt is short: at most `dead_after`."""
+    """A plan with a suspect is a gamble, and the doubt is short."""
     return Decision(propose=False, why=f"a word from {_names(s.suspects)}") if s.suspects else None
+
+
+def _too_few(s: Situation) -> Decision | None:
+    """Enough nodes are asked for only until there was a first plan."""
+    if s.served or len(s.able) >= s.min_nodes:
+        return None
+    return Decision(
+        propose=False, why="; ".join((f"{len(s.able)} of {s.min_nodes} nodes", *s.unable))
+    )
+
+
+def _nobody(s: Situation) -> Decision | None:
+    if s.able:
+        return None
+    return Decision(propose=False, why="; ".join(("a node that can hold the model", *s.unable)))
 
 
 def _unplaceable(s: Situation) -> Decision | None:
     return Decision(propose=False, why=s.unplaceable) if s.unplaceable else None
 
 
-def _too_few(s: Situation) -> Decision | None:
-    """Enough nodes are asked for only until there was a first plan."""
-    count = sum(not member.witness for member in s.able)
-    if s.served or count >= s.min_nodes:
+def _first(s: Situation) -> Decision | None:
+    """A new leader's first act is an epoch change, even with the same owners."""
+    if s.proposed:
         return None
-    why = "; ".join((f"{count} of {s.min_nodes} nodes", *s.unable))
-    return Decision(propose=False, why=why)
+    return Decision(propose=True, why="a new leader", rebalance=not s.served)
 
 
 def _lost(s: Situation) -> Decision | None:
-    why = "; ".join((f"{_names(s.lost)} gone", *s.unable))
-    return Decision(propose=True, why=why) if s.lost else None
+    return Decision(propose=True, why=f"{_names(s.lost)} gone") if s.lost else None
+
+
+def _unfit(s: Situation) -> Decision | None:
+    if not s.unfit:
+        return None
+    why = "; ".join((f"{_names(s.unfit)} to own nothing", *s.unable))
+    return Decision(propose=True, why=why)
 
 
 def _step_failed(s: Situation) -> Decision | None:
     return Decision(propose=True, why=s.step_failed) if s.step_failed else None
+
+
+def _astray(s: Situation) -> Decision | None:
+    if not s.astray:
+        return None
+    return Decision(propose=True, why=f"{_names(s.astray)} obeyed the plan no more")
 
 
 def _newcomers(s: Situation) -> Decision | None:
@@ -119,7 +189,7 @@ def _newcomers(s: Situation) -> Decision | None:
         return None
     if not s.settled:
         return Decision(propose=False, why="the members to settle")
-    return Decision(propose=True, why=f"{_names(s.newcomers)} joined")
+    return Decision(propose=True, why=f"{_names(s.newcomers)} joined", rebalance=True)
 
 
 def _loading(s: Situation) -> Decision | None:
@@ -128,17 +198,43 @@ def _loading(s: Situation) -> Decision | None:
     return Decision(propose=False, why=f"{_names(s.loading)} to load the weights")
 
 
+def _fit_again(s: Situation) -> Decision | None:
+    if not s.fit_again:
+        return None
+    if not s.settled:
+        return Decision(propose=False)
+    return Decision(propose=True, why=f"{_names(s.fit_again)} fit again", rebalance=True)
+
+
+def _votes(s: Situation) -> Decision | None:
+    return Decision(propose=True, why=s.votes) if s.votes else None
+
+
+def _stragglers(s: Situation) -> Decision | None:
+    if not s.stragglers:
+        return None
+    return Decision(propose=True, why=f"{_names(s.stragglers)} ready at last")
+
+
 _RULES: tuple[Callable[[Situation], Decision | None], ...] = (
     _worker,
     _suspects,
-    _unplaceable,
     _too_few,
+    _nobody,
+    _unplaceable,
+    _first,
     _lost,
+    _unfit,
     _step_failed,
+    _astray,
     _newcomers,
     _loading,
+    _fit_again,
+    _votes,
+    _stragglers,
 )
+"""A plan that is being loaded is overtaken by losses and newcomers only."""
 
 
-def _names(names: tuple[str, ...]) -> str:
+def _names(names: Names) -> str:
     return ", ".join(names)

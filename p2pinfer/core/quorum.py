@@ -3,7 +3,12 @@
 An election, and a new leader's first plan, take a strict majority of the voters. The sitting
 leader's later plans, and its commits, take half of them if the leader is among them: any strict
 majority meets any such half, since the two together are more than all. While a plan is not known to
-be in force, all this holds among its own voters and among those before it.
+be in force, all this holds among its own voters and among those before it (joint consensus): the
+first plan of a cluster names its founder as the voter before it.
+
+A member that is blank (`Member.blank`: it began its boot without its state) may have promised
+something else before. Its word counts among a plan's own voters if the plan names that very boot,
+and among the voters before the plan not at all.
 
 `last-man` counts only voters that are not lost: it trades safety under partition for going on
 alone.
@@ -14,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
 
-from p2pinfer.types import Plan
+from p2pinfer.types import Member, Plan
 
 Voters = frozenset[str]
 """Node ids."""
@@ -26,19 +31,35 @@ def voter_ids(plan: Plan) -> Voters:
 
 
 def electorate(plan: Plan, *, active: bool) -> tuple[Voters, ...]:
-    """The sets of voters each of which must agree, for who has `plan` as its newest."""
-    ours = voter_ids(plan)
-    if active or not plan.old_voters or frozenset(plan.old_voters) == ours:
-        return (ours,)
-    return (ours, frozenset(plan.old_voters))
+    """The sets of voters each of which must agree, for who has `plan` as its newest.
+
+    `active`: the plan is known to be in force.
+    """
+    ours, before = voter_ids(plan), frozenset(plan.old_voters)
+    return (ours,) if active or not before or before == ours else (ours, before)
+
+
+def credible(plan: Plan, members: Iterable[Member]) -> Voters:
+    """Those of `members`, as they describe themselves now, whose word counts under `plan`."""
+    named = frozenset(plan.members[index].boot_id for index in plan.voters)
+    return frozenset(m.node_id for m in members if not m.blank or m.boot_id in named)
 
 
 def elects(
-    plan: Plan, granted: AbstractSet[str], *, active: bool, lost: AbstractSet[str] = frozenset()
+    plan: Plan,
+    granted: AbstractSet[str],
+    *,
+    active: bool,
+    forgot: AbstractSet[str] = frozenset(),
+    lost: AbstractSet[str] = frozenset(),
 ) -> bool:
-    """Whether these votes make a candidate with that newest plan the leader."""
+    """Whether these votes make a candidate with that newest plan the leader.
+
+    `granted` are only votes of the `credible`; `forgot` are those of them that are blank.
+    """
     return all(
-        _most(_counted(plan, voters, lost), granted) for voters in electorate(plan, active=active)
+        _agree(plan, voters, granted if active else _said(plan, voters, granted, forgot), lost)
+        for voters in electorate(plan, active=active)
     )
 
 
@@ -52,23 +73,20 @@ def adopts(
 ) -> bool:
     """Whether these acknowledgements put a plan in force. `first`: the first one of its leader.
 
-    `forgot` are members that were voters before, in another boot whose state they lost: what they
-    say counts among the plan's own voters only.
+    `acked` are members in the boots that the plan lists; `forgot` are those that are blank, and
+    whose boot the plan in force before this one does not name a voter.
     """
-    leader = plan.members[plan.leader].node_id
-    ours = voter_ids(plan)
-    for voters in electorate(plan, active=False):
-        counted = _counted(plan, voters, lost)
-        yes = acked if voters == ours and voters != frozenset(plan.old_voters) else acked - forgot
-        if not (_most(counted, yes) if first else _half(counted, yes, leader)):
-            return False
-    return True
+    leader = "" if first else plan.members[plan.leader].node_id
+    return all(
+        _agree(plan, voters, _said(plan, voters, acked, forgot), lost, leader)
+        for voters in electorate(plan, active=False)
+    )
 
 
 def commits(plan: Plan, acked: AbstractSet[str], lost: AbstractSet[str] = frozenset()) -> bool:
     """Whether these acknowledgements commit tokens under a plan in force."""
     leader = plan.members[plan.leader].node_id
-    return _half(_counted(plan, voter_ids(plan), lost), acked, leader)
+    return _agree(plan, voter_ids(plan), acked, lost, leader)
 
 
 def leads_on(plan: Plan, heard: AbstractSet[str], lost: AbstractSet[str] = frozenset()) -> bool:
@@ -84,32 +102,40 @@ def tolerates(
     `living` are the node ids that are there; `fits` says whether the others could hold the model.
     """
     leader = plan.members[plan.leader].node_id
+    voters = voter_ids(plan)
     names = []
     for member in plan.members:
         if member.node_id not in living:
             continue
         rest = frozenset(living) - {member.node_id}
+        lost = voters - rest
         if member.node_id == leader:
             able = any(
-                m.node_id in rest and not m.witness and m.node_id in voter_ids(plan)
-                for m in plan.members
+                m.node_id in rest and not m.witness and m.node_id in voters for m in plan.members
             )
-            goes_on = able and elects(plan, rest, active=True, lost={member.node_id})
+            goes_on = able and elects(plan, rest, active=True, lost=lost)
         else:
-            goes_on = commits(plan, rest, {member.node_id})
+            goes_on = commits(plan, rest, lost)
         if goes_on and fits(member.node_id):
             names.append(member.name)
     return tuple(names)
 
 
-def _counted(plan: Plan, voters: Voters, lost: AbstractSet[str]) -> Voters:
-    return voters - lost if plan.quorum == "last-man" else voters
+def _said(
+    plan: Plan, voters: Voters, yes: AbstractSet[str], forgot: AbstractSet[str]
+) -> AbstractSet[str]:
+    """Whose yes counts among `voters`, of the electorate of a plan not known to be in force."""
+    return yes - forgot if voters == frozenset(plan.old_voters) else yes
 
 
-def _most(voters: Voters, yes: Iterable[str]) -> bool:
-    return 2 * len(voters.intersection(yes)) > len(voters)
-
-
-def _half(voters: Voters, yes: Iterable[str], leader: str) -> bool:
-    agreed = voters.intersection(yes)
-    return (2 * len(agreed) >= len(voters) and leader in agreed) or 2 * len(agreed) > len(voters)
+def _agree(
+    plan: Plan, voters: Voters, yes: AbstractSet[str], lost: AbstractSet[str], leader: str = ""
+) -> bool:
+    """Whether enough of `voters` say yes: most of them, or half where `leader` is of that half."""
+    if plan.quorum == "last-man":
+        voters = voters - lost
+        if not voters:
+            return True
+    agreed = voters & yes
+    needed = len(voters) if leader in agreed else len(voters) + 1
+    return 2 * len(agreed) >= needed

@@ -2,31 +2,43 @@
 
 Submitting is idempotent: the same id again, over whatever connection, attaches to the reply that
 goes on and gets what the client lacks of it. The leader draws; what it sends is written down here
-before it is delivered, so a client sees no gap, no repetition and no contradiction.
+before it is delivered, so a client sees no gap, no repetition and no contradiction. When the leader
+is lost a reply waits for the next one, and is forwarded to it with all tokens that it has.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
+
+from msgspec.structs import replace
 
 from p2pinfer.core.events import (
     ClientCancelled,
     ClientSubmitted,
     Conclude,
     Deliver,
-    FrameDropped,
     NodeConfig,
     ReplyTo,
     RequestAccepted,
     RequestFinished,
 )
 from p2pinfer.core.outbox import Outbox
-from p2pinfer.core.request_log import MAX_KEPT_REPLIES, REPLY_KEPT_S, first_difference
+from p2pinfer.core.request_entry import first_difference
+from p2pinfer.core.request_log import MAX_KEPT_REPLIES, REPLY_KEPT_S
 from p2pinfer.errors import ClusterError, InvalidRequestError
-from p2pinfer.limits import MAX_REQUESTS
-from p2pinfer.types import SamplingParams
-from p2pinfer.wire.messages import Accepted, Cancel, Drawn, DrawnToken, Ended, Failed, Forward
+from p2pinfer.limits import MAX_FAILOVERS, MAX_REASON_CHARS, MAX_REQUESTS
+from p2pinfer.types import Failover, SamplingParams
+from p2pinfer.wire.messages import (
+    Accepted,
+    Cancel,
+    Drawn,
+    DrawnToken,
+    Ended,
+    Failed,
+    Forward,
+    Interruption,
+)
 
 FORWARD_RETRY_S = 1.0
 FORWARD_RETRY_MAX_S = 8.0
@@ -35,6 +47,13 @@ second value. It is cheap, and mends whatever a broken connection lost."""
 
 GAP_RETRY_S = 0.2
 """The same when a gap was seen: about the time in which the leader's answer should be here."""
+
+TELL_AFTER_S = 1.0
+"""A client whose reply is interrupted is told what it waits for after this long: most changes of
+plan are over by then."""
+
+Interrupted = tuple[int, tuple[str, ...]]
+"""What tells two interruptions of a reply apart: the leader's position, and who was lost."""
 
 
 @dataclass(slots=True)
@@ -50,6 +69,21 @@ class Reply:
     waiting: bool
     """The cluster has not been ready since this was submitted."""
 
+    told: str = ""
+    """What its client knows that it waits for."""
+
+    stalled_at: float = inf
+    """Since when there is no plan in force that could bring it on."""
+
+    first_at: float = inf
+    last_at: float = inf
+    drawn: int = 0
+    """When the first and the last token came from a leader, and how many did."""
+
+    failovers: dict[Interrupted, Failover] = field(default_factory=dict)
+    interruptions: list[Interrupted] = field(default_factory=list)
+    """Those of `failovers` that no token has come after yet."""
+
     forward_at: float = -inf
     forwarded_at: float = -inf
     retry_s: float = FORWARD_RETRY_S
@@ -62,9 +96,11 @@ class Serving:
 
     def __init__(self, config: NodeConfig, box: Outbox) -> None:
         self.leader_id = ""
+        self._term = 0
         self._config = config
         self._box = box
         self._replies: dict[int, Reply] = {}
+        self._progress_at = -inf
 
     def _open(self) -> list[Reply]:
         return [reply for reply in self._replies.values() if reply.end is None]
@@ -73,7 +109,7 @@ class Serving:
 
     def submit(self, request: ClientSubmitted, waiting: str, now: float) -> None:
         """A client submits, resumes or repeats a request; `waiting` says what it must wait for."""
-        reply = self._replies.get(request.request_id)
+        reply, waiting = self._replies.get(request.request_id), waiting[:MAX_REASON_CHARS]
         if reply and reply.end and reply.end.code:
             # It ended in an error: the same id again is a new attempt.
             del self._replies[request.request_id]
@@ -120,7 +156,7 @@ class Serving:
             )
 
     def _accept(self, request: ClientSubmitted, waiting: str, now: float) -> None:
-        self._replies[request.request_id] = Reply(
+        reply = self._replies[request.request_id] = Reply(
             request_id=request.request_id,
             route=request.route,
             prompt_ids=request.prompt_ids,
@@ -128,8 +164,10 @@ class Serving:
             tokens=list(request.received),
             submitted_at=now,
             waiting=bool(waiting),
+            told=waiting,
+            stalled_at=now if waiting else inf,
         )
-        self._answer(request, waiting)
+        self._answer(reply)
         self._box.add(
             RequestAccepted(
                 request_id=request.request_id,
@@ -140,7 +178,8 @@ class Serving:
 
     def _attach(self, reply: Reply, request: ClientSubmitted, waiting: str) -> None:
         reply.route = request.route
-        self._answer(request, waiting if reply.waiting else "")
+        reply.told = waiting if reply.waiting else ""
+        self._answer(reply)
         held, known = len(request.received), len(reply.tokens)
         if held > known and reply.end is None:
             reply.tokens = list(request.received)
@@ -148,16 +187,16 @@ class Serving:
         elif held < known:
             self._deliver(reply, held)
         if reply.end:
-            self._box.add(_conclusion_for(reply, reply.end))
+            self._box.add(replace(reply.end, route=reply.route))
 
-    def _answer(self, request: ClientSubmitted, waiting: str) -> None:
+    def _answer(self, reply: Reply) -> None:
         accepted = Accepted(
-            request_id=request.request_id,
+            request_id=reply.request_id,
             served_by=self._config.member.name,
-            prompt_ids=request.prompt_ids,
-            waiting=waiting[:4096],
+            prompt_ids=reply.prompt_ids,
+            waiting=reply.told,
         )
-        self._box.add(ReplyTo(route=request.route, message=accepted))
+        self._box.add(ReplyTo(route=reply.route, message=accepted))
 
     def cancelled(self, request: ClientCancelled, now: float) -> None:
         """A client wants no more, or a stop string was seen in what it got."""
@@ -172,32 +211,52 @@ class Serving:
 
     # --- the leader -------------------------------------------------------------------------------
 
-    def leader_found(self, leader_id: str) -> None:
-        """Somebody leads: what waited for that is forwarded now."""
-        self.leader_id = leader_id
-        for reply in self._open():
-            reply.forward_at = -inf
+    def leader_found(self, leader_id: str, term: int) -> None:
+        """Somebody leads in `term`: every open reply is forwarded to it at once, with its tokens.
 
-    def leader_lost(self, message: str, now: float) -> None:
-        """Nobody leads: end every open reply in a retryable error."""
+        Saying so again changes nothing.
+        """
+        if (leader_id, term) == (self.leader_id, self._term):
+            return
+        self.leader_id, self._term = leader_id, term
+        for reply in self._open():
+            reply.forward_at = reply.forwarded_at = -inf
+            reply.retry_s = FORWARD_RETRY_S
+
+    def leader_lost(self) -> None:
+        """Nobody leads: what is open waits for the next leader."""
         self.leader_id = ""
-        self.fail_all("leader_lost", message, now)
 
     def drawn(self, message: Drawn, now: float) -> None:
-        """The leader drew tokens: write them down, deliver those that are new, in order."""
+        """The present leader committed tokens: write them down, deliver those that are new."""
+        for interruption in message.interruptions:
+            self._interrupted(interruption)
         news: dict[int, int] = {}
+        unwanted: dict[int, None] = {}
         for token in message.tokens:
             reply = self._replies.get(token.request_id)
             if reply is None or reply.end:
-                # Nobody waits for it here: the leader may free its slot.
-                cancel = Cancel(request_id=token.request_id)
-                self._box.send(self.leader_id, cancel)
+                unwanted[token.request_id] = None
                 continue
             known = len(reply.tokens)
             if self._write(reply, token, now):
                 news.setdefault(token.request_id, known)
         for request_id, start in news.items():
             self._deliver(self._replies[request_id], start)
+        for request_id in unwanted:
+            # Nobody waits for it here: the leader may free its slot.
+            self._box.send(self.leader_id, Cancel(request_id=request_id))
+
+    def _interrupted(self, interruption: Interruption) -> None:
+        """The leader says that a reply was interrupted before the tokens that come now."""
+        reply, failover = self._replies.get(interruption.request_id), interruption.failover
+        if reply is None or reply.end or len(reply.failovers) >= MAX_FAILOVERS:
+            return
+        key = (failover.position, failover.lost)
+        passed = failover.position < len(reply.prompt_ids) + len(reply.tokens)
+        if not passed and key not in reply.failovers:
+            reply.failovers[key] = failover
+            reply.interruptions.append(key)
 
     def _write(self, reply: Reply, token: DrawnToken, now: float) -> bool:
         """Append a token if it is the next one; a gap is asked for by forwarding again."""
@@ -207,14 +266,27 @@ class Serving:
             return False
         if token.index < known:
             if reply.tokens[token.index] != token.token:
-                self._box.add(
-                    FrameDropped(
-                        reason=f"DRAWN: token {token.index} of request {reply.request_id:#x} "
-                        f"is {reply.tokens[token.index]}, not {token.token}"
-                    )
+                # Its client came back with tokens of another log: what follows is not its reply.
+                self._give_up(
+                    reply,
+                    now,
+                    "log_conflict",
+                    f"token {token.index} that you have is {reply.tokens[token.index]}, the log "
+                    f"has {token.token}; submit the prompt under a new request id",
                 )
             return False
+        before = reply.last_at if reply.drawn else reply.submitted_at
+        for key in reply.interruptions:
+            reply.failovers[key] = replace(
+                reply.failovers[key],
+                position=len(reply.prompt_ids) + known,
+                stall_s=max(0.0, now - before),
+            )
+        reply.interruptions.clear()
         reply.tokens.append(token.token)
+        reply.first_at = min(reply.first_at, now)
+        reply.last_at = self._progress_at = now
+        reply.drawn += 1
         reply.retry_s = FORWARD_RETRY_S
         reply.forward_at = now + reply.retry_s
         return True
@@ -235,8 +307,6 @@ class Serving:
             message.code,
             message.message,
             retryable=message.retryable,
-            ttft_s=message.ttft_s,
-            tokens_per_s=message.tokens_per_s,
         )
 
     def fail_all(self, code: str, message: str, now: float) -> None:
@@ -246,25 +316,39 @@ class Serving:
 
     # --- time -------------------------------------------------------------------------------------
 
-    def look(self, *, ready: bool, waiting: str, now: float) -> None:
-        """Forward what is due, give up what waited too long, forget what is old."""
+    def look(self, *, ready: bool, waiting: str, leaderless: bool, now: float) -> None:
+        """Forward what is due, give up what stood still for too long, forget what is old.
+
+        `ready`: a plan is in force; where not, `waiting` says what for. `leaderless`: nobody leads
+        a cluster that has had a plan.
+        """
+        patience, waiting = self._config.wait_for_nodes, waiting[:MAX_REASON_CHARS]
         for reply in self._open():
             if ready:
-                reply.waiting = False
-            patience = self._config.wait_for_nodes
-            if reply.waiting and now >= reply.submitted_at + patience:
-                self._cancel_at_leader(reply, "client")
-                self._conclude(
-                    reply,
-                    "error",
-                    now,
-                    "not_ready",
-                    f"the cluster was not ready within {patience:g} s; it waits for {waiting}",
-                    retryable=True,
-                )
-            elif self.leader_id and now >= reply.forward_at:
+                reply.waiting, reply.told, reply.stalled_at = False, "", inf
+            else:
+                reply.stalled_at = min(reply.stalled_at, now)
+            if now >= self._patient_until(reply):
+                code = "no_quorum" if leaderless else "not_ready"
+                text = f"the cluster was not ready for {patience:g} s; it waits for {waiting}"
+                self._give_up(reply, now, code, text, retryable=True)
+                continue
+            if not ready and (reply.waiting or now >= reply.stalled_at + TELL_AFTER_S):
+                self._tell(reply, waiting)
+            if self.leader_id and now >= reply.forward_at:
                 self._forward(reply, now)
         self._forget_old(now)
+
+    def _patient_until(self, reply: Reply) -> float:
+        """When a reply that stands still is given up. A token for any of them shows that the
+        cluster works."""
+        return max(reply.stalled_at, self._progress_at) + self._config.wait_for_nodes
+
+    def _tell(self, reply: Reply, waiting: str) -> None:
+        """Tell a client what it waits for, if that has changed."""
+        if waiting != reply.told:
+            reply.told = waiting
+            self._answer(reply)
 
     @property
     def deadline(self) -> float:
@@ -274,10 +358,9 @@ class Serving:
             if reply.end:
                 times.append(reply.ended_at + REPLY_KEPT_S)
                 continue
+            times.append(self._patient_until(reply))
             if self.leader_id:
                 times.append(reply.forward_at)
-            if reply.waiting:
-                times.append(reply.submitted_at + self._config.wait_for_nodes)
         return min(times)
 
     def _forward(self, reply: Reply, now: float) -> None:
@@ -315,6 +398,13 @@ class Serving:
         if self.leader_id:
             self._box.send(self.leader_id, Cancel(request_id=reply.request_id, reason=reason))
 
+    def _give_up(
+        self, reply: Reply, now: float, code: str, message: str, *, retryable: bool = False
+    ) -> None:
+        """End a reply in an error of this node's own; the leader may free its slot."""
+        self._cancel_at_leader(reply, "client")
+        self._conclude(reply, "error", now, code, message, retryable=retryable)
+
     def _conclude(
         self,
         reply: Reply,
@@ -324,9 +414,11 @@ class Serving:
         message: str = "",
         *,
         retryable: bool = False,
-        ttft_s: float = 0.0,
-        tokens_per_s: float = 0.0,
     ) -> None:
+        seconds = reply.last_at - reply.first_at
+        ttft_s = reply.first_at - reply.submitted_at if reply.drawn else 0.0
+        tokens_per_s = (reply.drawn - 1) / seconds if reply.drawn > 1 and seconds > 0 else 0.0
+        pending = set(reply.interruptions)
         reply.end = Conclude(
             route=reply.route,
             request_id=reply.request_id,
@@ -337,6 +429,7 @@ class Serving:
             retryable=retryable,
             ttft_s=ttft_s,
             tokens_per_s=tokens_per_s,
+            failovers=tuple(f for key, f in reply.failovers.items() if key not in pending),
         )
         reply.ended_at = now
         self._box.add(reply.end)
@@ -380,15 +473,3 @@ def _check_same(request: ClientSubmitted, reply: Reply) -> None:
             f"you have {len(request.received)} tokens of a reply that ended with "
             f"{len(reply.tokens)}; submit the prompt under a new request id",
         )
-
-
-def _conclusion_for(reply: Reply, end: Conclude) -> Conclude:
-    """The end of a reply again, for the client's present connection."""
-    return Conclude(
-        route=reply.route,
-        request_id=end.request_id,
-        reason=end.reason,
-        total_tokens=end.total_tokens,
-        ttft_s=end.ttft_s,
-        tokens_per_s=end.tokens_per_s,
-    )

@@ -5,14 +5,15 @@ cut in chunks that ride along with everybody's next token, so that a long prompt
 (Sarathi-Serve, Agrawal et al., OSDI 2024). Admission is first come, first served: a request whose
 KV does not fit yet waits, and all behind it wait too, so none starves.
 
-The leader's worker calls `next_slots` and `finish_step` in turn; requests may be added or cancelled
-in between. Tokens that are known already (prompt, tokens received, tokens drawn before a restart)
-are forced, never drawn again.
+A scheduler lives for one fence: the next one begins empty, and requests are added anew with what
+is known of them. The leader's worker calls `next_step` and `finish_step` in turn; requests may be
+added or cancelled in between. Tokens that are known already (prompt, tokens received, tokens of the
+log that was agreed on) are forced, never drawn again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from msgspec import Struct
 
@@ -20,27 +21,37 @@ from p2pinfer.core.blocks import BLOCK_POSITIONS, BlockPool, blocks_for
 from p2pinfer.errors import ClusterError, InvalidRequestError, LocalProtocolError
 from p2pinfer.limits import MAX_REQUESTS, MAX_STEP_SLOTS, MAX_STEP_TOKENS
 from p2pinfer.types import SamplingParams
-from p2pinfer.wire.messages import DrawnToken, Slot
+from p2pinfer.wire.messages import DrawnToken, FinalToken, Slot
 
 STOP, LENGTH = "stop", "length"
 
 
 class EndedReply(Struct, frozen=True):
-    """A reply is complete. `reason` is `stop` or `length`; `total_tokens` counts a last EOS too.
-
-    `ttft_s` is the time from `add` to the first token drawn here; `tokens_per_s` the rate of those
-    after it (0 where there are none).
-    """
+    """A reply is complete. `reason` is `stop` or `length`; `total_tokens` counts a last EOS too."""
 
     request_id: int
     reason: str
     total_tokens: int
-    ttft_s: float = 0.0
-    tokens_per_s: float = 0.0
+
+
+Piece = DrawnToken | EndedReply
+"""What becomes true for a client once it is committed."""
+
+
+class Work(Struct, frozen=True, kw_only=True):
+    """What a step says to all (see `Step`), and the `news` that are committed with it.
+
+    News are the tokens that the step before drew, and the ends of their replies, in order.
+    """
+
+    slots: tuple[Slot, ...] = ()
+    ended: tuple[int, ...] = ()
+    finals: tuple[FinalToken, ...] = ()
+    news: tuple[Piece, ...] = ()
 
 
 class _Request:
-    """One request: its known tokens, how many of them have their KV, and its times."""
+    """One request: its known tokens, and how many of them have their KV."""
 
     def __init__(
         self,
@@ -48,7 +59,6 @@ class _Request:
         prompt_ids: Sequence[int],
         params: SamplingParams,
         max_positions: int,
-        now: float,
     ) -> None:
         self.request_id = request_id
         self.params = params
@@ -57,12 +67,9 @@ class _Request:
         self.capacity = min(len(prompt_ids) + params.max_tokens, max_positions)
         self.computed = 0
         self.placed = False
-        """Nodes may hold KV of it."""
+        """Nodes may hold its log, and KV of it."""
         self.announced = False
-        """Its capacity and parameters were sent under the present fence."""
-        self.added_at = now
-        self.first_at = now
-        self.drawn = 0
+        """Its capacity and parameters were sent."""
 
     @property
     def pending(self) -> int:
@@ -84,6 +91,7 @@ class _Request:
             sample=end == len(self.tokens),
             capacity=self.capacity if first else 0,
             params=self.params if first else None,
+            prompt_tokens=self.prompt_tokens if first else 0,
         )
 
     def append(self, token: int, eos_token_ids: frozenset[int]) -> str:
@@ -93,29 +101,17 @@ class _Request:
             return STOP
         return LENGTH if len(self.tokens) >= self.capacity else ""
 
-    def time(self, now: float) -> None:
-        """Note that a token was drawn."""
-        self.drawn += 1
-        if self.drawn == 1:
-            self.first_at = now
-
-    def ended(self, reason: str, now: float) -> EndedReply:
-        seconds = now - self.first_at
-        return EndedReply(
-            request_id=self.request_id,
-            reason=reason,
-            total_tokens=self.reply_tokens,
-            ttft_s=self.first_at - self.added_at,
-            tokens_per_s=(self.drawn - 1) / seconds if self.drawn > 1 and seconds > 0 else 0.0,
-        )
+    def ended(self, reason: str) -> EndedReply:
+        return EndedReply(self.request_id, reason, self.reply_tokens)
 
 
 class Scheduler:
-    """All requests of the leader, waiting and running.
+    """All requests of the leader under one fence: waiting, running, and waiting for their commit.
 
     A step has at most `max_step_tokens` positions in at most `max_slots` slots, one per request.
-    `max_positions` is the model's; `pool` accounts for KV. Raises `ValueError` for a step beyond
-    what the wire allows.
+    `max_positions` is the model's; `pool` accounts for KV. `logged` are the requests whose logs
+    every node has from the fences before: only they may begin in the middle. Raises `ValueError`
+    for a step beyond what the wire allows.
     """
 
     def __init__(
@@ -124,6 +120,7 @@ class Scheduler:
         pool: BlockPool,
         max_positions: int,
         eos_token_ids: frozenset[int],
+        logged: Iterable[int] = (),
         max_step_tokens: int = 256,
         max_slots: int = MAX_STEP_SLOTS,
     ) -> None:
@@ -137,14 +134,20 @@ class Scheduler:
         self._eos = eos_token_ids
         self._max_step_tokens = max_step_tokens
         self._max_running = min(max_slots, max_step_tokens)
+        self._logged = dict.fromkeys(logged)
+        """Those of them that were not added yet."""
         self._waiting: dict[int, _Request] = {}
         self._running: dict[int, _Request] = {}
+        self._closing: dict[int, _Request] = {}
+        """Replies that are complete, and not known to be committed."""
         self._in_flight: dict[int, _Request] = {}
+        self._news: list[Piece] = []
+        self._finals: dict[int, FinalToken] = {}
         self._to_free: list[int] = []
 
     @property
     def running(self) -> int:
-        """Requests that have their place in the KV cache."""
+        """Requests that have their place in the KV cache and compute."""
         return len(self._running)
 
     @property
@@ -152,24 +155,53 @@ class Scheduler:
         """Requests that wait for one."""
         return len(self._waiting)
 
+    def __contains__(self, request_id: int) -> bool:
+        return any(request_id in held for held in (self._running, self._waiting, self._closing))
+
+    # --- requests come and go ---------------------------------------------------------------------
+
     def add(
         self,
         request_id: int,
         prompt_ids: Sequence[int],
         received: Sequence[int],
         params: SamplingParams,
-        now: float,
-    ) -> EndedReply | None:
+        computed: int = 0,
+    ) -> None:
         """Enter a request at the end of the queue; one that is here already is left as it is.
 
-        `received` tokens of the reply are forced. Returns the end of a reply that they complete
-        already: such a request is not entered. `max_tokens` is cut to what the context has room
-        for. Raises `ClusterError`: `invalid_request`, `empty_prompt`, `prompt_too_long` or
-        `overloaded`.
+        `received` tokens of the reply are forced; where they complete it, only its end is told.
+        `computed` leading positions have their KV on all nodes; that is believed of `logged`
+        requests alone. `max_tokens` is cut to what the context has room for. Raises `ClusterError`:
+        `invalid_request`, `empty_prompt`, `prompt_too_long`, `node_lost` (a reply that had begun
+        has no room any more) or `overloaded`.
         """
-        if request_id in self._running or request_id in self._waiting:
-            return None
+        if request_id in self:
+            return
+        logged = request_id in self._logged
         params.check()
+        self._check_prompt(prompt_ids)
+        request = _Request(request_id, prompt_ids, params, self._max_positions)
+        if not self._pool.fits(request.capacity):
+            raise self._too_long(request, logged)
+        if not logged and self._known() >= MAX_REQUESTS:
+            raise ClusterError(
+                "overloaded",
+                f"{MAX_REQUESTS} requests are queued or running already; try again later",
+                retryable=True,
+            )
+        self._logged.pop(request_id, None)
+        request.placed = logged
+        for token in received:
+            if reason := request.append(token, self._eos):
+                self._closing[request_id] = request
+                self._news.append(request.ended(reason))
+                return
+        if logged:
+            request.computed = min(computed, len(request.tokens) - 1)
+        self._waiting[request_id] = request
+
+    def _check_prompt(self, prompt_ids: Sequence[int]) -> None:
         if not prompt_ids:
             raise InvalidRequestError("the prompt has no tokens; give some text", "empty_prompt")
         if len(prompt_ids) + 1 > self._max_positions:
@@ -178,42 +210,71 @@ class Scheduler:
                 f"room for {self._max_positions - 1}: shorten it",
                 "prompt_too_long",
             )
-        request = _Request(request_id, prompt_ids, params, self._max_positions, now)
-        if not self._pool.fits(request.capacity):
-            raise InvalidRequestError(
-                f"prompt and max_tokens come to {request.capacity} positions; the KV cache holds "
-                f"{self._pool.limit * BLOCK_POSITIONS} ({self._pool.limit} blocks, "
-                f"{blocks_for(request.capacity)} needed): shorten one or give nodes more memory",
-                "prompt_too_long",
+
+    def _too_long(self, request: _Request, logged: bool) -> ClusterError:
+        if logged:
+            return ClusterError(
+                "node_lost", "the nodes that remain lack room for its KV", retryable=True
             )
-        for token in received:
-            if reason := request.append(token, self._eos):
-                return request.ended(reason, now)
-        if self.running + self.waiting >= MAX_REQUESTS:
-            raise ClusterError(
-                "overloaded",
-                f"{MAX_REQUESTS} requests are queued or running already; try again later",
-                retryable=True,
-            )
-        self._waiting[request_id] = request
-        return None
+        return InvalidRequestError(
+            f"prompt and max_tokens come to {request.capacity} positions; the KV cache holds "
+            f"{self._pool.limit * BLOCK_POSITIONS} ({self._pool.limit} blocks, "
+            f"{blocks_for(request.capacity)} needed): shorten one or give nodes more memory",
+            "prompt_too_long",
+        )
+
+    def _known(self) -> int:
+        """Requests here, and logs elsewhere: what an ACK can tell of is limited."""
+        held = (self._waiting, self._running, self._closing, self._logged, self._to_free)
+        return sum(len(requests) for requests in held)
 
     def cancel(self, request_id: int) -> bool:
-        """End a request and free its place; False when there is no such request."""
-        request = self._waiting.pop(request_id, None) or self._running.pop(request_id, None)
-        if request is None:
-            return False
-        self._release(request)
-        return True
+        """End a request and free its place; False when nothing is known of it."""
+        if request_id in self._logged:
+            del self._logged[request_id]
+            self._to_free.append(request_id)
+            return True
+        for held in (self._waiting, self._running, self._closing):
+            request = held.pop(request_id, None)
+            if request is not None:
+                self._news = [piece for piece in self._news if piece.request_id != request_id]
+                self._finals.pop(request_id, None)
+                self._release(request)
+                return True
+        return False
 
-    def next_slots(self) -> tuple[Slot, ...]:
-        """The slots of the next step, in order of admission; empty when there is nothing to do.
+    def committed(self, request_id: int) -> None:
+        """The end of a reply is committed: nodes may forget it."""
+        request = self._closing.pop(request_id, None)
+        if request is not None:
+            self._release(request)
+
+    def _release(self, request: _Request) -> None:
+        """A request is over: its blocks are free, and nodes may free what they hold of it."""
+        self._in_flight.pop(request.request_id, None)
+        self._pool.free(request.request_id)
+        if request.placed:
+            self._to_free.append(request.request_id)
+
+    # --- steps ------------------------------------------------------------------------------------
+
+    def next_step(self) -> Work | None:
+        """What the next step says; None when there is nothing to say.
 
         Each request with one pending token gets it computed; what is left of the step's tokens goes
-        to longer runs, first come, first served. The slots count as sent; a step that then fails is
-        made good by `restart`.
+        to longer runs, first come, first served. All of it counts as sent: should the step fail,
+        this fence is over. What ended is told first: an id may be used again by one of the slots.
         """
         self._admit()
+        slots = self._slots()
+        news, self._news = tuple(self._news), []
+        ended, self._to_free = tuple(self._to_free[:MAX_REQUESTS]), self._to_free[MAX_REQUESTS:]
+        finals, self._finals = tuple(self._finals.values()), {}
+        if not (slots or news or ended or finals):
+            return None
+        return Work(slots=slots, ended=ended, finals=finals, news=news)
+
+    def _slots(self) -> tuple[Slot, ...]:
         single = sum(request.pending == 1 for request in self._running.values())
         room = self._max_step_tokens - single
         slots = []
@@ -229,24 +290,13 @@ class Scheduler:
                 self._in_flight[request.request_id] = request
         return tuple(slots)
 
-    def ended_since_last(self) -> tuple[int, ...]:
-        """Requests whose KV every node may free, each told once.
-
-        They go with the next step and are freed before its slots: an id may be used again.
-        """
-        ended, self._to_free = tuple(self._to_free), []
-        return ended
-
-    def finish_step(
-        self, slots: Sequence[Slot], drawn: Mapping[int, int], now: float
-    ) -> list[DrawnToken | EndedReply]:
+    def finish_step(self, slots: Sequence[Slot], drawn: Mapping[int, int]) -> None:
         """The step of `slots` is computed; `drawn` has the token of each slot with `sample`.
 
-        Returns the tokens, and after its last one the end of a reply, in the order of the slots.
-        Slots of requests that were cancelled or restarted since are ignored. Raises
-        `LocalProtocolError` when a token lacks.
+        The tokens, and after its last one the end of a reply, are news of the next step. Slots of
+        requests that were cancelled since are ignored. Raises `LocalProtocolError` when a token
+        lacks.
         """
-        news: list[DrawnToken | EndedReply] = []
         for slot in slots:
             request = self._in_flight.pop(slot.request_id, None)
             if request is None:
@@ -258,33 +308,13 @@ class Scheduler:
                 raise LocalProtocolError(f"no token was drawn for request {slot.request_id:#x}")
             token, index = drawn[slot.request_id], request.reply_tokens
             reason = request.append(token, self._eos)
-            request.time(now)
-            news.append(DrawnToken(request_id=slot.request_id, index=index, token=token))
+            self._news.append(DrawnToken(request_id=slot.request_id, index=index, token=token))
             if reason:
-                del self._running[slot.request_id]
-                self._release(request)
-                news.append(request.ended(reason, now))
-        return news
-
-    def restart(self, pool: BlockPool | None = None) -> tuple[int, ...]:
-        """A new fence: every running request is computed again from position 0, in the same order.
-
-        A step in flight is forgotten; known tokens are forced. `pool` is empty and takes the old
-        one's place where the new plan has other room. Returns the requests that it can never hold:
-        they are gone, and the caller tells their clients.
-        """
-        for request in self._running.values():
-            self._pool.free(request.request_id)
-            request.computed = 0
-            request.announced = False
-        self._pool = pool or self._pool
-        self._in_flight = {}
-        self._waiting = self._running | self._waiting
-        self._running = {}
-        lost = [r.request_id for r in self._waiting.values() if not self._pool.fits(r.capacity)]
-        for request_id in lost:
-            self.cancel(request_id)
-        return tuple(lost)
+                self._closing[slot.request_id] = self._running.pop(slot.request_id)
+                self._finals[slot.request_id] = FinalToken(
+                    request_id=slot.request_id, position=len(request.tokens) - 1, token=token
+                )
+                self._news.append(request.ended(reason))
 
     def _admit(self) -> None:
         """Let waiting requests in, in their order, as long as there are slots and blocks."""
@@ -294,10 +324,3 @@ class Scheduler:
                 return
             del self._waiting[request.request_id]
             self._running[request.request_id] = request
-
-    def _release(self, request: _Request) -> None:
-        """A request has ended: its blocks are free, and nodes that hold KV of it may free that."""
-        self._in_flight.pop(request.request_id, None)
-        self._pool.free(request.request_id)
-        if request.placed:
-            self._to_free.append(request.request_id)

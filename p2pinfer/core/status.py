@@ -9,6 +9,8 @@ import msgspec
 from p2pinfer.core.events import WorkerStats
 from p2pinfer.core.membership import Membership, Peer
 from p2pinfer.core.planner import holding
+from p2pinfer.core.preview import fits_without
+from p2pinfer.core.quorum import tolerates
 from p2pinfer.core.units import unit_count
 from p2pinfer.types import Member, ModelSpec, Plan, UnitKind
 from p2pinfer.wire.messages import Heartbeat, MemberState
@@ -51,10 +53,17 @@ def make_status(
         "layout": plan.layout if plan else "",
         "model": _model(known) if known else None,
         "voters": [plan.members[index].name for index in plan.voters] if plan else [],
-        "tolerates": [],
+        "tolerates": _tolerated(plan, membership) if plan and ready else [],
         "members": [_member(member, peer, plan, own) for member, peer in peers],
         "counters": _counters(stats),
     }
+
+
+def _tolerated(plan: Plan, membership: Membership) -> list[str]:
+    """Names of the members whose death, one at a time, the cluster survives as it stands."""
+    living = membership.members()
+    ids = frozenset(member.node_id for member in living)
+    return list(tolerates(plan, ids, lambda node_id: fits_without(plan, living, node_id)))
 
 
 def _counters(stats: WorkerStats) -> Json:
@@ -78,7 +87,9 @@ def _model(model: ModelSpec) -> Json:
 
 def _member(member: Member, peer: Peer | None, plan: Plan | None, own: Heartbeat) -> Json:
     health = peer.heartbeat if peer else own
-    owned = _owned(member, plan) if plan and (peer is None or peer.living) else []
+    there = plan is not None and (peer is None or peer.living)
+    owned = _owned(member, plan) if plan and there else []
+    standby = _standby(member, plan) if plan and there else []
     return {
         "name": member.name,
         "node_id": member.node_id,
@@ -88,10 +99,12 @@ def _member(member: Member, peer: Peer | None, plan: Plan | None, own: Heartbeat
         "pid": member.pid,
         "address": member.address,
         "witness": member.witness,
+        "hung": health.hung if health else False,
+        "draining": health.draining if health else False,
         "owned": owned,
-        "standby": [],
+        "standby": standby,
         "head_units": [unit for part in owned for unit in part["head_units"]],
-        "standby_head_units": [],
+        "standby_head_units": [unit for part in standby for unit in part["head_units"]],
         "rtt_ms": round(peer.rtt_s * 1000, 1) if peer and peer.rtt_s is not None else None,
         "tokens_per_s": health.tokens_per_s if health else 0.0,
         "kv": {
@@ -101,18 +114,44 @@ def _member(member: Member, peer: Peer | None, plan: Plan | None, own: Heartbeat
     }
 
 
-def _owned(member: Member, plan: Plan) -> list[Json]:
+def _index(member: Member, plan: Plan) -> int | None:
+    """A member's place in the plan, if the plan means this very boot of it."""
     for index, planned in enumerate(plan.members):
         if (planned.node_id, planned.boot_id) == (member.node_id, member.boot_id):
-            held = holding(plan, index)
-            if held.stage is None:
-                return []
-            return [
-                {
-                    "span": list(held.span),
-                    "head_units": list(held.head_units),
-                    "mlp_units": list(held.mlp_units),
-                    "vocab_units": list(held.vocab_units),
-                }
-            ]
-    return []
+            return index
+    return None
+
+
+def _owned(member: Member, plan: Plan) -> list[Json]:
+    index = _index(member, plan)
+    if index is None:
+        return []
+    held = holding(plan, index)
+    if held.stage is None:
+        return []
+    return [_part(held.span, held.head_units, held.mlp_units, held.vocab_units)]
+
+
+def _standby(member: Member, plan: Plan) -> list[Json]:
+    """By stage, the units that a member is to keep a replica of."""
+    index = _index(member, plan)
+    parts = []
+    for stage in plan.stages:
+        kinds = [
+            tuple(unit for unit, copies in enumerate(standbys) if index in copies)
+            for standbys in (stage.head_standbys, stage.mlp_standbys, stage.vocab_standbys)
+        ]
+        if any(kinds):
+            parts.append(_part((stage.start, stage.end), *kinds))
+    return parts
+
+
+def _part(
+    span: tuple[int, int], heads: tuple[int, ...], mlp: tuple[int, ...], vocab: tuple[int, ...]
+) -> Json:
+    return {
+        "span": list(span),
+        "head_units": list(heads),
+        "mlp_units": list(mlp),
+        "vocab_units": list(vocab),
+    }

@@ -11,10 +11,18 @@ from p2pinfer.core.units import unit_bounds
 from p2pinfer.errors import RemoteProtocolError
 from p2pinfer.limits import MAX_STEP_TOKENS
 from p2pinfer.types import ModelSpec, UnitKind
-from p2pinfer.wire.messages import Candidates, Hidden, Logits, LogitsRequest, Partial, Step
+from p2pinfer.wire.messages import (
+    Candidates,
+    Hidden,
+    Logits,
+    LogitsRequest,
+    Partial,
+    Step,
+    StepAck,
+)
 from p2pinfer.wire.tensors import WireDType
 
-StepMessage = Step | Partial | Hidden | Candidates | LogitsRequest | Logits
+StepMessage = Step | StepAck | Partial | Hidden | Candidates | LogitsRequest | Logits
 
 
 def check_frame(topology: Topology, sender: int, message: StepMessage) -> None:
@@ -33,6 +41,8 @@ def _fits(topology: Topology, sender: int, message: StepMessage) -> bool:
             return sender == plan.leader and _computable(plan.model, message)
         case LogitsRequest():
             return sender == plan.leader
+        case StepAck():
+            return topology.leads
         case Partial(tensor=tensor):
             span = topology.holding.span
             return (
@@ -69,9 +79,16 @@ def _width(model: ModelSpec, vocab_unit: int) -> int:
 def _computable(model: ModelSpec, step: Step) -> bool:
     """Whether every position and every token of a step exists in the model."""
     rows = sum(len(slot.tokens) for slot in step.slots)
-    return rows <= MAX_STEP_TOKENS and all(
-        slot.start + len(slot.tokens) <= model.max_positions
-        and max(slot.tokens) < model.vocab_size
-        and (not slot.capacity or slot.start + len(slot.tokens) <= slot.capacity)
-        for slot in step.slots
+    return (
+        rows <= MAX_STEP_TOKENS
+        and all(
+            slot.start + len(slot.tokens) <= model.max_positions
+            and max(slot.tokens) < model.vocab_size
+            and (not slot.capacity or slot.start + len(slot.tokens) <= slot.capacity)
+            for slot in step.slots
+        )
+        and all(
+            final.position < model.max_positions and final.token < model.vocab_size
+            for final in step.finals
+        )
     )

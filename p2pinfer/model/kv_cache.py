@@ -72,10 +72,12 @@ class KvCache:
         self._store.pop(request_id, None)
         self._covered.pop(request_id, None)
 
-    def clear(self) -> None:
-        """Free everything."""
-        self._store.clear()
-        self._covered.clear()
+    def cut(self, request_id: int, positions: int) -> None:
+        """Only the first `positions` of a request's KV are of use: with none, it is freed."""
+        if positions == 0:
+            self.drop(request_id)
+        elif request_id in self._covered:
+            self._covered[request_id] = min(self._covered[request_id], positions)
 
     def __contains__(self, request_id: int) -> bool:
         return request_id in self._store

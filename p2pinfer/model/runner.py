@@ -55,7 +55,10 @@ StepRun = Generator[Exchange, Tensor | None, list[Tensor]]
 
 
 class StageRunner:
-    """Computes steps for the units that one node owns, and keeps their KV."""
+    """Computes steps for the units that one node owns, and keeps their KV.
+
+    `cache` is one of the same shape, of a runner before with the same layers and head units.
+    """
 
     def __init__(
         self,
@@ -64,6 +67,8 @@ class StageRunner:
         config: LlamaConfig,
         model: ModelSpec,
         device: torch.device,
+        *,
+        cache: KvCache | None = None,
     ) -> None:
         self._stage = stage
         self._span = holding.span
@@ -76,7 +81,9 @@ class StageRunner:
         self._is_last = self._span.end == model.num_layers
         layers = self._span.end - self._span.start
         units = len(holding.head_units)
-        self.cache = KvCache(KvShape(units, layers, model.head_dim, self._kv_dtype, device))
+        shape = KvShape(units, layers, model.head_dim, self._kv_dtype, device)
+        assert cache is None or cache.shape == shape, "KV of other units"
+        self.cache = cache or KvCache(shape)
 
     def run(self, slots: Sequence[Slot]) -> StepRun:
         """Compute `slots`. Returns, per owned vocab unit, logits [sampling slots, unit width].

@@ -62,7 +62,6 @@ def _check_log_entry(message: LogEntry) -> None:
 
 def _check_activate(message: Activate) -> None:
     for log in message.logs:
-        _check_span(log.length, 0, "tokens of a log")
         _require(
             log.restart <= log.length,
             f"a log of {log.length} tokens restarts at {log.restart}",

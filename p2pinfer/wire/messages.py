@@ -3,7 +3,8 @@
 Control bodies (MessagePack maps with the field names below) and data frames (a fixed header, then
 raw tensor bytes) are told apart by their base class. Ids are append-only: a retired id is never
 used again. `proto_spec.md` says what each message means; `tests/test_spec.py` compares the two.
-The messages of steps and bulk are in `step_messages.py`; readers import all of them from here.
+Those of elections and plans are in `plan_messages.py`, those of steps and bulk in
+`step_messages.py`; readers import all of them from here.
 """
 
 from __future__ import annotations
@@ -16,10 +17,8 @@ from msgspec import Meta, Struct
 from p2pinfer.limits import (
     MAX_FAILOVERS,
     MAX_NODES,
-    MAX_REQUESTS,
     MAX_STATUS_BYTES,
     MAX_STEP_SLOTS,
-    MAX_UNITS,
 )
 from p2pinfer.types import (
     U16,
@@ -30,7 +29,6 @@ from p2pinfer.types import (
     Fence,
     Identity,
     Member,
-    Plan,
     SamplingParams,
     Seconds,
     TokenId,
@@ -45,9 +43,22 @@ from p2pinfer.wire.fields import (
     Plane,
     Rate,
     Reason,
-    StageIndex,
     Text,
-    Unit,
+)
+from p2pinfer.wire.plan_messages import (
+    Ack,
+    Activate,
+    AgreedLog,
+    CoverageRun,
+    LogDigest,
+    LogEntry,
+    LogRequest,
+    Nack,
+    PreVoteReply,
+    PreVoteRequest,
+    Propose,
+    VoteReply,
+    VoteRequest,
 )
 from p2pinfer.wire.step_messages import (
     Candidates,
@@ -154,123 +165,6 @@ class Leave(ControlMessage, frozen=True, kw_only=True):
     reason: Reason = ""
 
 
-# --- election and plans -------------------------------------------------------------------------
-
-
-class PreVoteRequest(ControlMessage, frozen=True, kw_only=True):
-    """Would you vote for me in `term`, the next one? Changes nobody's term (Raft thesis, 9.6)."""
-
-    term: U63
-    candidate_id: Identity
-    plan_fence: Fence
-
-
-class PreVoteReply(ControlMessage, frozen=True, kw_only=True):
-    """Answer to PRE_VOTE_REQUEST: `term` is the one asked for or, where denied, the voter's own."""
-
-    term: U63
-    voter_id: Identity
-    granted: bool
-
-
-class VoteRequest(ControlMessage, frozen=True, kw_only=True):
-    """A candidate asks for a vote in `term`; granted only if its plan is not older."""
-
-    term: U63
-    candidate_id: Identity
-    plan_fence: Fence
-
-
-class VoteReply(ControlMessage, frozen=True, kw_only=True):
-    """Answer to VOTE_REQUEST, sent when the vote is persisted; `term` as in PRE_VOTE_REPLY."""
-
-    term: U63
-    voter_id: Identity
-    granted: bool
-
-
-class Propose(ControlMessage, frozen=True, kw_only=True):
-    """The leader proposes a plan; the receiver stops obeying the old one and makes ready."""
-
-    plan: Plan
-
-
-class LogDigest(Struct, frozen=True, kw_only=True):
-    """A request's token log on one node: the term that last wrote it, its length and its hash."""
-
-    request_id: U63
-    term: U63
-    length: U32
-    digest: Digest
-
-
-class CoverageRun(Struct, frozen=True, kw_only=True):
-    """Leading positions of a request whose KV of `units` a node holds (finished steps only)."""
-
-    request_id: U63
-    stage: StageIndex
-    units: Annotated[tuple[Unit, ...], Meta(max_length=MAX_UNITS)]
-    positions: U32
-
-
-class Ack(ControlMessage, frozen=True, kw_only=True):
-    """The plan of `fence` is persisted and its units are loaded here."""
-
-    fence: Fence
-    node_id: Identity
-    logs: Annotated[tuple[LogDigest, ...], Meta(max_length=MAX_REQUESTS)] = ()
-    coverage: Annotated[tuple[CoverageRun, ...], Meta(max_length=MAX_REQUESTS * 4)] = ()
-
-
-class Nack(ControlMessage, frozen=True, kw_only=True):
-    """The plan of `fence` cannot be held here, and why; the leader proposes another."""
-
-    fence: Fence
-    node_id: Identity
-    code: Code
-    message: Reason
-    about: MaybeIdentity = ""
-
-
-class LogRequest(ControlMessage, frozen=True, kw_only=True):
-    """The leader asks for token logs that a member acknowledged the plan of `fence` with."""
-
-    fence: Fence
-    request_ids: Annotated[tuple[U63, ...], Meta(min_length=1, max_length=MAX_REQUESTS)]
-
-
-class LogEntry(ControlMessage, frozen=True, kw_only=True):
-    """A request's token log from index `start` on: prompt first, then the reply.
-
-    Member to leader: the answer to LOG_REQUEST. Leader to member, before ACTIVATE: what that member
-    lacks of the log agreed on.
-    """
-
-    fence: Fence
-    request_id: U63
-    term: U63
-    prompt_tokens: U32
-    params: SamplingParams
-    start: U32 = 0
-    tokens: Tokens
-
-
-class AgreedLog(Struct, frozen=True, kw_only=True):
-    """The log that all members have of a request from now on, and where computing restarts."""
-
-    request_id: U63
-    length: U32
-    digest: Digest
-    restart: U32
-
-
-class Activate(ControlMessage, frozen=True, kw_only=True):
-    """The plan of `fence` is in force, with these token logs and no others."""
-
-    fence: Fence
-    logs: Annotated[tuple[AgreedLog, ...], Meta(max_length=MAX_REQUESTS)] = ()
-
-
 # --- clients and requests -----------------------------------------------------------------------
 
 
@@ -375,9 +269,6 @@ class Ended(ControlMessage, frozen=True, kw_only=True):
     code: Code = ""
     message: Reason = ""
     retryable: bool = False
-    ttft_s: Seconds = 0.0
-    tokens_per_s: Rate = 0.0
-    failovers: Annotated[tuple[Failover, ...], Meta(max_length=MAX_FAILOVERS)] = ()
 
 
 class StatusRequest(ControlMessage, frozen=True, kw_only=True):
@@ -396,7 +287,8 @@ class StatusReply(ControlMessage, frozen=True, kw_only=True):
 class Drain(ControlMessage, frozen=True, kw_only=True):
     """An operator asks that a member's units be handed over, and that it leave.
 
-    Answered by DONE when the member has left, or by FAILED. A node passes it on to the leader.
+    An empty name is the asked node's, which is to leave for good; another one's node is told by the
+    asked one. Answered by DONE when the member has left, or by FAILED.
     """
 
     request_id: U63
@@ -463,7 +355,7 @@ MESSAGES: tuple[MessageType, ...] = (
     MessageType(40, "ENDED", _C, "leader to node", Ended),
     MessageType(41, "STATUS_REQUEST", _C, "client to node", StatusRequest),
     MessageType(42, "STATUS_REPLY", _C, "node to client", StatusReply),
-    MessageType(43, "DRAIN", _C, "client to node, node to leader", Drain),
+    MessageType(43, "DRAIN", _C, "client to node, node to node", Drain),
     MessageType(44, "DONE", _C, "node to client", Done),
     MessageType(45, "PLAN_REQUEST", _C, "client to node", PlanRequest),
     MessageType(64, "LINK_OPEN", _S, "node to node", LinkOpen),

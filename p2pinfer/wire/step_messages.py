@@ -18,7 +18,7 @@ from p2pinfer.limits import (
     MAX_STEP_TOKENS,
     MAX_UNITS,
 )
-from p2pinfer.types import U16, U32, U63, Digest, Fence, Identity, SamplingParams, TokenId
+from p2pinfer.types import U16, U32, U63, Digest, Fence, Identity, Length, SamplingParams, TokenId
 from p2pinfer.wire.fields import ControlMessage, DataFrame, StageIndex, Unit
 from p2pinfer.wire.tensors import Tensor
 
@@ -45,16 +45,16 @@ class Slot(Struct, frozen=True, kw_only=True):
     start: U32
     tokens: Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=MAX_STEP_TOKENS)]
     sample: bool = False
-    capacity: Annotated[int, Meta(ge=0, le=MAX_POSITIONS)] = 0
+    capacity: Length = 0
     params: SamplingParams | None = None
-    prompt_tokens: Annotated[int, Meta(ge=0, le=MAX_POSITIONS)] = 0
+    prompt_tokens: Length = 0
 
 
 class FinalToken(Struct, frozen=True, kw_only=True):
     """The last token of a reply, at `position` of its log: written down, never computed."""
 
     request_id: U63
-    position: U32
+    position: Annotated[int, Meta(ge=0, lt=MAX_POSITIONS)]
     token: TokenId
 
 
@@ -102,7 +102,7 @@ class Candidates(DataFrame, frozen=True, kw_only=True):
     """Best candidates of some vocab units for every sampling slot, in the order of the step.
 
     `ids` and `logits` are [slots, units, k] (unused places: id -1), `lse` is [slots, units]: the
-    log-sum-exp of the unit's logits. What they are for each kind of draw: `proto_spec.md`, 9.3.
+    log-sum-exp of the unit's logits. What they are for each kind of draw: `proto_spec.md`, 10.3.
     """
 
     units: Annotated[tuple[Unit, ...], Meta(min_length=1, max_length=MAX_UNITS)]

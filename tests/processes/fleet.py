@@ -16,11 +16,12 @@ from p2pinfer.core.events import (
     PlanLoaded,
     RequestEnded,
     StartRequest,
-    TokensDrawn,
+    TokenLog,
+    TokensCommitted,
     WorkerReady,
     WorkerStats,
 )
-from p2pinfer.core.planner import make_plan
+from p2pinfer.core.planner import holding, make_plan
 from p2pinfer.model.config import load_config, model_spec
 from p2pinfer.pipe import WorkerConfig
 from p2pinfer.types import DType, Fence, Member, Plan, SamplingParams
@@ -57,6 +58,8 @@ class Fleet:
         ]
         self.layout = layout
         self.reports: list[list[AnyReport]] = [[] for _ in range(nodes)]
+        self.started: dict[int, StartRequest] = {}
+        """What was started, and has not ended."""
         self.workers = [WorkerProcess(1) for _ in range(nodes)]
         for i, worker in enumerate(self.workers):
             worker.pipe.send(
@@ -108,41 +111,73 @@ class Fleet:
             leader_id="0" * 16,
         )
 
-    def adopt(self, plan: Plan) -> None:
-        """Load and activate a plan everywhere."""
+    def adopt(self, plan: Plan) -> list[PlanLoaded]:
+        """Put a plan in force everywhere, and start again what was running.
+
+        The leader's logs are agreed on, and computing goes on where every owner of heads has KV.
+        """
+        answers = self.load(plan)
+        logs = answers[plan.leader].logs
+        self.activate(plan, logs)
+        for log in logs:
+            reply = log.tokens[log.prompt_tokens :]
+            self.started[log.request_id] = StartRequest(
+                request_id=log.request_id,
+                prompt_ids=self.started[log.request_id].prompt_ids,
+                received=reply,
+                params=log.params,
+                computed=min(restart(log, answers, plan), len(log.tokens) - 1),
+            )
+        for order in self.started.values():
+            self.workers[plan.leader].pipe.send(order)
+        return answers
+
+    def load(self, plan: Plan) -> list[PlanLoaded]:
+        """Load a plan everywhere; returns what the workers answer."""
         for i, worker in enumerate(self.workers):
             worker.pipe.send(LoadPlan(plan=plan, me=i))
+        answers = []
         for i in range(len(self.workers)):
             loaded = self.await_report(
                 i, lambda r: isinstance(r, PlanLoaded) and r.fence == plan.fence
             )
             assert isinstance(loaded, PlanLoaded)
             assert loaded.error == ""
+            answers.append(loaded)
+        return answers
+
+    def activate(self, plan: Plan, logs: tuple[TokenLog, ...] = ()) -> None:
+        """Put a plan that is loaded everywhere in force."""
+        everybody = tuple(range(len(self.workers)))
         for worker in self.workers:
-            worker.pipe.send(ActivatePlan(fence=plan.fence))
+            worker.pipe.send(ActivatePlan(fence=plan.fence, logs=logs, listeners=everybody))
 
     def start(self, request_id: int, prompt: list[int], params: SamplingParams) -> None:
         """Enter a request at the leader."""
-        self.workers[0].pipe.send(
-            StartRequest(
-                request_id=request_id, prompt_ids=tuple(prompt), received=(), params=params
-            )
+        self.started[request_id] = StartRequest(
+            request_id=request_id, prompt_ids=tuple(prompt), received=(), params=params
         )
+        self.workers[0].pipe.send(self.started[request_id])
 
     def reply(self, request_id: int) -> list[int]:
-        """Wait for the end of a request and return its tokens."""
+        """Wait for the end of a request and return its tokens, each known to be committed."""
         ended = self.await_report(
             0, lambda r: isinstance(r, RequestEnded) and r.request_id == request_id
         )
         assert isinstance(ended, RequestEnded)
         assert ended.code == "", ended.message
-        return [
-            token.token
-            for report in self.reports[0]
-            if isinstance(report, TokensDrawn)
-            for token in report.tokens
-            if token.request_id == request_id
-        ]
+        del self.started[request_id]
+        tokens: dict[int, int] = {}
+        for report in self.reports[0]:
+            logs = report.logs if isinstance(report, PlanLoaded) else ()
+            for log in logs:
+                if log.request_id == request_id:
+                    tokens |= dict(enumerate(log.tokens[log.prompt_tokens :]))
+            for token in report.tokens if isinstance(report, TokensCommitted) else ():
+                if token.request_id == request_id:
+                    assert tokens.setdefault(token.index, token.token) == token.token
+        assert sorted(tokens) == list(range(ended.total_tokens))
+        return [tokens[index] for index in sorted(tokens)]
 
     def stats(self, node: int, steps: int) -> WorkerStats:
         """A worker's counters once it has done `steps` steps."""
@@ -166,3 +201,13 @@ class Fleet:
             select.select((pipe,), (), (), left)
             while (report := pipe.receive()) is not None:
                 self.reports[node].append(report)
+
+
+def restart(log: TokenLog, answers: list[PlanLoaded], plan: Plan) -> int:
+    """Leading positions of a request whose KV every owner of heads has."""
+    covered = [
+        next((c.positions for c in answer.coverage if c.request_id == log.request_id), 0)
+        for member, answer in enumerate(answers)
+        if holding(plan, member).head_units
+    ]
+    return min(covered)

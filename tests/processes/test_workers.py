@@ -63,8 +63,9 @@ def test_the_messages_and_bytes_of_a_request_are_exactly_these(
         plan = fleet.plan(Fence(1, 1))
         rows = [len(PROMPT)] + [1] * (new - 1)
         for node in range(nodes):
-            # The last step has no slots: it frees what the request held.
-            stats = fleet.stats(node, len(rows) + 1)
+            # Two more steps have no slots: the last token, and freeing what the request held.
+            steps = len(rows) + 2
+            stats = fleet.stats(node, steps)
             assert stats.kv_used_bytes == 0
             mine = topology(plan, node)
             messages, data_bytes = 0, 0
@@ -86,11 +87,12 @@ def test_the_messages_and_bytes_of_a_request_are_exactly_these(
                     messages += 1
                     data_bytes += HEADER + DATA_HEADER + _padded(2 * units) + units * 12
             if mine.leads:
-                messages += (len(rows) + 1) * (nodes - 1)
+                messages += steps * (nodes - 1)
                 assert stats.bytes_sent > data_bytes or nodes == 1
-                assert stats.bytes_sent - data_bytes < 400 * len(rows) * nodes
+                assert stats.bytes_sent - data_bytes < 400 * steps * nodes
             else:
-                assert stats.bytes_sent == data_bytes
+                messages += steps
+                assert 0 < stats.bytes_sent - data_bytes < 80 * steps
             assert stats.messages_sent == messages
 
 

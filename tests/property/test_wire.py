@@ -132,6 +132,8 @@ def plans(draw: st.DrawFn) -> Plan:
         leader=draw(indices),
         members=tuple(members),
         voters=tuple(draw(st.lists(indices, max_size=3))),
+        old_voters=tuple(draw(st.lists(identities, max_size=3))),
+        quorum=draw(st.sampled_from(("majority", "last-man"))),
         model=draw(any_model),
         stages=stages,
         layout=draw(st.text(max_size=16)),
@@ -143,7 +145,8 @@ SPECIAL: dict[type, st.SearchStrategy[Any]] = {Plan: plans()}
 """Kinds whose fields must agree with each other."""
 
 SPECIAL[m.Slot] = struct(m.Slot, start=small)
-SPECIAL[m.LogTail] = struct(m.LogTail, start=st.just(1 << 19), restart=small)
+SPECIAL[m.LogEntry] = struct(m.LogEntry, start=small)
+SPECIAL[m.AgreedLog] = struct(m.AgreedLog, length=st.just(1 << 19), restart=small)
 SPECIAL[m.Chunk] = struct(m.Chunk, start=small)
 SPECIAL[m.KvRequest] = struct(m.KvRequest, start=small, end=st.integers((1 << 19) + 1, 1 << 20))
 SPECIAL[m.Submit] = st.one_of(

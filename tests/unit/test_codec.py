@@ -10,8 +10,14 @@ import numpy as np
 import pytest
 
 from p2pinfer.errors import LocalProtocolError, RemoteProtocolError
-from p2pinfer.limits import MAX_CONTROL_BYTES, MAX_TEXT_CHARS
-from p2pinfer.types import SamplingParams
+from p2pinfer.limits import (
+    MAX_CONTROL_BYTES,
+    MAX_POSITIONS,
+    MAX_STOP_CHARS,
+    MAX_STOP_STRINGS,
+    MAX_TEXT_CHARS,
+)
+from p2pinfer.types import Fence, SamplingParams
 from p2pinfer.wire import codec
 from p2pinfer.wire.codec import HEADER, MAGIC, decode, encode, max_frame_bytes
 from p2pinfer.wire.messages import (
@@ -23,6 +29,7 @@ from p2pinfer.wire.messages import (
     Heartbeat,
     KvDelta,
     LinkOpen,
+    LogEntry,
     Partial,
     Plane,
     StatusRequest,
@@ -154,6 +161,19 @@ def test_the_largest_request_fits() -> None:
     assert decode(encode(message)) == message
 
 
+def test_the_largest_log_fits() -> None:
+    """A token log of the greatest length, of the largest tokens, is within the frame's limit."""
+    message = LogEntry(
+        fence=Fence(1, 1),
+        request_id=1,
+        term=1,
+        prompt_tokens=1,
+        params=SamplingParams(stop=("𝄞" * MAX_STOP_CHARS,) * MAX_STOP_STRINGS),
+        tokens=((1 << 31) - 1,) * MAX_POSITIONS,
+    )
+    assert decode(encode(message)) == message
+
+
 LIMITED: list[tuple[str, Callable[[], Any], str]] = [
     ("a length", lambda: Failed(code="internal", message="x" * 5000), "length <= 4096"),
     ("a pattern", lambda: Failed(code="NOT A CODE", message=""), "regex"),
@@ -165,7 +185,7 @@ LIMITED: list[tuple[str, Callable[[], Any], str]] = [
         lambda: Submit(request_id=1, text="x", prompt_ids=(1,), params=SamplingParams()),
         "both text and prompt_ids",
     ),
-    ("an infinity", lambda: replace(EXAMPLES["ended"], ttft_s=float("inf")), "float"),
+    ("an infinity", lambda: replace(EXAMPLES["finished"], ttft_s=float("inf")), "float"),
     ("a term", lambda: replace(EXAMPLES["hidden"], step=1 << 63), "Hidden cannot be sent"),
     ("a sender", lambda: replace(EXAMPLES["hidden"], sender=16), "sender is 16"),
     ("a layer", lambda: replace(EXAMPLES["partial"], layer=1 << 16), "Partial cannot be sent"),

@@ -6,8 +6,8 @@ from math import inf
 
 import pytest
 
-from p2pinfer.core.election import Election
-from p2pinfer.core.membership import FIRST_WORD_S, Membership
+from p2pinfer.core.membership import FORGET_S, HEARD_PERIODS, Membership
+from p2pinfer.core.timing import LAN
 from p2pinfer.limits import MAX_NODES
 from p2pinfer.types import Fence, Member
 from p2pinfer.wire.messages import Heartbeat, MemberState, Rumour
@@ -28,7 +28,7 @@ def heartbeat(who: Member, **values: int) -> Heartbeat:
 
 
 def table_of(*numbers: int) -> Membership:
-    table = Membership(member(1))
+    table = Membership(member(1), LAN)
     for number in numbers:
         table.join(member(number), 10.0, spoke=True)
     return table
@@ -57,11 +57,31 @@ def test_this_node_lives() -> None:
 
 
 def test_a_lost_member_that_returns_is_new() -> None:
-    """A dead member's own greeting brings it back as a new member."""
+    """A dead member comes back as a new one; what it refuted in that life stays refuted."""
     table = table_of(2)
+    table.heard(heartbeat(member(2), incarnation=3), 10.5)
     table.lose(member(2).node_id, MemberState.DEAD, 11.0)
     assert table.living() == []
+    assert table.lost_ids() == {member(2).node_id}
     assert table.join(member(2), 12.0, spoke=True)
+    assert table.lost_ids() == frozenset()
+    assert table[member(2).node_id].incarnation == 3
+    assert table.join(member(2, boot=1), 13.0, spoke=True)
+    assert table[member(2).node_id].incarnation == 0
+
+
+def test_heard_is_who_spoke_lately() -> None:
+    """Two heartbeat periods, stretched; members known from lists only are not heard."""
+    table = table_of(2)
+    table.join(member(3), 10.0, spoke=False)
+    two, within = member(2).node_id, HEARD_PERIODS * LAN.heartbeat_every
+    assert table.heard_ids(10.0) == {two}
+    assert table.heard_ids(10.01 + within) == frozenset()
+    assert table.heard_ids(10.01 + within, stretch=2.0) == {two}
+    table.suspect(two)
+    assert table.heard_ids(10.0) == {two}
+    table.lose(two, MemberState.DEAD, 10.0)
+    assert table.heard_ids(10.0) == frozenset()
 
 
 def test_suspicion_is_cleared_by_a_heartbeat() -> None:
@@ -81,7 +101,7 @@ def test_silence_is_counted_from_the_last_word() -> None:
     table.join(member(3), 10.0, spoke=False)
     assert table.next_death(1.0) == 11.0
     assert [peer.member.name for peer in table.silent(11.0, 1.0)] == ["node2"]
-    assert len(table.silent(10.0 + FIRST_WORD_S, 1.0)) == 2
+    assert len(table.silent(10.0 + LAN.first_word, 1.0)) == 2
     assert table_of().next_death(1.0) == inf
 
 
@@ -124,36 +144,29 @@ def test_rumours_tell_the_whole_table() -> None:
     ]
 
 
+def test_ghosts_disappear() -> None:
+    """A member that is gone is forgotten after FORGET_S, unless the newest plan names it."""
+    table = table_of(2, 3, 4)
+    for number in (2, 3):
+        table.lose(member(number).node_id, MemberState.DEAD, 20.0)
+    planned = [member(2).node_id]
+    assert table.forget_gone(20.0 + FORGET_S - 0.1, planned) == []
+    assert table.forget_gone(20.0 + FORGET_S, planned) == [member(3)]
+    assert table.lost_ids() == {member(2).node_id}
+    assert table.forget_gone(20.0 + FORGET_S) == [member(2)]
+    assert [rumour.node_id for rumour in table.rumours()] == [member(4).node_id]
+
+
 def test_the_table_stays_bounded() -> None:
     """Of many members that are gone the oldest are forgotten, so rumours fit a heartbeat."""
     table = table_of()
     for number in range(2, 60):
         table.join(member(number), float(number), spoke=True)
         table.lose(member(number).node_id, MemberState.DEAD, float(number))
-    assert len(table.rumours()) <= MAX_NODES + 1
+        table.forget_gone(float(number), [member(3).node_id])
+    assert len(table.rumours()) <= MAX_NODES
     assert table.get(member(2).node_id) is None
+    assert table.get(member(3).node_id) is not None
     assert table.get(member(59).node_id) is not None
     table.clear()
     assert table.everybody() == []
-
-
-def test_the_founder_leads_in_term_one() -> None:
-    """Founding makes a node leader; its loss, and only its loss, is the leader's."""
-    election = Election("a")
-    assert (election.leader_id, election.leads, election.deadline) == ("", False, inf)
-    election.found()
-    assert (election.leader_id, election.leads, election.term) == ("a", True, 1)
-    assert election.node_lost("a")
-    assert not election.node_lost("b")
-
-
-def test_a_follower_learns_the_term_from_its_leader() -> None:
-    """Only the leader's heartbeats tell the term."""
-    election = Election("a")
-    election.follow(member(2).node_id, 0)
-    election.handle(heartbeat(member(3)), member(3).node_id, 0.0)
-    assert election.term == 0
-    election.handle(heartbeat(member(2)), member(2).node_id, 0.0)
-    assert election.term == 1
-    election.forget()
-    assert election.leader_id == ""

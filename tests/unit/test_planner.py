@@ -246,6 +246,21 @@ def test_witnesses_alone_hold_no_model() -> None:
         plan_for([member(0, witness=True), member(1, weight=0.0)])
 
 
+def test_only_able_members_own_units() -> None:
+    """A member that may own nothing for now is listed without units."""
+    plan = make_plan(
+        members=nodes(3),
+        model=MODEL,
+        layout="heads",
+        fence=Fence(1, 1),
+        cluster_id="c" * 16,
+        leader_id=member(1).node_id,
+        able={member(0).node_id, member(2).node_id},
+    )
+    assert [m.name for m in plan.members] == ["node00", "node01", "node02"]
+    assert stage_members(plan, 0) == (0, 2)
+
+
 def test_a_leader_from_elsewhere_is_a_defect() -> None:
     """The leader is one of the members, of which there are at most sixteen."""
     for members, leader in ((nodes(2), "f" * 16), (nodes(17), nodes(1)[0].node_id)):
@@ -312,6 +327,10 @@ MANY_HEADS = msgspec.structs.replace(MODEL, num_attention_heads=512, num_key_val
         (edited(0, mlp_owners=(0,) * 7 + (2,)), r"members \[2\] are in two stages"),
         (edited(0, head_standbys=((1,),)), "1 lists of standbys"),
         (edited(0, head_standbys=((4,),) * 8), "witness or to nobody"),
+        (edited(0, head_standbys=((1,),) * 8), "owner of a head unit as its standby"),
+        (edited(1, mlp_standbys=((0, 0),) * 8), "one standby twice"),
+        (msgspec.structs.replace(BASE, voters=()), "no voters"),
+        (msgspec.structs.replace(BASE, old_voters=("0" * 16,) * 2), "one old voter twice"),
         (
             msgspec.structs.replace(
                 BASE,
@@ -332,7 +351,7 @@ def test_a_broken_plan_is_refused(plan: Plan, message: str) -> None:
 
 def test_standbys_may_be_named() -> None:
     """Lists of standbys, one for each unit, are part of a valid plan."""
-    validate(edited(0, head_standbys=((1,),) * 8))
+    validate(edited(0, head_standbys=((1,),) * 4 + ((0,),) * 4, mlp_standbys=((),) * 8))
 
 
 def test_owners_are_in_the_order_of_unit_kinds() -> None:

@@ -1,4 +1,4 @@
-"""Replies on the serving node, and the leader's log of requests."""
+"""Replies on the serving node."""
 
 from __future__ import annotations
 
@@ -9,21 +9,29 @@ import pytest
 
 from p2pinfer.core import events as e
 from p2pinfer.core.outbox import Outbox
-from p2pinfer.core.request_log import (
-    MAX_KEPT_REPLIES,
-    MOVED_S,
-    REPLY_KEPT_S,
-    RequestLog,
-)
-from p2pinfer.core.requests import Serving
-from p2pinfer.limits import MAX_REQUESTS, MAX_STEP_SLOTS
-from p2pinfer.types import Member, SamplingParams
+from p2pinfer.core.request_log import MAX_KEPT_REPLIES, REPLY_KEPT_S
+from p2pinfer.core.requests import TELL_AFTER_S, Serving
+from p2pinfer.limits import MAX_FAILOVERS, MAX_REQUESTS
+from p2pinfer.types import DType, Failover, Member, ModelSpec, SamplingParams
 from p2pinfer.wire import messages as m
-from tests.simulation.cluster import MODEL
 
 T = TypeVar("T")
 ME = Member(node_id="1" * 16, boot_id="2" * 16, name="me", address="tcp://me:7720")
 LEADER, OTHER = "3" * 16, "4" * 16
+MODEL = ModelSpec(
+    name="toy",
+    model_id="ab" * 32,
+    num_layers=2,
+    hidden_size=64,
+    num_attention_heads=8,
+    num_key_value_heads=8,
+    head_dim=8,
+    intermediate_size=1024,
+    vocab_size=512,
+    max_positions=128,
+    dtype=DType.FLOAT32,
+    kv_dtype=DType.FLOAT32,
+)
 
 
 class Desk:
@@ -34,10 +42,12 @@ class Desk:
         self.box = Outbox(ME.node_id, lambda node_id: f"to {node_id}")
         self.serving = Serving(e.NodeConfig(**values), self.box)
         if leader:
-            self.serving.leader_found(leader)
+            self.serving.leader_found(leader, 1)
         self.outputs: list[e.Output] = []
 
-    def submit(self, now: float = 0.0, *, waiting: str = "", route: bytes = b"a", **values: Any):
+    def submit(
+        self, now: float = 0.0, *, waiting: str = "", route: bytes = b"a", **values: Any
+    ) -> Desk:
         fields: dict[str, Any] = {
             "request_id": 1,
             "prompt_ids": (7, 8),
@@ -46,19 +56,29 @@ class Desk:
             **values,
         }
         self.serving.submit(e.ClientSubmitted(route=route, **fields), waiting, now)
-        return self.look(now, ready=not waiting)
+        return self.look(now, ready=not waiting, waiting=waiting)
 
-    def look(self, now: float, *, ready: bool = True) -> Desk:
-        self.serving.look(ready=ready, waiting="" if ready else "2 more", now=now)
+    def look(
+        self, now: float, *, ready: bool = True, waiting: str = "2 more", leaderless: bool = False
+    ) -> Desk:
+        waiting = "" if ready else waiting
+        self.serving.look(ready=ready, waiting=waiting, leaderless=leaderless, now=now)
         self.outputs += self.box.take()
         return self
 
-    def drawn(self, start: int, *tokens: int, now: float = 0.0, request_id: int = 1) -> Desk:
+    def drawn(
+        self,
+        start: int,
+        *tokens: int,
+        now: float = 0.0,
+        request_id: int = 1,
+        interruptions: tuple[m.Interruption, ...] = (),
+    ) -> Desk:
         found = tuple(
             m.DrawnToken(request_id=request_id, index=start + i, token=token)
             for i, token in enumerate(tokens)
         )
-        self.serving.drawn(m.Drawn(tokens=found), now)
+        self.serving.drawn(m.Drawn(tokens=found, interruptions=interruptions), now)
         return self.look(now)
 
     def ended(self, total: int, *, now: float = 0.0, **values: Any) -> Desk:
@@ -119,9 +139,6 @@ def test_tokens_are_delivered_once_and_in_order() -> None:
     assert desk.told(e.RequestAccepted) == [e.RequestAccepted(request_id=1, prompt_tokens=2)]
     desk.drawn(0, 10, 11).drawn(0, 10, 11).drawn(1, 11, 12)
     assert [(d.start, d.tokens) for d in desk.told(e.Deliver)] == [(0, (10, 11)), (2, (12,))]
-    desk.drawn(0, 99)
-    assert "not 99" in desk.told(e.FrameDropped)[0].reason
-    assert desk.told(e.Deliver) == []
 
 
 def test_a_gap_is_asked_for_once_per_burst() -> None:
@@ -158,9 +175,11 @@ def test_without_a_leader_a_request_waits_for_one() -> None:
     desk = Desk(leader="").submit(waiting="a cluster")
     assert desk.messages(m.Forward) == []
     assert desk.serving.deadline == 30.0
-    desk.serving.leader_found(LEADER)
+    desk.serving.leader_found(LEADER, 1)
     desk.look(0.0, ready=False)
     assert desk.messages(m.Forward)
+    desk.serving.leader_found(LEADER, 1)
+    assert desk.look(0.5, ready=False).messages(m.Forward) == []
 
 
 def test_waiting_ends_as_not_ready() -> None:
@@ -179,11 +198,57 @@ def test_waiting_ends_as_not_ready() -> None:
     assert without.messages(m.Cancel) == []
 
 
-def test_a_request_that_has_begun_outlives_a_change_of_plan() -> None:
-    """Once the cluster was ready for it a request no longer ends for want of nodes."""
-    desk = Desk(wait_for_nodes=10.0).submit(waiting="2 more").look(5.0)
-    desk.look(50.0, ready=False)
+def test_without_a_leader_patience_ends_as_no_quorum() -> None:
+    """A reply in a cluster that cannot elect anybody ends in a retryable error, keeping its tokens
+    for the client to bring along."""
+    desk = Desk(wait_for_nodes=10.0).submit().drawn(0, 10)
+    desk.serving.leader_lost()
+    desk.look(1.0, ready=False, leaderless=True)
+    assert desk.serving.deadline == 11.0
+    desk.look(10.9, ready=False, leaderless=True)
     assert desk.told(e.Conclude) == []
+    [end] = desk.look(11.0, ready=False, leaderless=True).told(e.Conclude)
+    assert (end.code, end.retryable, end.total_tokens) == ("no_quorum", True, 1)
+    assert desk.messages(m.Cancel) == []
+
+
+def test_patience_begins_again_when_the_cluster_was_ready() -> None:
+    """Only standing still for the whole time counts: a plan in force begins the time anew."""
+    desk = Desk(wait_for_nodes=10.0).submit(waiting="2 more").look(5.0)
+    desk.look(6.0, ready=False).look(15.9, ready=False)
+    assert desk.told(e.Conclude) == []
+    assert desk.look(16.0, ready=False).told(e.Conclude)
+
+
+def test_a_token_for_any_reply_shows_that_the_cluster_works() -> None:
+    """A member that lags behind the plan makes a queued reply wait no shorter."""
+    desk = Desk(wait_for_nodes=10.0).submit().submit(request_id=2).look(0.0, ready=False)
+    desk.serving.drawn(
+        m.Drawn(tokens=(m.DrawnToken(request_id=2, index=0, token=4),)),
+        9.0,
+    )
+    desk.look(18.9, ready=False)
+    assert desk.told(e.Conclude) == []
+    assert len(desk.look(19.0, ready=False).told(e.Conclude)) == 2
+
+
+def test_a_client_is_told_when_the_reason_changes() -> None:
+    """ACCEPTED goes out again for another reason, not for the same one, nor when it is over."""
+    desk = Desk(leader="").submit(waiting="a cluster to join")
+    desk.look(0.1, ready=False, waiting="a cluster to join").look(0.2, ready=False, waiting="b")
+    desk.look(0.3, ready=False, waiting="b").look(0.4)
+    assert [a.waiting for a in desk.messages(m.Accepted)] == ["a cluster to join", "b"]
+
+
+def test_a_running_reply_tells_of_long_interruptions_only() -> None:
+    """Most changes of plan are over before a client would be told of them."""
+    desk = Desk().submit()
+    desk.messages(m.Accepted)
+    desk.look(1.0, ready=False).look(1.9, ready=False).look(2.0)
+    assert desk.messages(m.Accepted) == []
+    desk.look(3.0, ready=False).look(3.0 + TELL_AFTER_S, ready=False)
+    [accepted] = desk.messages(m.Accepted)
+    assert (accepted.waiting, accepted.prompt_ids) == ("2 more", (7, 8))
 
 
 def test_the_same_id_again_attaches() -> None:
@@ -202,16 +267,17 @@ def test_the_same_id_again_attaches() -> None:
 
 def test_a_finished_reply_can_be_asked_for_again() -> None:
     """For a minute a finished reply is delivered and concluded again."""
-    desk = Desk().submit().drawn(0, 10, 11).ended(2, ttft_s=0.5)
+    desk = Desk().submit().drawn(0, 10, 11, now=0.5).ended(2, now=0.5)
     desk.outputs.clear()
     desk.submit(5.0, route=b"b", received=(10,))
     assert [d.tokens for d in desk.told(e.Deliver)] == [(11,)]
     [end] = desk.told(e.Conclude)
     assert (end.route, end.reason, end.total_tokens, end.ttft_s) == (b"b", "stop", 2, 0.5)
     assert desk.told(e.RequestFinished) == []
-    desk.look(REPLY_KEPT_S)
+    assert desk.serving.deadline == REPLY_KEPT_S + 0.5
+    desk.look(REPLY_KEPT_S + 0.5)
     assert desk.serving.deadline == inf
-    assert desk.submit(REPLY_KEPT_S).messages(m.Forward)
+    assert desk.submit(REPLY_KEPT_S + 0.5).messages(m.Forward)
 
 
 def test_kept_replies_are_bounded() -> None:
@@ -292,237 +358,131 @@ def test_tokens_that_nobody_waits_for_are_cancelled() -> None:
     assert [c.request_id for c in desk.messages(m.Cancel)] == [6]
 
 
-def test_a_lost_leader_ends_open_replies_only() -> None:
-    """leader_lost, retryable, for what is open; what was finished stays so."""
+def test_a_cancelled_request_is_told_to_the_leader_if_there_is_one() -> None:
+    """Without a leader the request is left to be forgotten by the next one."""
+    for leader, cancels in ((LEADER, 1), ("", 0)):
+        desk = Desk(leader=leader).submit()
+        desk.serving.cancelled(e.ClientCancelled(request_id=1), 0.0)
+        desk.look(0.0)
+        assert [end.code for end in desk.told(e.Conclude)] == ["cancelled"]
+        assert len(desk.messages(m.Cancel)) == cancels
+
+
+def test_leaving_ends_open_replies_only() -> None:
+    """A retryable error for what is open; what was finished stays so."""
     desk = Desk().submit().submit(request_id=2).ended(0)
     desk.outputs.clear()
-    desk.serving.leader_lost("the leader x was lost", 1.0)
+    desk.serving.fail_all("leaving", "node me is leaving", 1.0)
     desk.look(1.0)
-    assert [(end.request_id, end.code) for end in desk.told(e.Conclude)] == [(2, "leader_lost")]
+    [end] = desk.told(e.Conclude)
+    assert (end.request_id, end.code, end.retryable) == (2, "leaving", True)
 
 
-# --- the leader's log -----------------------------------------------------------------------------
+# --- another leader -------------------------------------------------------------------------------
 
 
-class Ledger:
-    """A leader's log, whose own node is the leader."""
-
-    def __init__(self) -> None:
-        self.box = Outbox(LEADER, lambda node_id: node_id)
-        self.log = RequestLog(self.box)
-
-    def forward(self, now: float = 0.0, serving: str = OTHER, **values: Any) -> Ledger:
-        fields: dict[str, Any] = {
-            "request_id": 1,
-            "prompt_ids": (7, 8),
-            "params": SamplingParams(),
-            **values,
-        }
-        self.log.forward(m.Forward(serving_id=serving, **fields), now)
-        return self
-
-    def drawn(self, start: int, *tokens: int, request_id: int = 1) -> Ledger:
-        self.log.drawn(
-            m.DrawnToken(request_id=request_id, index=start + i, token=token)
-            for i, token in enumerate(tokens)
-        )
-        return self
-
-    def ended(self, total: int, *, now: float = 0.0, **values: Any) -> Ledger:
-        fields = {"request_id": 1, "reason": "stop", **values}
-        self.log.ended(e.RequestEnded(total_tokens=total, **fields), now)
-        return self
-
-    def started(self) -> Ledger:
-        self.log.start_all()
-        self.box.take()
-        return self
-
-    def take(self) -> tuple[list[Any], list[tuple[str, Any]]]:
-        """Orders to the worker, and messages with their receivers."""
-        outputs = self.box.take()
-        orders = [o.order for o in outputs if isinstance(o, e.TellWorker)]
-        sent = [(o.address, o.message) for o in outputs if isinstance(o, e.Send)]
-        return orders, sent
+def test_a_reply_outlives_its_leader() -> None:
+    """It waits, is forwarded to the next leader with all its tokens at once, and goes on."""
+    desk = Desk().submit().drawn(0, 10, 11)
+    desk.messages(m.Forward)
+    desk.serving.leader_lost()
+    desk.look(5.0, ready=False)
+    assert (desk.told(e.Conclude), desk.messages(m.Forward)) == ([], [])
+    desk.serving.leader_found(OTHER, 2)
+    [forward] = desk.look(6.0, ready=False).messages(m.Forward)
+    assert (forward.received, forward.serving_id) == ((10, 11), ME.node_id)
+    desk.told(e.Deliver)
+    desk.drawn(1, 11, 12, now=7.0)
+    assert [(d.start, d.tokens) for d in desk.told(e.Deliver)] == [(2, (12,))]
 
 
-def test_a_request_starts_once() -> None:
-    """What was received goes to the worker with it; forwarding again does not start it again."""
-    ledger = Ledger().forward(received=(5,))
-    ledger.log.start_all()
-    orders, sent = ledger.take()
-    assert [(o.prompt_ids, o.received) for o in orders] == [((7, 8), (5,))]
-    assert sent == []
-    ledger.forward(received=(5,)).log.start_all()
-    assert ledger.take() == ([], [])
+def test_the_same_leader_in_another_term_is_another_leader() -> None:
+    """It may have lost its log in between, so every reply is forwarded again; patience is short."""
+    desk = Desk().submit().look(1.0).look(3.0)
+    desk.messages(m.Forward)
+    desk.serving.leader_found(LEADER, 3)
+    assert desk.look(3.1).messages(m.Forward)
+    assert desk.serving.deadline == 4.1
 
 
-def test_drawn_tokens_go_to_their_serving_nodes() -> None:
-    """Each node gets its tokens; those of unknown or ended requests go nowhere."""
-    ledger = Ledger().forward().forward(request_id=2, serving=ME.node_id).started()
-    ledger.log.drawn(
-        [
-            m.DrawnToken(request_id=1, index=0, token=10),
-            m.DrawnToken(request_id=2, index=0, token=20),
-            m.DrawnToken(request_id=3, index=0, token=30),
-            m.DrawnToken(request_id=1, index=5, token=40),
-        ]
+def test_a_leader_that_knows_another_log_is_not_followed() -> None:
+    """A token that differs from one that the client has ends the reply at once."""
+    desk = Desk().submit(received=(10, 11))
+    desk.drawn(1, 99, 12)
+    [end] = desk.told(e.Conclude)
+    assert (end.code, end.retryable, end.total_tokens) == ("log_conflict", False, 2)
+    assert "token 1 that you have is 11, the log has 99" in end.message
+    assert desk.told(e.Deliver) == []
+    assert len(desk.messages(m.Cancel)) == 2
+
+
+# --- times and interruptions ----------------------------------------------------------------------
+
+
+def interruption(position: int, *lost: str, request_id: int = 1) -> m.Interruption:
+    """As a leader tells it."""
+    failover = Failover(
+        position=position, lost=lost, rung="replay", detect_s=0.5, stall_s=0.0, exact=False
     )
-    _, sent = ledger.take()
-    assert [(to, [t.token for t in drawn.tokens]) for to, drawn in sent] == [
-        (OTHER, [10]),
-        (ME.node_id, [20]),
-    ]
-    assert ledger.log.running == 2
+    return m.Interruption(request_id=request_id, failover=failover)
 
 
-def test_forwarding_again_brings_the_rest() -> None:
-    """The tail of the log is sent, in messages of bounded size, and the end when it has ended."""
-    ledger = Ledger().forward().started().drawn(0, *range(100))
-    ledger.take()
-    ledger.forward(received=tuple(range(10)))
-    _, sent = ledger.take()
-    assert [len(message.tokens) for _, message in sent] == [MAX_STEP_SLOTS, 26]
-    assert sent[0][1].tokens[0].index == 10
-    ledger.ended(100).take()
-    _, sent = ledger.forward(received=tuple(range(100))).take()
-    assert [type(message) for _, message in sent] == [m.Ended]
+def test_the_serving_node_measures_the_times() -> None:
+    """First token after submission, and the rate of those after it; 0 where there are none."""
+    desk = Desk().submit(1.0).drawn(0, 10, now=3.0).drawn(1, 11, 12, now=3.5).ended(3, now=4.0)
+    [end], [fact] = desk.told(e.Conclude), desk.told(e.RequestFinished)
+    assert (end.ttft_s, end.tokens_per_s) == (fact.ttft_s, fact.tokens_per_s) == (2.0, 4.0)
+    [end] = Desk().submit(1.0, received=(1,)).ended(1, now=3.0).told(e.Conclude)
+    assert (end.ttft_s, end.tokens_per_s) == (0.0, 0.0)
+    [end] = Desk().submit().drawn(0, 10, 11, now=2.0).ended(2, now=2.0).told(e.Conclude)
+    assert (end.ttft_s, end.tokens_per_s) == (2.0, 0.0)
 
 
-def test_a_moved_request_stays_moved() -> None:
-    """The old node is told, gets no more tokens, and its late messages move nothing back."""
-    ledger = Ledger().forward().started().drawn(0, 10)
-    ledger.take()
-    _, sent = ledger.forward(1.0, serving=ME.node_id).take()
-    assert [(to, type(message)) for to, message in sent] == [
-        (OTHER, m.Ended),
-        (ME.node_id, m.Drawn),
-    ]
-    assert sent[0][1].code == "cancelled"
-    ledger.forward(1.0 + MOVED_S / 2)
-    ledger.log.cancel(m.Cancel(request_id=1), OTHER)
-    ledger.drawn(1, 11)
-    _, sent = ledger.take()
-    assert [to for to, _ in sent] == [ME.node_id]
-    ledger.ended(2).take()
-    _, sent = ledger.forward(5.0).take()
-    assert [(to, type(message)) for to, message in sent] == [(OTHER, m.Drawn), (OTHER, m.Ended)]
+def test_interruptions_are_told_with_the_pause_that_the_client_saw() -> None:
+    """Position and stall are those of this reply; the rest is what the leader says."""
+    desk = Desk().submit(1.0).drawn(0, 10, now=2.0)
+    desk.drawn(1, 11, now=4.5, interruptions=(interruption(3, "n2"),))
+    desk.drawn(2, 12, now=4.6).ended(3, now=5.0)
+    [end] = desk.told(e.Conclude)
+    assert end.failovers == (
+        Failover(position=3, lost=("n2",), rung="replay", detect_s=0.5, stall_s=2.5, exact=False),
+    )
+    assert [again.failovers for again in desk.submit().told(e.Conclude)] == [end.failovers]
 
 
-def test_a_longer_log_of_the_client_is_forced() -> None:
-    """The worker begins again with the tokens that the client has; old news is ignored."""
-    ledger = Ledger().forward().started().drawn(0, 10)
-    ledger.take()
-    orders, _ = ledger.forward(received=(10, 11, 12)).take()
-    assert orders == [e.CancelRequest(request_id=1)]
-    ledger.drawn(1, 11)
-    ledger.log.start_all()
-    orders, sent = ledger.take()
-    assert [o.received for o in orders] == [(10, 11, 12)]
-    assert sent == []
-    ledger.ended(4)
-    assert ledger.take() == ([], [])
-    waiting = Ledger().forward().forward(received=(4,))
-    assert waiting.take() == ([], [])
+def test_before_the_first_token_a_pause_counts_from_the_submission() -> None:
+    """A reply that was interrupted in its prompt has no token before."""
+    desk = Desk().submit(1.0).drawn(0, 10, now=4.0, interruptions=(interruption(2, "n2"),))
+    [end] = desk.ended(1, now=4.0).told(e.Conclude)
+    assert [(f.position, f.stall_s) for f in end.failovers] == [(2, 3.0)]
 
 
-@pytest.mark.parametrize(
-    ("values", "says"),
-    [
-        ({"prompt_ids": (1,)}, "another prompt"),
-        ({"received": (10, 99)}, "token 1 that you have is 99, the log has 11"),
-        ({"received": (10, 11, 12)}, "ended with 2"),
-    ],
-)
-def test_a_forwarded_contradiction_is_a_log_conflict(values: dict[str, Any], says: str) -> None:
-    """What contradicts the log is ended with log_conflict at the node that forwarded it."""
-    ledger = Ledger().forward().started().drawn(0, 10, 11).ended(2)
-    ledger.take()
-    _, [(to, ended)] = ledger.forward(serving=ME.node_id, **values).take()
-    assert (to, ended.code, ended.retryable) == (ME.node_id, "log_conflict", False)
-    assert says in ended.message
+def test_an_interruption_is_taken_once() -> None:
+    """Told again it is no second one; one that lies behind, or of no open reply, is nothing."""
+    desk = Desk().submit().drawn(0, 10)
+    both = (interruption(3, "n2"), interruption(3, "n2"))
+    desk.drawn(3, 13, now=1.0, interruptions=both)
+    desk.drawn(1, 11, now=2.0, interruptions=both[:1])
+    desk.drawn(1, 11, now=3.0, interruptions=both[:1])
+    desk.drawn(2, 12, now=3.5, interruptions=(interruption(9, "n3", request_id=8),))
+    [end] = desk.ended(3, now=4.0).told(e.Conclude)
+    assert [(f.position, f.stall_s) for f in end.failovers] == [(3, 2.0)]
+    desk.drawn(3, 13, now=5.0, interruptions=(interruption(5, "n3"),))
+    assert [again.failovers for again in desk.submit(6.0).told(e.Conclude)] == [end.failovers]
 
 
-def test_more_tokens_than_a_reply_can_have_are_a_log_conflict() -> None:
-    """A client that sends tokens beyond the end of the reply is told so."""
-    ledger = Ledger().forward(received=(10, 11, 12)).started().ended(2)
-    _, [(_, ended)] = ledger.take()
-    assert (ended.reason, ended.code) == ("error", "log_conflict")
-    assert "ends after 2" in ended.message
+def test_an_interruption_that_nothing_came_after_is_not_told() -> None:
+    """Its pause never ended for this client."""
+    desk = Desk().submit().drawn(0, 10)
+    desk.drawn(2, 12, interruptions=(interruption(3, "n2"),))
+    [end] = desk.ended(1).told(e.Conclude)
+    assert end.failovers == ()
 
 
-def test_a_full_log_refuses() -> None:
-    """The request after MAX_REQUESTS is ended as overloaded, retryable."""
-    ledger = Ledger()
-    for number in range(MAX_REQUESTS):
-        ledger.forward(request_id=number)
-    _, [(_, ended)] = ledger.forward(request_id=9999).take()
-    assert (ended.code, ended.retryable) == ("overloaded", True)
-
-
-def test_an_error_of_the_worker_is_passed_on_and_forgotten() -> None:
-    """RequestEnded with a code: ENDED with it, and the same id is a new request afterwards."""
-    ledger = Ledger().forward().started().ended(0, reason="error", code="prompt_too_long")
-    _, [(_, ended)] = ledger.take()
-    assert (ended.reason, ended.code, ended.retryable) == ("error", "prompt_too_long", False)
-    assert ledger.log.running == 0
-    ledger.ended(0)
-    assert ledger.take() == ([], [])
-    ledger.forward().log.start_all()
-    assert ledger.take()[0]
-
-
-def test_cancelling_frees_the_slot() -> None:
-    """A cancelled request leaves the worker if it had begun, and the log in any case."""
-    ledger = Ledger().forward()
-    ledger.log.cancel(m.Cancel(request_id=1), OTHER)
-    assert ledger.take() == ([], [])
-    ledger.forward().started()
-    ledger.log.cancel(m.Cancel(request_id=1), OTHER)
-    assert ledger.take()[0] == [e.CancelRequest(request_id=1)]
-    ledger.forward().started().ended(0)
-    ledger.log.cancel(m.Cancel(request_id=1), OTHER)
-    ledger.log.cancel(m.Cancel(request_id=5), OTHER)
-    assert ledger.take()[0] == []
-
-
-def test_finished_replies_are_forgotten_in_time() -> None:
-    """A finished reply is kept for a minute, and not more than a bounded number of them."""
-    ledger = Ledger()
-    for number in range(MAX_KEPT_REPLIES + 2):
-        ledger.forward(request_id=number).started().ended(0, request_id=number, now=float(number))
-    ledger.log.forget_old(0.0)
-    assert ledger.log.deadline == 2 + REPLY_KEPT_S
-    ledger.log.forget_old(1e6)
-    assert ledger.log.deadline == inf
-
-
-def test_failing_spares_what_has_not_begun() -> None:
-    """fail_started ends what the worker has; requests that still wait go on waiting."""
-    ledger = Ledger().forward().started().forward(request_id=2)
-    ledger.log.fail_started("node_lost", "gone")
-    orders, [(_, ended)] = ledger.take()
-    assert orders == [e.CancelRequest(request_id=1)]
-    assert (ended.request_id, ended.code, ended.retryable) == (1, "node_lost", True)
-    assert ledger.log.running == 1
-
-
-def test_progress_forgives_failed_steps() -> None:
-    """Only failures in a row count, so a token between two of them begins the count anew."""
-    ledger = Ledger().forward().started()
-    for index in range(4):
-        ledger.log.step_failed("gap")
-        ledger.log.step_failed("gap")
-        ledger.drawn(index, 9)
-    assert ledger.log.running == 1
-    for _ in range(3):
-        ledger.log.step_failed("gap")
-    assert ledger.log.running == 0
-
-
-def test_a_lost_serving_node_takes_its_requests_along() -> None:
-    """The requests of a lost node are cancelled, those of others are not."""
-    ledger = Ledger().forward().forward(request_id=2, serving=ME.node_id).started()
-    ledger.log.serving_lost(OTHER)
-    assert ledger.take()[0] == [e.CancelRequest(request_id=1)]
-    assert ledger.log.running == 1
+def test_interruptions_are_bounded() -> None:
+    """The last message of a reply tells of MAX_FAILOVERS at most."""
+    desk = Desk(model=None).submit()
+    for index in range(MAX_FAILOVERS + 1):
+        desk.drawn(index, 10, interruptions=(interruption(2 + index, "n2"),))
+    [end] = desk.ended(MAX_FAILOVERS + 1).told(e.Conclude)
+    assert len(end.failovers) == MAX_FAILOVERS

@@ -1,0 +1,65 @@
+"""A plan as a table for a terminal, and what would become of it without a node."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from p2pinfer.cli.status_view import MIB, owned_runs, runs, spans
+
+
+def plan_view(found: Mapping[str, Any]) -> RenderableType:
+    """The object of `plan --json`, or of `plan --without NAME --json`, for people."""
+    if "without" not in found:
+        return Group(_header(found), _table(found))
+    parts: list[RenderableType] = [_verdict(found)]
+    if found["moved"] is not None:
+        moved = ", ".join(f"{kind} {runs(units)}" for kind, units in found["moved"].items())
+        parts.append(Text(f"units that move: {moved}"))
+    if found["plan"] is not None:
+        parts.append(_table(found["plan"]))
+    return Group(*parts)
+
+
+def _header(plan: Mapping[str, Any]) -> Text:
+    return Text.assemble(
+        (str(plan["model"]), "bold"),
+        f"   {plan['layout']}   leader {plan['leader']}   term {plan['term']}"
+        f"   epoch {plan['epoch']}   room for {plan['kv_positions']} positions",
+    )
+
+
+def _verdict(found: Mapping[str, Any]) -> Text:
+    name = found["without"]
+    if found["survives"]:
+        return Text(f"without {name} the cluster goes on", style="green")
+    return Text(f"without {name} the cluster stands still: {found['why']}", style="yellow")
+
+
+def _table(plan: Mapping[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("node", style="bold", no_wrap=True)
+    for title in ("votes", "layers", "heads", "MLP units", "vocabulary units"):
+        table.add_column(title)
+    for title in ("weights MiB", "offers MiB", "left for KV MiB"):
+        table.add_column(title, justify="right")
+    for member in plan["members"]:
+        kinds = (owned_runs(member, kind) for kind in ("head_units", "mlp_units", "vocab_units"))
+        table.add_row(
+            member["name"],
+            "yes" if member["voter"] else "no",
+            spans(member),
+            *kinds,
+            _mib(member["weight_bytes"]),
+            _mib(member["memory_bytes"]),
+            _mib(member["kv_room_bytes"]),
+        )
+    return table
+
+
+def _mib(count: int | None) -> str:
+    return "-" if count is None else f"{count / MIB:.0f}"

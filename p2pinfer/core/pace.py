@@ -1,0 +1,133 @@
+"""Which members are much slower than their share of the model predicts.
+
+Decoding reads every weight once per token, so bytes of weights per millisecond of computing is the
+speed of a member, whatever its share. A plan gives shares by `weight`, so speed is compared per
+weight: a member whose owner called it four times slower than the others is not slow for being so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import inf
+from statistics import median
+
+from p2pinfer.core.planner import holding
+from p2pinfer.core.timing import Timing
+from p2pinfer.core.topology import weight_bytes
+from p2pinfer.types import Member, Plan
+from p2pinfer.wire.messages import Heartbeat
+
+IDLE_S = 5.0
+"""A member whose step counter stood still for so long is idle: what it showed before is old."""
+
+NOISE_MS = 2.0
+"""A step that is computed in less says more of the system's noise than of the member's speed."""
+
+
+@dataclass(slots=True)
+class _Runner:
+    """What is known of one life of a member."""
+
+    boot_id: str
+    steps: int = 0
+    seen_at: float = -inf
+    compute_ms: float = 0.0
+    slow_since: float = inf
+    fine_since: float = inf
+    out_until: float = -inf
+    times: int = 0
+    factor: float = 1.0
+
+
+class Pace:
+    """The leader's judgement of who is slow. Times in seconds."""
+
+    def __init__(self, timing: Timing) -> None:
+        self._timing = timing
+        self._runners: dict[str, _Runner] = {}
+
+    def heard(self, heartbeat: Heartbeat, now: float) -> None:
+        """A member tells how many steps it has finished and how long it computes for one."""
+        runner = self._runners.get(heartbeat.node_id)
+        if runner is None or runner.boot_id != heartbeat.boot_id:
+            runner = _Runner(heartbeat.boot_id, heartbeat.steps)
+            self._runners[heartbeat.node_id] = runner
+        if heartbeat.steps != runner.steps:
+            runner.steps, runner.seen_at = heartbeat.steps, now
+            runner.compute_ms = heartbeat.compute_ms
+
+    def slow(self, plan: Plan, own: Heartbeat, now: float) -> Mapping[str, float]:
+        """Node ids of those that are to own nothing for a while, and how many times too slow they
+        were. `plan` is the one in force, `own` this node's heartbeat.
+
+        A member is slow that has been `slow_factor` times slower than the median of the others for
+        `slow_after`, while steps went on, and that holds the others up: one that computes less
+        long than they do does no harm, whatever its speed. It is tried again after `unable_for`,
+        twice as long each further time.
+        """
+        self.heard(own, now)
+        running = self._running(plan, now)
+        for node_id in running:
+            others = [it for other, it in running.items() if other != node_id]
+            runner = self._runners[node_id]
+            runner.factor = _factor(running[node_id], others)
+            self._judge(runner, now)
+        planned = {member.node_id for member in plan.members}
+        for node_id, runner in list(self._runners.items()):
+            if node_id not in running:
+                runner.slow_since = runner.fine_since = inf
+            if node_id not in planned and runner.out_until <= now:
+                del self._runners[node_id]
+        return {
+            node_id: runner.factor
+            for node_id, runner in sorted(self._runners.items())
+            if runner.out_until > now
+        }
+
+    def _running(self, plan: Plan, now: float) -> dict[str, tuple[float, float]]:
+        """Predicted cost (bytes over weight) and milliseconds of the owners that compute."""
+        running = {}
+        for index, member in enumerate(plan.members):
+            cost = _cost(plan, index, member)
+            runner = self._runners.get(member.node_id)
+            if (
+                cost
+                and runner is not None
+                and runner.boot_id == member.boot_id
+                and runner.compute_ms > 0
+                and runner.seen_at + IDLE_S > now
+            ):
+                running[member.node_id] = (cost, runner.compute_ms)
+        return running
+
+    def _judge(self, runner: _Runner, now: float) -> None:
+        timing = self._timing
+        if runner.factor < timing.slow_factor:
+            runner.slow_since = inf
+            runner.fine_since = min(runner.fine_since, now)
+            if now - runner.fine_since >= timing.slow_after:
+                runner.times = 0
+            return
+        runner.fine_since = inf
+        runner.slow_since = min(runner.slow_since, runner.seen_at)
+        if runner.seen_at - runner.slow_since >= timing.slow_after:
+            rest = min(timing.unable_for * 2**runner.times, timing.unable_max)
+            runner.out_until, runner.times = now + rest, runner.times + 1
+            runner.slow_since, runner.compute_ms = inf, 0.0
+
+
+def _cost(plan: Plan, index: int, member: Member) -> float:
+    """What a member is predicted to take for a step, in an arbitrary unit; 0: it owns nothing."""
+    held = holding(plan, index)
+    if held.stage is None:
+        return 0.0
+    return weight_bytes(plan.model, held) / member.weight
+
+
+def _factor(mine: tuple[float, float], others: list[tuple[float, float]]) -> float:
+    """How many times slower a member is than the median of the others; 1 where it harms nobody."""
+    cost, took_ms = mine
+    if not others or took_ms < max(NOISE_MS, median(ms for _, ms in others)):
+        return 1.0
+    return median(theirs / ms for theirs, ms in others) * took_ms / cost

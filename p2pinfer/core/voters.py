@@ -1,0 +1,67 @@
+"""Whose vote counts by the next plan, and among whom it needs a quorum besides.
+
+At most one voter is added against the plan before (as in Raft's change of single servers, section
+4.1 of Ongaro's thesis); voters that are gone are removed at once. Both are safe because a plan not
+known to be in force needs a quorum among the voters before it as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
+
+from p2pinfer.core.quorum import voter_ids
+from p2pinfer.types import Member, Plan
+
+NodeIds = tuple[str, ...]
+"""In ascending order."""
+
+
+def next_voters(
+    base: Plan | None,
+    *,
+    base_active: bool,
+    first: bool,
+    leader_id: str,
+    living: Iterable[Member],
+    lost: AbstractSet[str],
+    ready: AbstractSet[str],
+) -> tuple[NodeIds, NodeIds]:
+    """Node ids of the next plan's voters, and of its old voters.
+
+    `base` is the last plan that the leader activated or, before its `first` one, the newest that it
+    has accepted; None before the cluster's first plan, when the founder is its only voter.
+    `base_active` says that `base` is known to be in force. `lost` are the node ids of members known
+    to be dead or to have left; a voter that is neither living nor lost keeps its vote. `ready` are
+    those that may become voters: they have acknowledged a plan in force. A member that is draining
+    votes until it leaves.
+    """
+    assert base_active or first, "the sitting leader's base is a plan that it activated"
+    if base is not None and not base_active:
+        # Perhaps it is in force by those that we do not know of: its quorums must be met as it is.
+        return tuple(sorted(voter_ids(base))), tuple(sorted(base.old_voters))
+    before = voter_ids(base) if base is not None else frozenset((leader_id,))
+    here = {member.node_id: member for member in living}
+    lives = _voting_lives(base)
+    stay = {
+        node_id
+        for node_id in before
+        if (_keeps_its_vote(here[node_id], lives) if node_id in here else node_id not in lost)
+    }
+    learners = sorted(
+        (member for member in here.values() if member.node_id in ready - stay),
+        key=lambda member: (member.blank, member.name, member.node_id),
+    )
+    voters = stay | {member.node_id for member in learners[:1]}
+    return tuple(sorted(voters)), tuple(sorted(before))
+
+
+def _voting_lives(base: Plan | None) -> frozenset[tuple[str, str]]:
+    """Node and boot ids of the voters of a plan."""
+    members = (base.members[index] for index in base.voters) if base is not None else ()
+    return frozenset((member.node_id, member.boot_id) for member in members)
+
+
+def _keeps_its_vote(member: Member, lives: AbstractSet[tuple[str, str]]) -> bool:
+    """A voter that forgot what it promised is a voter no more, but a learner like others."""
+    return not member.blank or (member.node_id, member.boot_id) in lives

@@ -1,0 +1,40 @@
+"""Where a worker computes, and how much memory it may offer there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+
+from p2pinfer.errors import UsageError
+
+HEADROOM_BYTES = 450 << 20
+
+
+def choose_device(wanted: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N`; raises `UsageError` where there is no such device."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(wanted)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {wanted}: torch sees no CUDA device here; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {wanted}: there are {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def offered_memory(device: torch.device) -> int:
+    """Bytes that the device has free for weights and KV, within the control group's limit.
+
+    `HEADROOM_BYTES` are left for activations, masks and temporary copies while loading.
+    """
+    if device.type == "cuda":
+        return max(1, int(torch.cuda.mem_get_info(device)[0]) - HEADROOM_BYTES)
+    available = max(1, psutil.virtual_memory().available - HEADROOM_BYTES)
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):  # no control group, or "max"
+        return int(available)
+    return int(min(available, max(1, limit - used - HEADROOM_BYTES)))

@@ -1,0 +1,209 @@
+"""What must hold at every step, looked at from outside: from messages, orders, reports and facts.
+
+Raises `Violation` at the first thing that may not be.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from p2pinfer.core import events as e
+from p2pinfer.core.commits import owners
+from p2pinfer.core.holdings import validate
+from p2pinfer.errors import RemoteProtocolError
+from p2pinfer.limits import MAX_REQUESTS
+from p2pinfer.types import Fence, Plan
+from p2pinfer.wire.messages import ControlMessage, Heartbeat, Propose
+from tests.simulation import toy_model as toy
+from tests.simulation.world import Violation, check
+
+if TYPE_CHECKING:
+    from tests.simulation.cluster import Cluster
+    from tests.simulation.machine import Process
+
+_ENCODER = msgspec.msgpack.Encoder()
+_KNOWN_LOGS = 50_000
+
+Mark = tuple[str, Fence]
+"""A plan, by its cluster and its fence."""
+
+
+class Judge:
+    """Knows what was promised to whom, and holds everybody to it."""
+
+    def __init__(self, cluster: Cluster, reference: toy.Reference) -> None:
+        self.world = cluster.world
+        self.newest = Fence()
+        """The newest plan that was ever ordered to be loaded."""
+        self.adopted = Fence()
+        """The newest that was ever in force anywhere."""
+        self.adopted_at = -1.0
+        self._cluster = cluster
+        self._reference = reference
+        self._leaders: dict[tuple[str, int], str] = {}
+        self._plans: dict[Mark, bytes] = {}
+        self._valid: dict[Mark, Plan] = {}
+        self._accepted: dict[int, Mark] = {}
+        self._kept: dict[Mark, set[str]] = {}
+        """Boot ids of those whose disk has a plan."""
+        self._loaded: dict[Mark, set[str]] = {}
+        self._in_force: dict[Mark, set[str]] = {}
+        self._active: dict[str, Fence] = {}
+        """The newest fence that each process was ordered to obey."""
+
+    # --- leaders and plans ------------------------------------------------------------------------
+
+    def fact(self, process: Process, fact: e.Fact) -> None:
+        """A node says that something became true."""
+        if isinstance(fact, e.LeaderElected) and fact.node_id == process.config.member.node_id:
+            self._leads(process, fact.term)
+        elif isinstance(fact, e.LeaderLost):
+            process.leads_in = 0
+
+    def sent(self, process: Process, message: ControlMessage) -> None:
+        """A node sends a message to another."""
+        if isinstance(message, Heartbeat):
+            if message.leader_id == message.node_id:
+                self._leads(process, message.term)
+            else:
+                process.leads_in = 0
+        elif isinstance(message, Propose):
+            self._plan(message.plan)
+            self._leads(process, message.plan.fence.term)
+
+    def _leads(self, process: Process, term: int) -> None:
+        """Only one process ever leads in a term (a later run of the same node is another one)."""
+        cluster_id = process.cluster_id or process.config.cluster_id
+        first = self._leaders.setdefault((cluster_id, term), process.boot_id)
+        check(first == process.boot_id, f"{process.boot_id} and {first} both lead in term {term}")
+        process.leads_in = term
+
+    def _plan(self, plan: Plan) -> Mark:
+        """All that name a fence mean the same, valid plan; it adds one voter at most."""
+        mark = (plan.cluster_id, plan.fence)
+        if mark in self._valid and self._valid[mark] is plan:
+            return mark
+        body = _ENCODER.encode(plan)
+        known = self._plans.setdefault(mark, body)
+        check(known == body, f"two plans have the fence {plan.fence}")
+        if mark not in self._valid:
+            self._valid[mark] = plan
+            try:
+                validate(plan)
+            except RemoteProtocolError as error:
+                raise Violation(f"the plan of {plan.fence}: {error}") from error
+            voters = {plan.members[index].node_id for index in plan.voters}
+            added = voters - set(plan.old_voters)
+            check(len(added) <= 1, f"the plan of {plan.fence} adds voters {sorted(added)}")
+        return mark
+
+    def persist(self, process: Process, output: e.Persist) -> None:
+        """A node writes down what it must not forget."""
+        state = output.state
+        if state is None:
+            self._accepted.pop(process.number, None)
+            return
+        process.cluster_id = state.cluster_id
+        if state.plan is None:
+            return
+        mark = self._plan(state.plan)
+        before = self._accepted.get(process.number)
+        if before is not None and before[0] == mark[0]:
+            check(before[1] <= mark[1], f"node{process.number} goes back from {before} to {mark}")
+        self._accepted[process.number] = mark
+        check(state.term >= state.plan.fence.term, "a plan of a later term than its node's")
+
+    def stored(self, process: Process, state: e.StoredState) -> None:
+        """A state is on the disk."""
+        if state.plan is not None:
+            mark = (state.plan.cluster_id, state.plan.fence)
+            self._kept.setdefault(mark, set()).add(process.boot_id)
+
+    def forgotten(self, number: int) -> None:
+        """A machine has lost its disk."""
+        self._accepted.pop(number, None)
+
+    # --- workers ----------------------------------------------------------------------------------
+
+    def order(self, process: Process, order: e.AnyOrder) -> None:
+        """A control plane tells its worker something."""
+        if isinstance(order, e.LoadPlan):
+            self._plan(order.plan)
+            self.newest = max(self.newest, order.plan.fence)
+        elif isinstance(order, e.ActivatePlan):
+            before = self._active.get(process.boot_id, Fence())
+            check(before < order.fence, f"node{process.number} obeys {order.fence} after {before}")
+            self._active[process.boot_id] = order.fence
+
+    def activated(self, process: Process, order: e.ActivatePlan) -> None:
+        """A worker obeys a plan: all its owners have it, and a quorum has it for good."""
+        assert process.worker.engine is not None
+        plan = process.worker.engine.topology.plan
+        mark = (plan.cluster_id, plan.fence)
+        if order.fence > self.adopted:
+            self.adopted, self.adopted_at = order.fence, self.world.now
+        if mark in self._in_force:
+            return
+        self._in_force[mark] = set()
+        loaded = self._loaded.get(mark, set())
+        for index in owners(plan):
+            owner = plan.members[index]
+            check(owner.boot_id in loaded, f"{plan.fence} is in force; {owner.name} lacks it")
+        kept = self._kept.get(mark, set())
+        have = {member.node_id for member in plan.members if member.boot_id in kept}
+        leader = plan.members[plan.leader].node_id
+        check(leader in have, f"the leader of {plan.fence} has not kept it")
+        if plan.quorum == "majority":
+            for voters in ({plan.members[i].node_id for i in plan.voters}, set(plan.old_voters)):
+                agreed = 2 * len(have & voters) >= len(voters) or not voters
+                check(agreed, f"{plan.fence} is in force by {sorted(have)} of {sorted(voters)}")
+
+    def report(self, process: Process, report: e.AnyReport) -> None:
+        """A worker says something to its control plane."""
+        if isinstance(report, e.PlanLoaded) and not report.error:
+            plan = process.worker.links.gate.active
+            assert plan is None, "a worker that loads a plan obeys none"
+            mark = (process.cluster_id, report.fence)
+            self._loaded.setdefault(mark, set()).add(process.boot_id)
+            check(len(report.logs) <= MAX_REQUESTS, "more logs than an ACK can tell of")
+        elif isinstance(report, e.TokensCommitted):
+            self._committed(process, report)
+
+    def _committed(self, process: Process, report: e.TokensCommitted) -> None:
+        """What is committed is in the log of every owner that still obeys this plan."""
+        mine = process.worker.active
+        if mine is None or mine.plan.fence != report.fence:
+            return
+        for index in sorted(owners(mine.plan)):
+            other = self._cluster.by_boot(mine.plan.members[index].boot_id)
+            active = other.worker.active if other is not None else None
+            if other is None or active is None or active.plan.fence != report.fence:
+                continue
+            for token in report.tokens:
+                self._has(other, token.request_id, token.index, token.token)
+
+    def _has(self, owner: Process, request_id: int, index: int, token: int) -> None:
+        logs = owner.worker.logs
+        if request_id not in logs:
+            # It was told to forget the request meanwhile, which comes after the commit.
+            return
+        prompt = self._cluster.clients.prompt_tokens(request_id)
+        tokens = logs.tokens(request_id)
+        held = tokens[prompt + index] if len(tokens) > prompt + index else None
+        check(
+            held == token,
+            f"token {index} of request {request_id} is committed as {token}; "
+            f"node{owner.number} has {held}",
+        )
+
+    # --- computing --------------------------------------------------------------------------------
+
+    def summed(self, before: int, token: int, position: int, half: int, x: int) -> None:
+        """A node's residual after `half` half layers: what it sums of must be true."""
+        truth = self._reference.computed(before, token, position)
+        check(
+            truth.position == position and truth.residuals[half] == x,
+            f"a wrong sum at position {position}, half layer {half}",
+        )

@@ -1,0 +1,453 @@
+"""A worker that computes the toy model: the data plane of one node, without processes or sockets.
+
+It joins the same pure parts as `p2pinfer/worker.py` and `leader.py` do (gate, logs, step maker,
+step clock, topology), but never blocks: what the true worker waits for, its task gives out, and it
+goes on when that is there.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING
+
+from p2pinfer.core import events as e
+from p2pinfer.core.step_clock import StepClock
+from p2pinfer.core.step_maker import StepMaker, StepReport
+from p2pinfer.core.token_log import TokenLogs
+from p2pinfer.core.topology import Topology, topology
+from p2pinfer.types import Fence, ModelSpec
+from p2pinfer.wire.messages import Plane, Step
+from tests.simulation import toy_model as toy
+from tests.simulation.toy_engine import Frames, Sleep, ToyCache, ToyEngine, Wait
+from tests.simulation.toy_links import StepBroken, ToyLinks
+from tests.simulation.world import check
+
+if TYPE_CHECKING:
+    from tests.simulation.machine import Process
+
+STATS_S = 0.15
+LINK_TIMEOUT_S = 5.0
+MAX_STEP_TOKENS = 8
+"""Few, so that prompts come in several chunks."""
+
+STARTS_S = (0.05, 0.3)
+LOADS_S = (0.01, 0.25)
+RELOADS_S = 0.002
+
+Task = Generator[Wait, None, None]
+
+
+class ToyWorker:
+    """Takes orders, computes steps, reports; `model` is None on a witness."""
+
+    def __init__(self, process: Process, model: ModelSpec | None) -> None:
+        self.process = process
+        self.world = process.world
+        self.hung = False
+        self.logs = TokenLogs()
+        self.engine: ToyEngine | None = None
+        self.maker: StepMaker | None = None
+        self.loading: Fence | None = None
+        self.links = ToyLinks(process, self._look)
+        self._model = model
+        self._cache = ToyCache()
+        self._steps = StepClock()
+        self._random = self.world.stream(f"worker/{process.boot_id}")
+        self._ready = self._over = False
+        self._orders: deque[e.AnyOrder] = deque()
+        self._frames: deque[tuple[bytes, bytes]] = deque()
+        self._loaded: Topology | None = None
+        self._listeners: tuple[int, ...] = ()
+        self._step: Step | None = None
+        self._task: Task | None = None
+        self._wait: Wait | None = None
+        self._task_number = 0
+        self._late = False
+        """The processor is done with what the task waited for, while the worker stood still."""
+        self._limit_at = 0.0
+        self._rows = 0
+        self.world.later(self._random.uniform(*STARTS_S), self._begin)
+
+    # --- life -------------------------------------------------------------------------------------
+
+    @property
+    def active(self) -> Topology | None:
+        """The plan in force here."""
+        return self.engine.topology if self.engine else None
+
+    def ended(self) -> None:
+        """The process is gone."""
+        self._over = True
+        self._task = None
+
+    def hang(self) -> None:
+        """Nothing of it moves any more."""
+        self.hung = True
+
+    def move(self) -> None:
+        """It moves again, and finds what came meanwhile."""
+        if not self.hung or self._over:
+            return
+        self.hung = False
+        self._guard(self._catch_up)
+
+    def _catch_up(self) -> None:
+        self.process.network.resumed(self.process, Plane.STEPS)
+        if self._late:
+            self._late = False
+            self._wait = None
+        self._turn()
+
+    def _begin(self) -> None:
+        if self._over:
+            return
+        if self.hung:
+            self.world.later(STATS_S, self._begin)
+            return
+        self._ready = True
+        kind = f"kind{self.process.machine.kind}" if self._model else ""
+        self._say(e.WorkerReady(numeric_class=kind, device="cpu", threads=1, memory_bytes=0))
+        self._tell()
+        self._guard(self._turn)
+
+    def _tell(self) -> None:
+        """Counters, several times a second, whatever else it does."""
+        if self._over:
+            return
+        self.world.later(STATS_S * self._random.uniform(0.9, 1.1), self._tell)
+        if self.hung:
+            return
+        if self.loading is not None:
+            self._say(e.LoadProgress(done_bytes=1, total_bytes=2))
+        engine, maker = self.engine, self.maker
+        stats = e.WorkerStats(
+            steps=engine.steps if engine else 0,
+            owes_step=engine.owes if engine else 0,
+            hears_steps=self.links.heard_within(1.0),
+            running=maker.scheduler.running if maker else 0,
+            waiting=maker.scheduler.waiting if maker else 0,
+            dropped_frames=self.links.dropped,
+            compute_ms=20.0 * self.process.machine.pace if engine and engine.steps else 0.0,
+        )
+        self._say(stats)
+        self._guard(self._check_time)
+
+    def _say(self, report: e.AnyReport) -> None:
+        self.process.report(report)
+
+    # --- what happens to it -----------------------------------------------------------------------
+
+    def order(self, order: e.AnyOrder) -> None:
+        """The control plane says something."""
+        if not self._over:
+            self._orders.append(order)
+            self._guard(self._turn)
+
+    def arrived(self, route: bytes, frame: bytes) -> None:
+        """A frame came on a step link."""
+        if not self._over:
+            self._frames.append((route, frame))
+            self._guard(self._turn)
+
+    def link_up(self, address: str) -> None:
+        """A step link is connected."""
+        self.links.changed(address, up=True)
+
+    def link_down(self, address: str) -> None:
+        """A step link broke."""
+        self.links.changed(address, up=False)
+
+    def _look(self) -> None:
+        """Time to look at what became of the links."""
+        if self._over:
+            return
+        if self.hung:
+            self.world.later(STATS_S, self._look)
+            return
+        self._guard(self._look_now)
+
+    def _look_now(self) -> None:
+        try:
+            self.links.look()
+        finally:
+            while self.links.lost:
+                self._say(e.LinkLost(node_id=self.links.lost.pop()))
+        self._turn()
+
+    def _guard(self, what: Callable[[], None]) -> None:
+        """Do something that a broken step may put an end to."""
+        while not self._over and not self.hung:
+            try:
+                what()
+                return
+            except StepBroken as broken:
+                self._break(broken)
+                what = self._turn
+
+    # --- turns ------------------------------------------------------------------------------------
+
+    def _turn(self) -> None:
+        """Do all that can be done without waiting."""
+        while not (self.hung or self._over) and self._ready:
+            if any(isinstance(o, e.LoadPlan | e.Halt | e.StopWorker) for o in self._orders):
+                self._drop_task()
+            if isinstance(self._wait, Sleep) and self.loading is None:
+                return
+            self._file()
+            if self._task is not None:
+                if not self._go_on():
+                    return
+            elif self._orders:
+                self._obey(self._orders.popleft())
+            elif not self._begin_step():
+                return
+
+    def _file(self) -> None:
+        while self._frames:
+            self.links.file(*self._frames.popleft())
+
+    def _go_on(self) -> bool:
+        """Go on with the task; false when it must wait."""
+        if isinstance(self._wait, Sleep):
+            return False
+        if isinstance(self._wait, Frames) and self._wait.owing() is not None:
+            return False
+        assert self._task is not None
+        try:
+            self._wait = next(self._task)
+        except StopIteration:
+            self._task = self._wait = None
+            return True
+        if isinstance(self._wait, Sleep):
+            wait = self._wait.seconds * self.process.machine.pace
+            self.world.later(wait, self._woke, self._task_number)
+        return True
+
+    def _woke(self, number: int) -> None:
+        if self._over or number != self._task_number:
+            return
+        if self.hung:
+            self._late = True
+            return
+        self._wait = None
+        self._guard(self._turn)
+
+    def _start_task(self, task: Task) -> None:
+        self._task_number += 1
+        self._task, self._wait, self._late = task, None, False
+
+    def _drop_task(self) -> None:
+        self._task_number += 1
+        self._task = self._wait = self.loading = None
+        self._late = False
+
+    def _break(self, broken: StepBroken) -> None:
+        """Stop at once: what the step would have been is for a new epoch to say."""
+        engine = self.engine
+        self._drop_task()
+        self.engine = self.maker = None
+        self.links.close()
+        if engine is not None:
+            failed = e.StepFailed(
+                fence=engine.topology.plan.fence,
+                step=engine.step,
+                node_id=broken.node_id,
+                reason=broken.reason,
+            )
+            self._say(failed)
+
+    # --- orders -----------------------------------------------------------------------------------
+
+    def _obey(self, order: e.AnyOrder) -> None:
+        match order:
+            case e.LoadPlan():
+                self._load(order)
+            case e.ActivatePlan():
+                self._activate(order)
+            case e.Halt():
+                self.engine = self.maker = None
+                self.links.close()
+            case e.StartRequest():
+                self._start(order)
+            case e.CancelRequest():
+                if self.maker is not None:
+                    self.maker.cancel(order.request_id)
+            case e.StopWorker():
+                self.ended()
+
+    def _load(self, order: e.LoadPlan) -> None:
+        self.engine = self.maker = None
+        mine = topology(order.plan, order.me)
+        held, self._loaded = self._loaded, None
+        same = held is not None and _units(held) == _units(mine)
+        if not same:
+            self._cache.clear()
+            self.logs.lose_kv()
+        self.links.close()
+        logs, coverage = self.logs.snapshot()
+        loaded = e.PlanLoaded(fence=order.plan.fence, logs=logs, coverage=coverage)
+        self.loading = order.plan.fence
+        quick = same or mine.holding.stage is None
+        self._start_task(self._loads(mine, loaded, quick=quick))
+
+    def _loads(self, mine: Topology, loaded: e.PlanLoaded, *, quick: bool) -> Task:
+        """Read weights, then connect to the others."""
+        yield Sleep(RELOADS_S if quick else self._random.uniform(*LOADS_S))
+        self.links.open(mine)
+        until = self.world.now + LINK_TIMEOUT_S
+        while member := self.links.unconnected():
+            if self.world.now > until:
+                self.loading = None
+                error = f"no step link to {member}"
+                self._say(e.PlanLoaded(fence=loaded.fence, error=error))
+                return
+            yield Sleep(0.02)
+        self._loaded = mine
+        self.loading = None
+        self._say(loaded)
+
+    def _activate(self, order: e.ActivatePlan) -> None:
+        mine = self._loaded
+        if mine is None or mine.plan.fence != order.fence or self.engine is not None:
+            return
+        self._cache.forget(self.logs.adopt(order.logs))
+        for log in order.logs:
+            self._cache.cut(log.request_id, self.logs.covered(log.request_id))
+        judge = self.process.cluster.judge
+        self.engine = ToyEngine(mine, self.logs, self._cache, self.links, judge)
+        judge.activated(self.process, order)
+        if mine.leads:
+            self._listeners = tuple(sorted(set(order.listeners) - {mine.me}))
+            self.maker = StepMaker(mine, self._listeners, order.logs, MAX_STEP_TOKENS)
+            self.links.on_ack = self._acked
+        self.links.activate(mine)
+
+    def _start(self, order: e.StartRequest) -> None:
+        if self.maker is not None:
+            self._say_all(self.maker.start(order))
+
+    # --- steps ------------------------------------------------------------------------------------
+
+    def _begin_step(self) -> bool:
+        """Begin what there is to compute, if there is."""
+        if self.engine is None:
+            return False
+        if self.maker is not None:
+            return self._lead(self.engine, self.maker)
+        if not self.links.inbox.steps:
+            return False
+        self._start_task(self._follow(self.engine, self.links.inbox.steps.popleft()))
+        return True
+
+    def _lead(self, engine: ToyEngine, maker: StepMaker) -> bool:
+        self._check_time()
+        step = maker.next_step()
+        if step is None:
+            return False
+        self._start_task(self._leads(engine, maker, step))
+        return True
+
+    def _leads(self, engine: ToyEngine, maker: StepMaker, step: Step) -> Task:
+        began = self.process.machine.monotonic()
+        self._set_limit(step, began)
+        for member in self._listeners:
+            if member not in self.links.deaf:
+                self.links.send(member, _copy(step, self.links.next_sequence(member)))
+        engine.write(step)
+        self._say_all(maker.sent(began))
+        own = yield from engine.compute(step)
+        drawn = {}
+        if step.slots:
+            offers = yield from self._collect(engine, step, own)
+            kind = self.process.machine.kind
+            sampling = (slot for slot in step.slots if slot.sample)
+            for slot, of_slot in zip(sampling, offers, strict=True):
+                check(len(of_slot) == toy.VOCABS, "a vocab unit offered not exactly once")
+                drawn[slot.request_id] = toy.draw(of_slot, kind)
+        maker.finished(step, drawn)
+        self._finish(engine, began)
+
+    def _collect(
+        self, engine: ToyEngine, step: Step, own: list[list[tuple[int, int]]]
+    ) -> Generator[Wait, None, list[list[tuple[int, int]]]]:
+        """[sampling slots] of candidates of all vocab units."""
+        mine, inbox = engine.topology, self.links.inbox
+        owing = tuple(member for member in mine.vocab if member != mine.me)
+        slots = sum(slot.sample for slot in step.slots)
+        offers: list[list[tuple[int, int]]] = own or [[] for _ in range(slots)]
+        if owing:
+            yield Frames(inbox.candidates, step.step, owing)
+            for member, frame in inbox.candidates.pop(step.step).items():
+                if frame.ids.shape[:2] != (max(slots, 1), len(frame.units)):
+                    node_id = mine.plan.members[member].node_id
+                    raise StepBroken(node_id, "candidates for another number of slots")
+                ids = memoryview(frame.ids.data).cast("i")
+                scores = memoryview(frame.logits.data).cast("f")
+                width = len(frame.units)
+                for place, of_slot in enumerate(offers):
+                    for unit in range(width):
+                        at = place * width + unit
+                        of_slot.append((ids[at], int(scores[at])))
+        return offers
+
+    def _follow(self, engine: ToyEngine, step: Step) -> Task:
+        began = self.process.machine.monotonic()
+        self._set_limit(step, began)
+        engine.write(step)
+        engine.acknowledge(step)
+        offers = yield from engine.compute(step)
+        if step.slots and engine.topology.holding.vocab_units:
+            engine.send_candidates(step, offers)
+        self._finish(engine, began)
+
+    def _set_limit(self, step: Step, began: float) -> None:
+        self._rows = sum(len(slot.tokens) for slot in step.slots)
+        self._limit_at = began + self._steps.limit(self._rows)
+
+    def _finish(self, engine: ToyEngine, began: float) -> None:
+        self._steps.finished(self._rows, self.process.machine.monotonic() - began)
+        engine.owes = 0
+
+    def _check_time(self) -> None:
+        """Is a step, or the acknowledgement of one, overdue?"""
+        now = self.process.machine.monotonic()
+        if self.engine is None:
+            return
+        if isinstance(self._wait, Frames) and now > self._limit_at:
+            owing = self._wait.owing()
+            if owing is not None:
+                self._overdue(owing, "a step is overdue")
+        elif self._task is None and self.maker is not None:
+            member = self.maker.overdue(now, self._steps.limit(self._rows))
+            if member is not None:
+                self._overdue(member, "the acknowledgement of a step is overdue")
+
+    def _overdue(self, member: int, reason: str) -> None:
+        assert self.engine is not None
+        self._steps.overdue()
+        self.world.count("a step overdue")
+        raise StepBroken(self.engine.topology.plan.members[member].node_id, reason)
+
+    def _acked(self, member: int, step: int) -> None:
+        if self.maker is not None:
+            self._say_all(self.maker.acked(member, step))
+
+    def _say_all(self, reports: list[StepReport]) -> None:
+        for report in reports:
+            self._say(report)
+
+
+def _units(mine: Topology) -> tuple[object, ...]:
+    return (mine.holding.span, mine.holding.head_units)
+
+
+def _copy(step: Step, number: int) -> Step:
+    return Step(
+        fence=step.fence,
+        step=step.step,
+        link_seq=number,
+        slots=step.slots,
+        ended=step.ended,
+        finals=step.finals,
+    )

@@ -1,0 +1,198 @@
+"""What a node must not forget: what is written, who waits for it, and who is blank."""
+
+from __future__ import annotations
+
+import pytest
+
+from p2pinfer.core.durable import Durable
+from p2pinfer.core.events import Persist, StoredState
+from p2pinfer.core.outbox import Outbox
+from p2pinfer.types import DType, Fence, Member, ModelSpec, Plan, Stage
+
+ME, OTHER, CLUSTER = "a" * 16, "b" * 16, "c" * 16
+BOOT = "1" * 16
+MODEL = ModelSpec(
+    name="none",
+    model_id="",
+    num_layers=1,
+    hidden_size=1,
+    num_attention_heads=1,
+    num_key_value_heads=1,
+    head_dim=1,
+    intermediate_size=1,
+    vocab_size=1,
+    max_positions=1,
+    dtype=DType.FLOAT32,
+    kv_dtype=DType.FLOAT32,
+)
+
+
+def member(node_id: str, boot_id: str) -> Member:
+    """A member of a plan."""
+    return Member(node_id=node_id, boot_id=boot_id, name=node_id[0], address="tcp://h:1")
+
+
+def plan_of(term: int, epoch: int, *, voters: tuple[int, ...] = (0, 1), boot: str = BOOT) -> Plan:
+    """A plan of this node (member 0, in life `boot`) and another."""
+    return Plan(
+        fence=Fence(term, epoch),
+        cluster_id=CLUSTER,
+        leader=1,
+        members=(member(ME, boot), member(OTHER, "2" * 16)),
+        voters=voters,
+        model=MODEL,
+        stages=(Stage(start=0, end=1, head_owners=(0,), mlp_owners=(1,)),),
+    )
+
+
+class Story:
+    """A node's durable state, and what it wanted written."""
+
+    def __init__(self, stored: StoredState | None = None) -> None:
+        self.box = Outbox(ME, lambda _: "")
+        self.durable = Durable(stored, BOOT, self.box)
+        self.told: list[str] = []
+
+    def say(self, what: str) -> None:
+        """For a continuation: note that it ran."""
+        self.told.append(what)
+
+    def writes(self) -> list[Persist]:
+        """What is to be written since the last call."""
+        return [each for each in self.box.take() if isinstance(each, Persist)]
+
+
+MEMBER = StoredState(cluster_id=CLUSTER, term=3, voted_for=OTHER, plan=plan_of(3, 2), active=True)
+
+
+def test_a_vote_is_told_when_it_is_on_the_disk() -> None:
+    """The continuation of a vote runs at Persisted, not before."""
+    story = Story(MEMBER)
+    story.durable.vote(4, OTHER, lambda now: story.say(f"voted at {now:g}"))
+    (write,) = story.writes()
+    assert write.state is not None
+    assert (write.state.term, write.state.voted_for) == (4, OTHER)
+    assert write.state.plan == MEMBER.plan and write.state.active
+    assert not story.told
+    story.durable.persisted(write.number, 7.0)
+    assert story.told == ["voted at 7"]
+
+
+def test_the_newest_write_stands_for_those_before() -> None:
+    """What waited for older writes runs too, in order, and nothing runs twice."""
+    story = Story(MEMBER)
+    story.durable.vote(4, OTHER, lambda _: story.say("vote"))
+    story.durable.accept(plan_of(4, 3), CLUSTER, lambda _: story.say("plan"))
+    story.durable.vote(5, ME, lambda _: story.say("later"))
+    first, second, _ = story.writes()
+    story.durable.persisted(second.number, 1.0)
+    assert story.told == ["vote", "plan"]
+    story.durable.persisted(first.number, 1.0)
+    assert story.told == ["vote", "plan"]
+
+
+def test_a_second_vote_in_a_term_is_a_defect() -> None:
+    """Neither another candidate of the term nor an older term can be voted for."""
+    durable = Story(MEMBER).durable
+    for term, candidate in ((3, ME), (2, OTHER)):
+        with pytest.raises(AssertionError, match="one vote per term"):
+            durable.vote(term, candidate, lambda _: None)
+    durable.vote(3, OTHER, lambda _: None)
+    assert durable.state.voted_for == OTHER
+
+
+def test_a_higher_term_ends_the_vote_of_the_one_before() -> None:
+    """A higher term is entered and written; a lower one changes nothing."""
+    story = Story(MEMBER)
+    story.durable.enter_term(9)
+    assert (story.durable.state.term, story.durable.state.voted_for) == (9, "")
+    story.durable.enter_term(8)
+    assert story.durable.state.term == 9
+    assert len(story.writes()) == 1
+
+
+def test_accepting_a_plan_of_a_newer_term_enters_the_term() -> None:
+    """The vote is kept within its term and over in a newer one; the plan is not known active."""
+    story = Story(MEMBER)
+    assert story.durable.fence == Fence(3, 2)
+    story.durable.accept(plan_of(3, 3), CLUSTER, lambda _: None)
+    assert (story.durable.state.voted_for, story.durable.state.active) == (OTHER, False)
+    story.durable.accept(plan_of(5, 3), CLUSTER, lambda _: None)
+    assert (story.durable.state.term, story.durable.state.voted_for) == (5, "")
+    assert story.durable.fence == Fence(5, 3)
+
+
+def test_accepting_an_older_plan_is_a_defect() -> None:
+    """Neither an older fence nor an older term is ever taken."""
+    durable = Story(MEMBER).durable
+    durable.enter_term(6)
+    for plan in (plan_of(3, 2), plan_of(5, 9)):
+        with pytest.raises(AssertionError, match="only grow"):
+            durable.accept(plan, CLUSTER, lambda _: None)
+
+
+def test_a_plan_is_noted_as_in_force_once() -> None:
+    """Only the newest plan's fence counts, and what is known is not written again."""
+    story = Story(MEMBER)
+    story.durable.accept(plan_of(3, 3), CLUSTER, lambda _: None)
+    story.writes()
+    story.durable.activated(Fence(3, 2))
+    assert not story.durable.state.active
+    story.durable.activated(Fence(3, 3))
+    story.durable.activated(Fence(3, 3))
+    assert story.durable.state.active
+    assert len(story.writes()) == 1
+    empty = Story()
+    empty.durable.activated(Fence())
+    assert not empty.writes()
+
+
+def test_a_node_without_state_is_blank_until_a_plan_in_force_names_its_boot_a_voter() -> None:
+    """Acceptance alone does not heal it, nor does a plan that names an earlier boot or no vote."""
+    for voters, boot, healed in (((0, 1), BOOT, True), ((1,), BOOT, False), ((0, 1), OTHER, False)):
+        story = Story()
+        story.durable.accept(plan_of(1, 1, voters=voters, boot=boot), CLUSTER, lambda _: None)
+        assert story.durable.blank
+        story.durable.activated(Fence(1, 1))
+        assert story.durable.blank is not healed
+        assert story.durable.state.active
+
+
+def test_a_blank_node_is_still_blank_after_a_restart() -> None:
+    """What a vote of it wrote says that it is blank."""
+    story = Story()
+    story.durable.vote(4, OTHER, lambda _: None)
+    (write,) = story.writes()
+    assert Story(write.state).durable.blank
+    assert not Story(MEMBER).durable.blank
+
+
+def test_a_node_that_is_no_member_yet_does_not_write_terms() -> None:
+    """A stranger that only heard of a term leaves no file behind."""
+    story = Story()
+    story.durable.enter_term(5)
+    assert story.durable.state.term == 5
+    assert not story.writes()
+
+
+def test_a_founder_is_not_blank() -> None:
+    """It has voted for itself in its first term; what waits runs when that is on the disk."""
+    story = Story()
+    story.durable.found(CLUSTER, 1, ME, lambda _: story.say("founded"))
+    (write,) = story.writes()
+    assert write.state == StoredState(cluster_id=CLUSTER, term=1, voted_for=ME)
+    assert not story.durable.blank and story.durable.fence == Fence()
+    story.durable.persisted(write.number, 0.0)
+    assert story.told == ["founded"]
+
+
+def test_a_node_that_has_left_forgets() -> None:
+    """Its file is removed, what waited is not done, and it is blank."""
+    story = Story(MEMBER)
+    story.durable.vote(4, OTHER, lambda _: story.say("voted"))
+    story.durable.forget()
+    vote, gone = story.writes()
+    assert gone.state is None and gone.number > vote.number
+    story.durable.persisted(gone.number, 0.0)
+    assert not story.told
+    assert story.durable.blank and story.durable.plan is None

@@ -1,0 +1,182 @@
+"""The token logs of a node: what steps write, what plans keep."""
+
+from __future__ import annotations
+
+import pytest
+
+from p2pinfer.core.orders import Covered, TokenLog
+from p2pinfer.core.token_log import TokenLogs
+from p2pinfer.errors import RemoteProtocolError
+from p2pinfer.limits import MAX_REQUESTS
+from p2pinfer.types import Fence, SamplingParams
+from p2pinfer.wire.messages import FinalToken, Slot, Step
+
+FENCE = Fence(3, 5)
+PARAMS = SamplingParams(seed=7)
+
+
+def first(tokens: tuple[int, ...], request_id: int = 1, start: int = 0) -> Slot:
+    """The first slot of a request in a fence: the prompt has two tokens."""
+    return Slot(
+        request_id=request_id,
+        start=start,
+        tokens=tokens,
+        capacity=64,
+        params=PARAMS,
+        prompt_tokens=2,
+    )
+
+
+def more(start: int, *tokens: int) -> Slot:
+    """A further slot of request 1."""
+    return Slot(request_id=1, start=start, tokens=tokens)
+
+
+def log(tokens: tuple[int, ...], request_id: int = 1, term: int = 3) -> TokenLog:
+    """What is told of a request."""
+    return TokenLog(
+        request_id=request_id, term=term, prompt_tokens=2, params=PARAMS, tokens=tokens
+    )
+
+
+def logs_of(*slots: Slot) -> TokenLogs:
+    """Logs to which these slots were written, and computed."""
+    logs = TokenLogs()
+    for slot in slots:
+        logs.write(FENCE, slot)
+        logs.finish((slot,))
+    return logs
+
+
+def test_steps_write_the_log() -> None:
+    """A log has the tokens, the prompt's length, the parameters and the term of who wrote it."""
+    logs = logs_of(first((10, 11)), more(2, 12), more(3, 13))
+    assert logs.snapshot() == (
+        (log((10, 11, 12, 13)),),
+        (Covered(request_id=1, positions=4),),
+    )
+    assert 1 in logs
+    assert (len(logs), logs.params(1), list(logs.tokens(1))) == (1, PARAMS, [10, 11, 12, 13])
+
+
+def test_only_finished_steps_cover() -> None:
+    """A position that was written and not computed has no KV."""
+    logs = logs_of(first((10, 11)))
+    logs.write(FENCE, more(2, 12))
+    assert logs.covered(1) == 2
+    logs.finish((more(2, 12),))
+    assert logs.covered(1) == 3
+    assert logs.covered(9) == 0
+    logs.finish((more(2, 12), Slot(request_id=9, start=0, tokens=(1,))))
+    assert logs.covered(1) == 3
+
+
+def test_computing_again_keeps_the_tokens_that_follow() -> None:
+    """Known tokens run again from a position: KV from there on is void, the log is as it was."""
+    logs = logs_of(first((10, 11)), more(2, 12, 13, 14))
+    logs.write(Fence(4, 6), first((11, 12), start=1))
+    assert logs.covered(1) == 1
+    assert logs.snapshot()[0] == (log((10, 11, 12, 13, 14), term=4),)
+    logs.finish((first((11, 12), start=1),))
+    assert logs.covered(1) == 3
+
+
+def test_a_step_may_go_over_the_end() -> None:
+    """The known part stays, the rest is appended."""
+    logs = logs_of(first((10, 11)))
+    logs.write(FENCE, more(1, 11, 12))
+    assert list(logs.tokens(1)) == [10, 11, 12]
+
+
+def test_another_token_cuts_the_log() -> None:
+    """What followed a token that is no longer said is forgotten."""
+    logs = logs_of(first((10, 11)), more(2, 12, 13, 14))
+    logs.write(FENCE, more(2, 12, 99))
+    assert list(logs.tokens(1)) == [10, 11, 12, 99]
+    assert logs.covered(1) == 2
+
+
+def test_coverage_without_the_positions_before_counts_nothing() -> None:
+    """A node that had lost its KV covers nothing by computing at the end."""
+    logs = logs_of(first((10, 11)))
+    logs.lose_kv()
+    logs.write(FENCE, more(2, 12))
+    logs.finish((more(2, 12),))
+    assert logs.covered(1) == 0
+
+
+def test_a_hole_is_refused() -> None:
+    """A slot behind the end, and one of an unknown request, leave all as it was."""
+    logs = logs_of(first((10, 11)))
+    with pytest.raises(RemoteProtocolError, match="positions 2 to 3"):
+        logs.write(FENCE, more(3, 13))
+    with pytest.raises(RemoteProtocolError, match="never introduced"):
+        logs.write(FENCE, Slot(request_id=2, start=0, tokens=(1,)))
+    with pytest.raises(RemoteProtocolError, match="positions 0 to 1"):
+        logs.write(FENCE, first((1,), request_id=2, start=1))
+    assert (list(logs.tokens(1)), len(logs)) == ([10, 11], 1)
+
+
+def test_an_ack_can_tell_of_all_logs() -> None:
+    """One request more than the limit is refused."""
+    logs = logs_of(*(first((1, 2), request_id=i) for i in range(MAX_REQUESTS)))
+    with pytest.raises(RemoteProtocolError, match="more than"):
+        logs.write(FENCE, first((1, 2), request_id=MAX_REQUESTS))
+
+
+def test_a_last_token_follows_the_others() -> None:
+    """It is written at the end of a known log, and nowhere else."""
+    logs = logs_of(first((10, 11)))
+    logs.final(Fence(4, 1), FinalToken(request_id=1, position=2, token=2))
+    assert logs.snapshot() == ((log((10, 11, 2), term=4),), (Covered(request_id=1, positions=2),))
+    for final in (
+        FinalToken(request_id=1, position=2, token=2),
+        FinalToken(request_id=1, position=4, token=2),
+        FinalToken(request_id=8, position=0, token=2),
+    ):
+        with pytest.raises(RemoteProtocolError, match="last token"):
+            logs.final(FENCE, final)
+
+
+def test_a_step_forgets_before_it_writes() -> None:
+    """The id of a request that ended may be used again in the same step."""
+    logs = logs_of(first((10, 11)), first((5, 6), request_id=2))
+    step = Step(
+        fence=FENCE,
+        step=9,
+        link_seq=0,
+        slots=(first((20, 21)),),
+        ended=(1, 77),
+        finals=(FinalToken(request_id=2, position=2, token=2),),
+    )
+    logs.take(step)
+    assert list(logs.tokens(1)) == [20, 21]
+    assert list(logs.tokens(2)) == [5, 6, 2]
+    assert (logs.covered(1), logs.covered(2)) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("agreed", "covered"),
+    [
+        ((10, 11, 12, 13), 4),
+        ((10, 11, 12), 3),
+        ((10, 11, 12, 13, 14, 15), 4),
+        ((10, 11, 99, 13, 14), 2),
+        ((9,), 0),
+    ],
+)
+def test_kv_stays_as_far_as_the_agreed_tokens_are_the_same(
+    agreed: tuple[int, ...], covered: int
+) -> None:
+    """Logs are cut and extended to what was agreed; KV of other tokens is of no use."""
+    logs = logs_of(first((10, 11)), more(2, 12, 13))
+    assert logs.adopt((log(agreed, term=8),)) == ()
+    assert logs.snapshot() == ((log(agreed, term=8),), (Covered(request_id=1, positions=covered),))
+
+
+def test_logs_that_nobody_agreed_on_are_gone() -> None:
+    """Their requests are named, so that their KV is freed; new ones begin without KV."""
+    logs = logs_of(*(first((1, 2), request_id=i) for i in (5, 4, 3)))
+    assert logs.adopt((log((1, 2, 3), request_id=4), log((7, 8), request_id=6))) == (3, 5)
+    assert [told.request_id for told in logs.snapshot()[0]] == [4, 6]
+    assert (logs.covered(4), logs.covered(6)) == (2, 0)

@@ -1,0 +1,155 @@
+"""Who votes by the next plan, and among whom it needs a quorum besides."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from p2pinfer.core.voters import next_voters
+from p2pinfer.types import DType, Fence, Member, ModelSpec, Plan, Stage
+
+MODEL = ModelSpec(
+    name="m",
+    model_id="",
+    num_layers=1,
+    hidden_size=8,
+    num_attention_heads=1,
+    num_key_value_heads=1,
+    head_dim=8,
+    intermediate_size=8,
+    vocab_size=8,
+    max_positions=8,
+    dtype=DType.FLOAT32,
+    kv_dtype=DType.FLOAT32,
+)
+
+
+def member(letter: str, boot: int = 1, **changes: bool) -> Member:
+    """Node `letter` (a to f), in its boot of that number."""
+    return Member(
+        node_id=letter * 16,
+        boot_id=f"{boot:016x}",
+        name=letter,
+        address="tcp://host:7720",
+        **changes,
+    )
+
+
+def ids(letters: str) -> tuple[str, ...]:
+    """Node ids."""
+    return tuple(letter * 16 for letter in letters)
+
+
+def plan(voters: str, old: str = "", members: str = "") -> Plan:
+    """A plan led by `a`."""
+    names = sorted(set(voters + members + "a"))
+    return Plan(
+        fence=Fence(1, 1),
+        cluster_id="0" * 16,
+        leader=names.index("a"),
+        members=tuple(member(name) for name in names),
+        voters=tuple(names.index(name) for name in voters),
+        old_voters=ids(old),
+        model=MODEL,
+        stages=(Stage(start=0, end=1, head_owners=(0,), mlp_owners=(0,), vocab_owners=(0,)),),
+    )
+
+
+def voters(
+    base: Plan | None,
+    living: list[Member],
+    *,
+    lost: str = "",
+    ready: str = "",
+    active: bool = True,
+) -> tuple[str, str]:
+    """Letters of the next plan's voters and old voters, under leader `a`."""
+    chosen = next_voters(
+        base,
+        base_active=active,
+        first=not active,
+        leader_id="a" * 16,
+        living=living,
+        lost=frozenset(ids(lost)),
+        ready=frozenset(ids(ready)),
+    )
+    return "".join(i[0] for i in chosen[0]), "".join(i[0] for i in chosen[1])
+
+
+def all_of(letters: str) -> list[Member]:
+    """Members in the boots that the plans list."""
+    return [member(letter) for letter in letters]
+
+
+def test_nothing_changes_while_nobody_comes_or_goes() -> None:
+    """Voters that live go on voting, whoever else is there."""
+    assert voters(plan("abc"), all_of("abcd")) == ("abc", "abc")
+
+
+def test_a_founder_takes_its_first_voter_in() -> None:
+    """Before the first plan the founder alone votes; one more may vote by that plan."""
+    assert voters(None, all_of("abc"), ready="bc", active=False) == ("ab", "a")
+    assert voters(None, all_of("abc"), active=False) == ("a", "a")
+
+
+def test_one_voter_is_added_at_a_time() -> None:
+    """Of several learners the first by name, those with their state before others."""
+    assert voters(plan("ab"), all_of("abcd"), ready="abcd") == ("abc", "ab")
+    blank = [*all_of("ab"), member("c", blank=True), member("d")]
+    assert voters(plan("ab"), blank, ready="cd") == ("abd", "ab")
+    assert voters(plan("ab"), blank[:3], ready="cd") == ("abc", "ab")
+
+
+def test_lost_voters_are_removed_at_once() -> None:
+    """All that died or left lose their votes, and another may be added in the same plan."""
+    assert voters(plan("abcd"), all_of("ab"), lost="cd") == ("ab", "abcd")
+    assert voters(plan("abcd"), all_of("abe"), lost="cd", ready="e") == ("abe", "abcd")
+
+
+def test_a_voter_that_is_only_unheard_keeps_its_vote() -> None:
+    """Neither living nor known to be lost: it is not removed, though it is not here."""
+    assert voters(plan("abc"), all_of("ab")) == ("abc", "abc")
+
+
+def test_a_voter_that_came_back_is_not_lost() -> None:
+    """A restarted voter with its state votes on, though its former boot is known to be dead."""
+    assert voters(plan("abc"), [*all_of("ab"), member("c", 2)], lost="c") == ("abc", "abc")
+
+
+def test_a_voter_without_its_state_is_a_learner() -> None:
+    """It is no voter by its name alone; when it is ready it may be the one that is added."""
+    here = [*all_of("ab"), member("c", 2, blank=True)]
+    assert voters(plan("abc"), here) == ("ab", "abc")
+    assert voters(plan("abc"), here, ready="c") == ("abc", "abc")
+    assert voters(plan("abc"), [*here, member("d")], ready="cd") == ("abd", "abc")
+
+
+def test_a_blank_member_votes_once_a_plan_named_its_boot() -> None:
+    """It calls itself blank for as long as it runs; the plan before knows better."""
+    assert voters(plan("abc"), [*all_of("ab"), member("c", blank=True)]) == ("abc", "abc")
+
+
+def test_a_plan_that_may_be_in_force_keeps_its_quorums() -> None:
+    """A new leader that does not know changes no voter, whoever died or is ready."""
+    base = plan("abd", old="abc")
+    assert voters(base, all_of("abe"), lost="d", ready="e", active=False) == ("abd", "abc")
+    assert voters(plan("ab"), all_of("ab"), active=False) == ("ab", "")
+
+
+def test_witnesses_vote_like_others() -> None:
+    """A witness that is ready becomes a voter."""
+    assert voters(plan("ab"), [*all_of("ab"), member("c", witness=True)], ready="c")[0] == "abc"
+
+
+def test_a_sitting_leader_knows_its_plan() -> None:
+    """It counts from the plan that it activated: anything else is a defect."""
+    with pytest.raises(AssertionError):
+        next_voters(
+            msgspec.structs.replace(plan("ab")),
+            base_active=False,
+            first=False,
+            leader_id="a" * 16,
+            living=[],
+            lost=frozenset(),
+            ready=frozenset(),
+        )
