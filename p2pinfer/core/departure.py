@@ -22,6 +22,10 @@ GRACE_S = 2.0
 """How much longer than `drain_timeout` the asked node waits for another one to leave."""
 
 
+MAX_WISHES = 64
+"""Clients that wait for a member to leave; the oldest is forgotten first."""
+
+
 @dataclass(slots=True)
 class _Wish:
     """A client of this node waits for a member to leave."""
@@ -30,6 +34,7 @@ class _Wish:
     request_id: int
     name: str
     until: float
+    node_id: str
 
 
 class Departure:
@@ -45,13 +50,12 @@ class Departure:
         self._box = box
         self._anyway = False
         self._until = inf
-        self._wishes: dict[str, _Wish] = {}
-        """By the node id of whom it is about."""
+        self._wishes: list[_Wish] = []
 
     @property
     def deadline(self) -> float:
         """When this wants to look again."""
-        return min((self._until, *(wish.until for wish in self._wishes.values())))
+        return min((self._until, *(wish.until for wish in self._wishes)))
 
     # --- asked ------------------------------------------------------------------------------------
 
@@ -63,19 +67,21 @@ class Departure:
     def asked(self, message: Drain, route: bytes, now: float) -> None:
         """A client of this node wants a member to leave; no name: this one, for good."""
         name = message.name
-        wish = _Wish(route, message.request_id, name, now + self._timeout + GRACE_S)
-        if name in ("", self._me.name):
-            self.for_good |= not name
-            self._wishes[self._me.node_id] = wish
-            self._drain(now)
-            return
         peer = next((p for p in self._near.table.living() if p.member.name == name), None)
-        if peer is None:
+        own = name in ("", self._me.name)
+        about = self._me.node_id if own else peer.member.node_id if peer else ""
+        until = now + self._timeout + GRACE_S
+        wish = _Wish(route, message.request_id, name, until, about)
+        if not about:
             names = ", ".join(sorted(m.name for m in self._near.table.members()))
             self._fail(wish, "invalid_request", f"no member is called {name}; there are: {names}")
             return
-        self._wishes[peer.member.node_id] = wish
-        self._box.send(peer.member.node_id, message)
+        self._wishes = [*self._wishes[-MAX_WISHES + 1 :], wish]
+        if own:
+            self.for_good |= not name
+            self._drain(now)
+        else:
+            self._box.send(about, message)
 
     def told(self, message: Drain, now: float) -> None:
         """Another member passes an operator's wish on."""
@@ -91,25 +97,24 @@ class Departure:
 
     def lost(self, member: Member, state: MemberState) -> None:
         """A member is gone: perhaps the one that a client waits for."""
-        wish = self._wishes.pop(member.node_id, None)
-        if wish is None:
-            return
-        if state is MemberState.LEFT:
-            self._box.add(_answer(wish, Done(request_id=wish.request_id)))
-        else:
-            self._fail(wish, "node_lost", f"{member.name} died before it had handed over its part")
+        for wish in self._about(member.node_id):
+            if state is MemberState.LEFT:
+                self._box.add(_answer(wish, Done(request_id=wish.request_id)))
+            else:
+                reason = f"{member.name} died before it had handed over its part"
+                self._fail(wish, "node_lost", reason)
 
-    def look(self, plan: Plan | None, obeyed: Fence, now: float) -> bool:
-        """Whether this node is to leave now."""
-        for node_id, wish in list(self._wishes.items()):
-            if now >= wish.until:
-                del self._wishes[node_id]
-                self._fail(wish, "not_ready", self._too_late(wish.name or self._me.name))
+    def look(self, plan: Plan | None, obeyed: Fence, *, led: bool, now: float) -> bool:
+        """Whether this node is to leave now. `led`: somebody leads, who could make a plan."""
+        for wish in [wish for wish in self._wishes if now >= wish.until]:
+            self._wishes.remove(wish)
+            self._fail(wish, "not_ready", self._too_late(wish.name or self._me.name))
         if not self.draining:
             return False
-        if self._holds_nothing(plan, obeyed) or (self._anyway and not self._others()):
-            if own := self._wishes.pop(self._me.node_id, None):
-                self._box.add(_answer(own, Done(request_id=own.request_id)))
+        in_vain = not led or not self._others()
+        if self._holds_nothing(plan, obeyed) or (self._anyway and in_vain):
+            for wish in self._about(self._me.node_id):
+                self._box.add(_answer(wish, Done(request_id=wish.request_id)))
             return True
         if now < self._until:
             return False
@@ -117,9 +122,15 @@ class Departure:
         if self._anyway:
             return True
         self.draining = self.for_good = False
-        if own := self._wishes.pop(self._me.node_id, None):
-            self._fail(own, "not_ready", self._too_late(self._me.name))
+        for wish in self._about(self._me.node_id):
+            self._fail(wish, "not_ready", self._too_late(self._me.name))
         return False
+
+    def _about(self, node_id: str) -> list[_Wish]:
+        """The wishes about a member, which are taken off the list."""
+        found = [wish for wish in self._wishes if wish.node_id == node_id]
+        self._wishes = [wish for wish in self._wishes if wish.node_id != node_id]
+        return found
 
     def _holds_nothing(self, plan: Plan | None, obeyed: Fence) -> bool:
         """Whether the plan in force gives this node no unit. Without a plan there is nothing to

@@ -243,8 +243,7 @@ class Election:
         if not reply.granted:
             if reply.term > self.term:
                 self._enter(reply.term, f"a voter is in term {reply.term}", now)
-                if not self.leader_id:  # asked for too low a term: ask again
-                    self.deadline = min(self.deadline, now + self._soon())
+                self.deadline = min(self.deadline, now + self._soon())  # ask for a higher one
         elif isinstance(reply, PreVoteReply):
             if reply.term == self._asked:
                 self._allowed.add(reply.voter_id)
@@ -305,7 +304,6 @@ class Election:
             plan,
             yes & quorum.credible(plan, here),
             active=self._durable.state.active,
-            forgot=frozenset(member.node_id for member in here if member.blank),
             lost=self._view.lost,
         )
 

@@ -37,12 +37,22 @@ from p2pinfer.wire.messages import (
     Nack,
 )
 
+LATELY_S = 10.0
+"""Losses of so long before the election are part of what interrupted the replies."""
+
 
 class Leadership:
     """The leader's part of a node, in one term. Times in seconds."""
 
     def __init__(
-        self, config: NodeConfig, term: int, durable: Durable, near: Neighbours, box: Outbox
+        self,
+        config: NodeConfig,
+        term: int,
+        durable: Durable,
+        near: Neighbours,
+        box: Outbox,
+        *,
+        now: float,
     ) -> None:
         assert config.model is not None, "a witness never leads"
         self.term = term
@@ -57,6 +67,10 @@ class Leadership:
         self.maker = PlanMaker(
             config, config.model, term, durable.plan, durable.state.active, box, self._log
         )
+        for peer in near.table.everybody():
+            # Whose loss made this node the leader, say: its units and replies are to be mended.
+            if not peer.living and now - peer.gone_at < LATELY_S:
+                self.maker.lost(peer.member, silence_s=max(0.0, peer.gone_at - peer.heard_at))
 
     @property
     def deadline(self) -> float:

@@ -53,12 +53,9 @@ from p2pinfer.core.links import Links
 from p2pinfer.core.membership import Peer
 from p2pinfer.core.neighbours import Neighbours
 from p2pinfer.core.outbox import Outbox
+from p2pinfer.core.outlook import Outlook
 from p2pinfer.core.plan_holder import PlanHolder
-from p2pinfer.core.preview import plan_object, preview
-from p2pinfer.core.proposal import owners
 from p2pinfer.core.requests import Serving
-from p2pinfer.core.status import make_status
-from p2pinfer.errors import ClusterError
 from p2pinfer.wire.messages import (
     Activate,
     ControlMessage,
@@ -102,6 +99,7 @@ class Node:
         self._holder = PlanHolder(me, config.model, self._durable, self._box)
         self._serving = Serving(config, self._box)
         self._departure = Departure(config, self._near, self._box)
+        self._outlook = Outlook(config, self._near, self._election, self._holder)
         self._leadership: Leadership | None = None
         self._followed = ("", 0)
         self._stats = WorkerStats()
@@ -151,62 +149,21 @@ class Node:
     @property
     def ready(self) -> bool:
         """Whether somebody leads and all who hold a part of the plan in force say they obey it."""
-        plan, fence = self._holder.active, self._holder.obeyed
-        if plan is None or plan.fence != fence or not self._election.leader_id:
-            return False
-        table = self._near.table
-        return all(
-            table.is_living(member)
-            and (member.node_id == self._me or table[member.node_id].fence == fence)
-            for member in owners(plan)
-        )
+        return self._outlook.ready
 
     @property
     def waiting(self) -> str:
         """What a cluster that is not ready waits for; empty when it is ready."""
-        if self.ready:
-            return ""
-        if not self._near.cluster_id:
-            return "a cluster to join"
-        if not self._holder.worker_ready:
-            return "this node's worker to start"
-        if self._leadership:
-            return self._leadership.waiting or "all nodes to take up the plan"
-        if not self._election.leader_id:
-            return self._election.waiting
-        if self._holder.pending:
-            return "the weights to load"
-        return "the leader's plan"
+        return self._outlook.waiting(self._leadership)
 
     def status(self, now: float) -> dict[str, Any]:
         """The object of `status --json`."""
-        now = self._health.awake(now)
-        return make_status(
-            cluster_id=self._near.cluster_id,
-            leader_id=self._election.leader_id,
-            term=self._election.term,
-            ready=self.ready,
-            waiting=self.waiting,
-            plan=self._holder.active,
-            model=self._config.model,
-            membership=self._near.table,
-            own=self._own_heartbeat(now),
-            stats=self._stats,
-        )
+        own = self._own_heartbeat(self._health.awake(now))
+        return self._outlook.status(own, self._stats, self._leadership)
 
     def plan_object(self, without: str = "") -> dict[str, Any]:
-        """The object of `plan --json`: who holds what, or would if the member so named were gone.
-
-        Raises `ClusterError` where there is no plan, or no such member.
-        """
-        plan = self._holder.active
-        if plan is None:
-            raise ClusterError(
-                "not_ready", f"there is no plan yet; the cluster waits for {self.waiting}"
-            )
-        if not without:
-            return plan_object(plan)
-        return preview(plan, self._near.table.members(), without)
+        """The object of `plan --json`, or of `plan --without NAME`; raises `ClusterError`."""
+        return self._outlook.plan_object(without, self._leadership)
 
     # --- inputs -----------------------------------------------------------------------------------
 
@@ -214,6 +171,8 @@ class Node:
         stored, config = self._config.stored, self._config
         table = self._near.table
         table.changed_at = now
+        founds = stored is None and not config.join
+        table.me = replace(table.me, blank=self._durable.blank and not founds)
         if stored is not None:
             self._near.cluster_id = stored.cluster_id
             self._election.resume(now)
@@ -221,7 +180,6 @@ class Node:
             others = [m.address for m in known if m.node_id != self._me]
             self._greeter.come_back((*others, *config.join), now)
         elif config.join:
-            table.me = replace(table.me, blank=True)
             self._greeter.join(now)
         elif config.model is None:
             self.fail(
@@ -284,7 +242,7 @@ class Node:
             return
         if election.leads:
             self._leadership = Leadership(
-                self._config, election.term, self._durable, self._near, self._box
+                self._config, election.term, self._durable, self._near, self._box, now=now
             )
             self._near.speak_soon(now)
         self._serving.leader_found(election.leader_id, election.term)
@@ -303,6 +261,8 @@ class Node:
         if hung != self._hung:
             self._hung = hung
             self._box.add(WorkerHung(hung=hung, silence_s=silence))
+            if hung:
+                self._election.resign("its own worker hangs", now)
             self._near.speak_soon(now)
         if self._watch.given_up(now):
             self.fail(f"this node's worker has been hanging for {silence:.0f} s", 1, now)
@@ -337,7 +297,9 @@ class Node:
             leaderless=not self._election.leader_id and self._durable.plan is not None,
             now=now,
         )
-        if self._departure.look(self._holder.active, self._holder.obeyed, now):
+        held = self._holder
+        led = bool(self._election.leader_id)
+        if self._departure.look(held.active, held.obeyed, led=led, now=now):
             self.fail("", 0, now)
 
     def _own_heartbeat(self, now: float) -> Heartbeat:
@@ -482,8 +444,12 @@ class Node:
                     self._holder.propose(message, self._near.cluster_id, sender, now)
             case LogRequest() if leading:
                 self._holder.log_request(message, sender)
-            case LogEntry() if leading and sender != self._me:
-                self._holder.log_entry(message, now)
+            case LogEntry():
+                # The leader's own entries to itself are for both sides of it.
+                if leading:
+                    self._holder.log_entry(message, now)
+                if self._leadership:
+                    self._leadership.said(message, sender, now)
             case Activate() if leading:
                 self._activate(message, now)
             case Drawn() if leading:

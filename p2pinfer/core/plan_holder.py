@@ -26,6 +26,7 @@ from p2pinfer.core.events import (
 )
 from p2pinfer.core.outbox import Outbox
 from p2pinfer.core.planner import holding, validate
+from p2pinfer.core.proposal import owners
 from p2pinfer.errors import RemoteProtocolError
 from p2pinfer.types import Fence, Member, ModelSpec, Plan
 from p2pinfer.wire.messages import (
@@ -256,6 +257,7 @@ class PlanHolder:
                 members=tuple(member.name for member in plan.members),
                 leader=plan.members[plan.leader].name,
                 voters=tuple(plan.members[index].name for index in plan.voters),
+                owners=tuple(member.name for member in owners(plan)),
                 agree_s=now - pending.heard_at,
             )
         )

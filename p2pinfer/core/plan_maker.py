@@ -180,13 +180,16 @@ class PlanMaker:
             step_failed=self._step_failed,
             settled=now >= view.quiet_since + self._timing.settle,
         )
-        return self._with_news(situation, self._current, view, now) if self._current else situation
+        if self._current is None:
+            return situation
+        return self._with_news(situation, self._current, able, now)
 
     def _with_news(
-        self, situation: Situation, current: Proposal, view: View, now: float
+        self, situation: Situation, current: Proposal, able: tuple[Member, ...], now: float
     ) -> Situation:
         """What has changed since the newest plan was proposed."""
-        plan = current.plan
+        plan, view = current.plan, self._view
+        assert view is not None
         here, listed = boots(view.living) - self._broken, boots(plan.members)
         voters, _ = self._voters(view)
         gone = (m for m in plan.members if boot(m) not in here | current.gone)
@@ -195,7 +198,7 @@ class PlanMaker:
             for m in current.owners
             if boot(m) in here and (m.node_id in view.unfit or boot(m) in self._unable)
         )
-        fit = (m for m in self._able(view) if boot(m) in listed - current.offered)
+        missing = listed - current.offered
         late = (
             m
             for m in plan.members
@@ -207,7 +210,7 @@ class PlanMaker:
             unfit=_names(unfit),
             astray=_names(current.astray(now)),
             newcomers=_names(m for m in self._listed(view, voters) if boot(m) not in listed),
-            fit_again=_names(fit),
+            fit_again=_names(m for m in able if boot(m) in missing),
             votes=_change_of_votes(plan, voters, view) if current.activated else "",
             stragglers=_names(late),
             loading=() if current.activated else _names(current.unanswered(here)),
@@ -217,26 +220,28 @@ class PlanMaker:
         """Members that may own units now."""
         return tuple(
             member
-            for member in view.living
-            if self._at_hand(member, view)
-            and may_own(member)
+            for member in self._at_hand(view)
+            if may_own(member)
             and member.node_id not in view.unfit
             and boot(member) not in self._unable
         )
 
-    def _at_hand(self, member: Member, view: View) -> bool:
-        """Whether a member can take part at all. One that was reached before will be again."""
+    def _at_hand(self, view: View) -> list[Member]:
+        """Members that can take part at all. Who was reached before will be again."""
         plan = self.target or self._base
         known = boots(plan.members) - self._broken if plan else frozenset()
-        return may_work(member) and (member.node_id in view.reached or boot(member) in known)
+        return [
+            member
+            for member in view.living
+            if may_work(member) and (member.node_id in view.reached or boot(member) in known)
+        ]
 
     def _voters(self, view: View) -> tuple[NodeIds, NodeIds]:
         """Node ids of the next plan's voters, and of its old voters."""
         if self._base is None:
             ready = {member.node_id for member in self._able(view)}
         else:
-            acked = [m for m in view.living if self.activated and self.has_acked(m)]
-            ready = {member.node_id for member in acked} - view.draining
+            ready = self._acked(view) - view.draining if self.activated else set()
         return next_voters(
             self._base,
             base_active=self._base_active,
@@ -247,29 +252,39 @@ class PlanMaker:
             ready=ready,
         )
 
+    def _acked(self, view: View) -> set[str]:
+        """Node ids of those living members that have acknowledged the newest plan."""
+        current = self._current
+        assert current is not None
+        lives = boots(current.plan.members) - self._broken
+        return {
+            member.node_id
+            for member in view.living
+            if boot(member) in lives and current.has_acked(member.node_id)
+        }
+
     def _listed(self, view: View, voters: NodeIds) -> tuple[Member, ...]:
         """The next plan's members: voters, be they here or not, then all that are at hand."""
         before = {m.node_id: m for m in (self._base.members if self._base else ())}
         living = {m.node_id: m for m in view.living}
-        others = [
-            m.node_id
-            for m in view.living
-            if self._at_hand(m, view) and boot(m) not in self._useless
-        ]
+        others = [m.node_id for m in self._at_hand(view) if boot(m) not in self._useless]
         ids = list(dict.fromkeys((self._me, *voters, *others)))[:MAX_NODES]
-        return tuple(self._record(living.get(i) or before[i], before.get(i)) for i in ids)
+        return tuple(living.get(node_id) or before[node_id] for node_id in ids)
 
-    def _record(self, member: Member, before: Member | None) -> Member:
-        """How a plan lists a member: as blank only while that life has not had a vote in force."""
-        if before is None or self._base is None or boot(before) != boot(member):
-            return member
-        voted = self._base_active and member.node_id in voter_ids(self._base)
-        return msgspec.structs.replace(member, blank=before.blank and not voted)
+    def _recorded(self, members: tuple[Member, ...]) -> tuple[Member, ...]:
+        """How a plan lists them: as blank only while that life has not had a vote in force."""
+        if self._base is None:
+            return members
+        voted = voter_ids(self._base) if self._base_active else frozenset()
+        blanks = {boot(m): m.blank and m.node_id not in voted for m in self._base.members}
+        return tuple(
+            msgspec.structs.replace(m, blank=blanks.get(boot(m), m.blank)) for m in members
+        )
 
     def _propose(self, view: View, decision: Decision, now: float) -> None:
         able = self._able(view)
         voters, old_voters = self._voters(view)
-        members = self._listed(view, voters)
+        members = self._recorded(self._listed(view, voters))
         previous = self.target or self._base
         fence = Fence(self._term, self._epoch + 1)
         try:

@@ -7,8 +7,9 @@ be in force, all this holds among its own voters and among those before it (join
 first plan of a cluster names its founder as the voter before it.
 
 A member that is blank (`Member.blank`: it began its boot without its state) may have promised
-something else before. Its word counts among a plan's own voters if the plan names that very boot,
-and among the voters before the plan not at all.
+something else before. Its word counts where the plan names that very boot a voter: a plan does so
+only for a new voter, or for one that a plan in force has named before (then listed as not blank).
+Among the voters before the plan the word of who is listed as blank does not count at all.
 
 `last-man` counts only voters that are not lost: it trades safety under partition for going on
 alone.
@@ -46,19 +47,11 @@ def credible(plan: Plan, members: Iterable[Member]) -> Voters:
 
 
 def elects(
-    plan: Plan,
-    granted: AbstractSet[str],
-    *,
-    active: bool,
-    forgot: AbstractSet[str] = frozenset(),
-    lost: AbstractSet[str] = frozenset(),
+    plan: Plan, granted: AbstractSet[str], *, active: bool, lost: AbstractSet[str] = frozenset()
 ) -> bool:
-    """Whether these votes make a candidate with that newest plan the leader.
-
-    `granted` are only votes of the `credible`; `forgot` are those of them that are blank.
-    """
+    """Whether these votes, all of the `credible`, make a candidate with that newest plan leader."""
     return all(
-        _agree(plan, voters, granted if active else _said(plan, voters, granted, forgot), lost)
+        _agree(plan, voters, granted if active else _said(plan, voters, granted), lost)
         for voters in electorate(plan, active=active)
     )
 
@@ -73,12 +66,13 @@ def adopts(
 ) -> bool:
     """Whether these acknowledgements put a plan in force. `first`: the first one of its leader.
 
-    `acked` are members in the boots that the plan lists; `forgot` are those that are blank, and
-    whose boot the plan in force before this one does not name a voter.
+    `acked` are members in the boots that the plan lists; those that it lists as blank, and
+    `forgot`, are not heard among the voters before.
     """
     leader = "" if first else plan.members[plan.leader].node_id
+    yes = acked & credible(plan, plan.members)
     return all(
-        _agree(plan, voters, _said(plan, voters, acked, forgot), lost, leader)
+        _agree(plan, voters, _said(plan, voters, yes, forgot), lost, leader)
         for voters in electorate(plan, active=False)
     )
 
@@ -122,10 +116,15 @@ def tolerates(
 
 
 def _said(
-    plan: Plan, voters: Voters, yes: AbstractSet[str], forgot: AbstractSet[str]
+    plan: Plan,
+    voters: Voters,
+    yes: AbstractSet[str],
+    forgot: AbstractSet[str] = frozenset(),
 ) -> AbstractSet[str]:
     """Whose yes counts among `voters`, of the electorate of a plan not known to be in force."""
-    return yes - forgot if voters == frozenset(plan.old_voters) else yes
+    if voters != frozenset(plan.old_voters):
+        return yes
+    return yes - forgot - {member.node_id for member in plan.members if member.blank}
 
 
 def _agree(

@@ -136,13 +136,15 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 @click.option("--kind", type=click.Choice(KINDS), default="follower", show_default=True)
 @click.option("--runs", default=100, show_default=True)
 @click.option("--nodes", default=3, show_default=True)
+@click.option("--logs", type=click.Path(path_type=Path), help="Keep the nodes' logs here.")
 @click.option("--json", "as_json", is_flag=True)
-def main(kind: str, runs: int, nodes: int, as_json: bool) -> None:
+def main(kind: str, runs: int, nodes: int, logs: Path | None, as_json: bool) -> None:
     """Strike a cluster's nodes again and again, and time what the others do."""
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         base = free_base_port(nodes)
-        with LocalCluster(nodes, threads=1, base_port=base, folder=Path(folder)) as cluster:
+        keep = logs or Path(folder)
+        with LocalCluster(nodes, threads=1, base_port=base, folder=keep) as cluster:
             whole = Client([cluster.nodes[0].address]).submit_json_object(PROMPT, LONG)["token_ids"]
             for number in range(runs):
                 try:

@@ -16,6 +16,7 @@ from p2pinfer.core.events import (
     PlanLoaded,
     RequestEnded,
     StartRequest,
+    StepFailed,
     TokenLog,
     TokensCommitted,
     WorkerReady,
@@ -31,7 +32,8 @@ DEADLINE_S = 60.0
 
 
 class Fleet:
-    """`nodes` workers holding the model in `folder` by one plan."""
+    """`nodes` workers holding the model in `folder` by one plan; the last `witnesses` of them
+    hold nothing."""
 
     def __init__(
         self,
@@ -40,6 +42,7 @@ class Fleet:
         layout: str = "heads",
         dtype: DType | None = None,
         weights: Sequence[float] = (),
+        witnesses: int = 0,
     ) -> None:
         config = load_config(folder)
         self.model = model_spec(
@@ -53,6 +56,7 @@ class Fleet:
                 name=f"node{i + 1}",
                 address=f"tcp://127.0.0.1:{base + 10 * i}",
                 weight=weights[i] if weights else 1.0,
+                witness=i >= nodes - witnesses,
             )
             for i in range(nodes)
         ]
@@ -67,8 +71,8 @@ class Fleet:
                     node_id=f"{i:016x}",
                     boot_id=f"{i:016x}",
                     name=f"node{i + 1}",
-                    model_folder=str(folder),
-                    model=self.model,
+                    model_folder="" if self.members[i].witness else str(folder),
+                    model=None if self.members[i].witness else self.model,
                     listen_host="127.0.0.1",
                     step_port=base + 10 * i + 1,
                     bulk_port=base + 10 * i + 2,
@@ -178,6 +182,12 @@ class Fleet:
                     assert tokens.setdefault(token.index, token.token) == token.token
         assert sorted(tokens) == list(range(ended.total_tokens))
         return [tokens[index] for index in sorted(tokens)]
+
+    def failure(self, node: int) -> StepFailed:
+        """Wait until a worker says that a step failed."""
+        found = self.await_report(node, lambda r: isinstance(r, StepFailed))
+        assert isinstance(found, StepFailed)
+        return found
 
     def stats(self, node: int, steps: int) -> WorkerStats:
         """A worker's counters once it has done `steps` steps."""

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from pathlib import Path
 
+import msgspec
 import pytest
 import zmq
 
+from p2pinfer.core.events import (
+    FenceSettled,
+    Halt,
+    PlanLoaded,
+    RequestEnded,
+    StartRequest,
+    StepFailed,
+    TokensCommitted,
+    WorkerReady,
+    WorkerStats,
+)
 from p2pinfer.core.planner import holding
 from p2pinfer.core.topology import topology
 from p2pinfer.types import DType, Fence, SamplingParams
@@ -121,18 +136,147 @@ def test_sampling_is_the_same_on_every_plan(folder: Path) -> None:
     assert len({tuple(reply) for reply in replies[0].values()}) == len(requests)
 
 
-def test_a_new_plan_replays_what_was_running(folder: Path) -> None:
-    """A change of plan in the middle of a reply does not change one token of it."""
+def covered(answers: list[PlanLoaded]) -> list[int]:
+    """Positions of the only request that each node has KV of."""
+    return [answer.coverage[0].positions for answer in answers]
+
+
+def test_a_new_plan_goes_on_where_kv_ends(folder: Path) -> None:
+    """A change of plan in the middle of a reply does not change one token of it.
+
+    With the same units all KV stays but that of the step in hand; with others, none.
+    """
     params = SamplingParams(max_tokens=200, ignore_eos=True)
     expected = greedy(folder, 200, DType.FLOAT32)
     with Fleet(folder, 2) as fleet:
         fleet.start(1, PROMPT, params)
         fleet.stats(0, 20)
-        fleet.adopt(fleet.plan(Fence(1, 2)))
+        answers = fleet.adopt(fleet.plan(Fence(1, 2)))
+        lengths = [len(answer.logs[0].tokens) for answer in answers]
+        assert all(
+            0 <= length - positions <= 2
+            for length, positions in zip(lengths, covered(answers), strict=True)
+        )
+        fleet.await_report(0, lambda r: isinstance(r, FenceSettled) and r.fence == Fence(1, 2))
         fleet.stats(0, 20)
         fleet.layout = "layers"
-        fleet.adopt(fleet.plan(Fence(1, 3)))
+        answers = fleet.adopt(fleet.plan(Fence(1, 3)))
+        assert covered(answers) == [0, 0]
         assert fleet.reply(1) == expected
+
+
+def test_logs_are_cut_and_extended_to_what_was_agreed(folder: Path) -> None:
+    """Whoever has too much or too little, the reply goes on as if nothing had been."""
+    params = SamplingParams(max_tokens=100, ignore_eos=True)
+    expected = greedy(folder, 100, DType.FLOAT32)
+    with Fleet(folder, 2) as fleet:
+        fleet.start(1, PROMPT, params)
+        fleet.stats(0, 30)
+        for epoch, change in ((2, -7), (3, 11)):
+            answers = fleet.load(fleet.plan(Fence(1, epoch)))
+            log = answers[0].logs[0]
+            length = len(log.tokens) + change
+            tokens = (*PROMPT, *expected)[:length]
+            assert log.tokens[:length] == tokens[: len(log.tokens)]
+            agreed = msgspec.structs.replace(log, term=1, tokens=tokens)
+            fleet.activate(fleet.plan(Fence(1, epoch)), (agreed,))
+            fleet.workers[0].pipe.send(
+                StartRequest(
+                    request_id=1,
+                    prompt_ids=tuple(PROMPT),
+                    received=tokens[len(PROMPT) :],
+                    params=params,
+                    computed=min(*covered(answers), length - 1),
+                )
+            )
+            fleet.stats(0, 20)
+        ended = fleet.await_report(0, lambda r: isinstance(r, RequestEnded))
+        assert isinstance(ended, RequestEnded)
+        assert (ended.fence, ended.reason, ended.total_tokens) == (Fence(1, 3), "length", 100)
+        drawn = {
+            token.index: token.token
+            for report in fleet.reports[0]
+            if isinstance(report, TokensCommitted)
+            for token in report.tokens
+        }
+        assert all(expected[index] == token for index, token in drawn.items())
+        assert 99 in drawn
+
+
+def test_a_halted_worker_keeps_its_logs(folder: Path) -> None:
+    """Without a leader no step is computed; what was is still there for the next plan."""
+    params = SamplingParams(max_tokens=200, ignore_eos=True)
+    with Fleet(folder, 2) as fleet:
+        fleet.start(1, PROMPT, params)
+        fleet.stats(0, 20)
+        for worker in fleet.workers:
+            worker.pipe.send(Halt())
+        fleet.stats(0, 0)
+        fleet.await_report(0, lambda r: isinstance(r, WorkerStats) and r.steps == 0)
+        assert not any(isinstance(report, StepFailed) for report in fleet.reports[0])
+        answers = fleet.adopt(fleet.plan(Fence(2, 2)))
+        assert min(covered(answers)) > len(PROMPT)
+        assert fleet.reply(1) == greedy(folder, 200, DType.FLOAT32)
+
+
+@pytest.mark.parametrize(
+    ("way", "reason"), [(signal.SIGKILL, "broke"), (signal.SIGSTOP, "overdue")]
+)
+def test_a_step_that_a_member_leaves_fails_soon(
+    folder: Path, way: signal.Signals, reason: str
+) -> None:
+    """Killed: at once, since its link breaks; standing still: after ten times a step's time."""
+    params = SamplingParams(max_tokens=400, ignore_eos=True)
+    with Fleet(folder, 2) as fleet:
+        fleet.start(1, PROMPT, params)
+        fleet.stats(0, 20)
+        os.kill(fleet.workers[1].pid, way)
+        began = time.monotonic()
+        failed = fleet.failure(0)
+        assert time.monotonic() - began < 5.0
+        assert (failed.fence, failed.node_id) == (Fence(1, 1), fleet.members[1].node_id)
+        assert reason in failed.reason
+        assert not failed.broken
+        os.kill(fleet.workers[1].pid, signal.SIGKILL)
+
+
+def test_a_link_that_is_opened_again_breaks_the_step(folder: Path) -> None:
+    """What the connection before still held may be lost: a new epoch is the cure."""
+    with Fleet(folder, 2) as fleet:
+        fleet.start(1, PROMPT, SamplingParams(max_tokens=3000, ignore_eos=True))
+        fleet.stats(1, 20)
+        context = zmq.Context()
+        dealer = context.socket(zmq.DEALER)
+        try:
+            dealer.connect(fleet.members[1].address[:-1] + "1")
+            again = LinkOpen(node_id="0" * 16, boot_id="0" * 16, fence=Fence(1, 1))
+            dealer.send(encode(again))
+            failed = fleet.failure(1)
+            assert failed.node_id == "0" * 16
+            assert "came back" in failed.reason
+        finally:
+            dealer.close(0)
+            context.term()
+
+
+def test_a_witness_has_the_logs_and_no_model(folder: Path) -> None:
+    """It acknowledges what it writes down, and breaks no step when it is gone."""
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    with Fleet(folder, 3, witnesses=1) as fleet:
+        ready = fleet.await_report(2, lambda r: isinstance(r, WorkerReady))
+        assert isinstance(ready, WorkerReady)
+        assert ready.numeric_class == ""
+        fleet.start(1, PROMPT, params)
+        assert fleet.reply(1) == greedy(folder, 60, DType.FLOAT32)
+        fleet.start(2, PROMPT, params)
+        fleet.stats(2, 70)
+        answers = fleet.adopt(fleet.plan(Fence(1, 2)))
+        length = len(PROMPT) + 8
+        assert all(answer.logs[0].request_id == 2 for answer in answers)
+        assert answers[2].logs[0].tokens[:length] == answers[0].logs[0].tokens[:length]
+        os.kill(fleet.workers[2].pid, signal.SIGKILL)
+        assert fleet.reply(2) == greedy(folder, 60, DType.FLOAT32)
+        assert not any(isinstance(report, StepFailed) for report in fleet.reports[0])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Plans over random models, members and layouts."""
+"""Plans over random models, members and layouts, and plans that follow others."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from p2pinfer.core.holdings import owners_of, standbys_of
 from p2pinfer.core.planner import (
     MIN_KV_POSITIONS,
     PlacementError,
     holding,
     make_plan,
+    may_own,
     sender_of_hidden,
     stage_members,
     validate,
 )
+from p2pinfer.core.replan import next_plan
 from p2pinfer.core.units import kv_bytes_per_position, unit_count, unit_weight_bytes
 from p2pinfer.errors import RemoteProtocolError
 from p2pinfer.types import DType, Fence, Member, ModelSpec, Plan, UnitKind
@@ -216,3 +219,171 @@ def test_no_member_is_filled_beyond_its_memory(
     validate(plan)
     for index, m in enumerate(plan.members):
         assert m.witness or bytes_of(plan, index) <= m.memory_bytes
+
+
+Unit = tuple[int, UnitKind, int]
+"""Stage, kind and number."""
+
+
+def follow(
+    previous: Plan | None,
+    members: list[Member],
+    able: list[Member],
+    *,
+    model: ModelSpec,
+    layout: str = "heads",
+    replicas: int = 0,
+) -> Plan:
+    """The plan after `previous`, which must be valid, led by the member with the lowest id."""
+    leader = min(m.node_id for m in members)
+    plan = next_plan(
+        previous=previous,
+        members=members,
+        able=frozenset(m.node_id for m in able),
+        model=model,
+        layout=layout,
+        fence=Fence(1, previous.fence.epoch + 1 if previous else 1),
+        cluster_id="c" * 16,
+        leader_id=leader,
+        voters=[leader],
+        replicas=replicas,
+    )
+    validate(plan)
+    return plan
+
+
+def owners_by_unit(plan: Plan) -> dict[Unit, str]:
+    """The node id of each unit's owner."""
+    return {
+        (number, kind, unit): plan.members[owner].node_id
+        for number, stage in enumerate(plan.stages)
+        for kind, owners in zip(UnitKind, owners_of(stage), strict=True)
+        for unit, owner in enumerate(owners)
+    }
+
+
+def standbys_by_unit(plan: Plan) -> dict[Unit, list[str]]:
+    """The node ids of each unit's standbys, where any are named."""
+    return {
+        (number, kind, unit): [plan.members[i].node_id for i in named]
+        for number, stage in enumerate(plan.stages)
+        for kind, copies in zip(UnitKind, standbys_of(stage), strict=True)
+        for unit, named in enumerate(copies)
+    }
+
+
+class Crowd:
+    """Members that die, start again, come, and are unable for a while, one at a time."""
+
+    def __init__(self, data: st.DataObject, members: list[Member]) -> None:
+        self._data = data
+        self._next = len(members)
+        self.members = members
+        self.unable: set[str] = set()
+
+    @property
+    def able(self) -> list[Member]:
+        """Who may own units."""
+        return [m for m in self.members if m.node_id not in self.unable and may_own(m)]
+
+    def change(self, kinds: tuple[str, ...]) -> None:
+        """One member dies, joins, starts again, or changes between able and unable."""
+        kind = self._data.draw(st.sampled_from(kinds))
+        one = self._data.draw(st.integers(0, len(self.members) - 1))
+        member = self.members[one]
+        if kind == "death" and len(self.members) > 1:
+            self.members = self.members[:one] + self.members[one + 1 :]
+        elif kind == "join" and len(self.members) < 16:
+            fresh = {"node_id": f"{self._next:016x}", "name": f"n{self._next}"}
+            self.members = [*self.members, msgspec.structs.replace(member, **fresh)]
+            self._next += 1
+        elif kind == "restart":
+            again = msgspec.structs.replace(member, boot_id=f"{int(member.boot_id, 16) + 1:016x}")
+            self.members = [*self.members[:one], again, *self.members[one + 1 :]]
+        elif kind == "unable":
+            self.unable ^= {member.node_id}
+
+
+@given(st.data(), crowds(WEIGHTS), models(), LAYOUTS, st.integers(0, 3))
+def test_whatever_happens_each_unit_has_one_able_owner(
+    data: st.DataObject, members: list[Member], model: ModelSpec, layout: str, replicas: int
+) -> None:
+    """Through deaths, joins and restarts plans are valid, fit, and do not depend on the order."""
+    whole = bytes_of(planned(members[:1], model, "heads"), 0)
+    offers = st.sampled_from([0, 0, whole // 3, whole // 2, whole])
+    members = [msgspec.structs.replace(m, memory_bytes=data.draw(offers)) for m in members]
+    crowd, plan = Crowd(data, members), None
+    for _ in range(data.draw(st.integers(1, 5))):
+        args = (crowd.able,)
+        more = {"model": model, "layout": layout, "replicas": replicas}
+        try:
+            after = follow(plan, crowd.members, *args, **more)  # type: ignore[arg-type]
+        except PlacementError:
+            crowd.change(("death", "join", "restart", "unable"))
+            continue
+        shuffled = data.draw(st.permutations(crowd.members))
+        assert follow(plan, shuffled, *args, **more) == after  # type: ignore[arg-type]
+        plan = after
+        ids = {m.node_id for m in crowd.able}
+        assert set(owners_by_unit(plan).values()) <= ids
+        assert len(owners_by_unit(plan)) == sum(
+            unit_count(model, kind) * (len(plan.stages) if kind is not UnitKind.VOCAB else 1)
+            for kind in UnitKind
+        )
+        for named in standbys_by_unit(plan).values():
+            assert len(named) <= replicas
+            assert set(named) <= ids
+        for index, m in enumerate(plan.members):
+            assert not m.memory_bytes or bytes_of(plan, index) <= m.memory_bytes
+        crowd.change(("death", "join", "restart", "unable"))
+
+
+def check_any_death(plan: Plan, crowd: Crowd, model: ModelSpec, replicas: int) -> list[Plan]:
+    """Without any one member only its units move, to their standbys; the plans that follow."""
+    before, standbys = owners_by_unit(plan), standbys_by_unit(plan)
+    plans = []
+    for gone in crowd.able:
+        rest = [m for m in crowd.members if m != gone]
+        able = [m for m in crowd.able if m != gone]
+        if not able:
+            continue
+        after = follow(plan, rest, able, model=model, replicas=replicas)
+        now = owners_by_unit(after)
+        mine = {unit for unit, owner in before.items() if owner == gone.node_id}
+        assert {unit for unit in now if now[unit] != before[unit]} == mine
+        assert all(now[unit] in standbys[unit] for unit in mine if replicas)
+        plans.append(after)
+    return plans
+
+
+@given(st.data(), crowds(WEIGHTS), models(), st.integers(0, 2))
+def test_a_death_moves_the_dead_ones_units_only(
+    data: st.DataObject, members: list[Member], model: ModelSpec, replicas: int
+) -> None:
+    """Whatever the weights: all others keep what they have, standbys take what is lost."""
+    crowd, plan = Crowd(data, members), None
+    for _ in range(data.draw(st.integers(1, 3))):
+        plan = follow(plan, crowd.members, crowd.able, model=model, replicas=replicas)
+        check_any_death(plan, crowd, model, replicas)
+        crowd.change(("join",))
+
+
+@given(st.data(), crowds(st.just(1.0)), models(), st.integers(0, 2))
+def test_equal_members_stay_even(
+    data: st.DataObject, members: list[Member], model: ModelSpec, replicas: int
+) -> None:
+    """After one change at a time, and any one death then, shares differ by one unit at most."""
+    crowd, plan = Crowd(data, members), None
+    for _ in range(data.draw(st.integers(1, 5))):
+        if not crowd.able:
+            break
+        plan = follow(plan, crowd.members, crowd.able, model=model, replicas=replicas)
+        again = follow(plan, crowd.members, crowd.able, model=model, replicas=replicas)
+        assert again.stages == plan.stages
+        for each in (plan, *check_any_death(plan, crowd, model, replicas)):
+            able = {m.node_id for m in crowd.able}
+            owning = [i for i, m in enumerate(each.members) if m.node_id in able]
+            for owners in owners_of(each.stages[0]):
+                counts = [owners.count(i) for i in owning]
+                assert max(counts) - min(counts) <= 1
+        crowd.change(("death", "join", "restart"))

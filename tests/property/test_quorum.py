@@ -141,15 +141,13 @@ class Process:
             ready=frozenset(i for i in ids if rand.random() < 0.7),
         )
         here = {member.node_id: member for member in living}
-        if office.base and not office.active:
-            # A voter that forgot is not the one that this plan's base counts on.
-            for old in office.base.members:
-                if old.node_id in voters and getattr(here.get(old.node_id), "blank", True):
-                    here[old.node_id] = old
-        elif office.base:
-            for old in office.base.members:
-                if old.node_id in voters:
-                    here.setdefault(old.node_id, old)
+        for old in office.base.members if office.base else ():
+            now = here.get(old.node_id)
+            if old.node_id in voters and (now is None or (now.blank and not office.active)):
+                # Gone or, by a plan that may be in force already, not who that plan relies on.
+                here[old.node_id] = old
+            elif now is not None and office.active and self.proven(old, now, office.base):
+                here[old.node_id] = replace(now, blank=False)
         members = tuple(here[node_id] for node_id in sorted(here))
         index = {member.node_id: number for number, member in enumerate(members)}
         newest = office.target.fence if office.target else Fence()
@@ -168,6 +166,10 @@ class Process:
         for member in members:
             self.box.send(member.node_id, Propose(plan=office.target))
 
+    def proven(self, old: Member, now: Member, base: Plan) -> bool:
+        """Whether this very life of a member had a vote by a plan in force."""
+        return old.boot_id == now.boot_id and old.node_id in quorum.voter_ids(base)
+
     def adopt(self, office: Office) -> None:
         """Put the target in force when enough have acknowledged it."""
         plan = office.target
@@ -175,11 +177,7 @@ class Process:
             return
         listed = {member.node_id: member for member in plan.members}
         acked = frozenset(i for i, boot in office.acked.items() if listed[i].boot_id == boot)
-        proven = set()
-        if office.base and office.active:
-            proven = {office.base.members[v].boot_id for v in office.base.voters}
-        forgot = frozenset(m.node_id for m in plan.members if m.blank and m.boot_id not in proven)
-        if self.id in acked and quorum.adopts(plan, acked, first=office.first, forgot=forgot):
+        if self.id in acked and quorum.adopts(plan, acked, first=office.first):
             self.world.adopted(plan)
             office.base, office.active, office.first, office.target = plan, True, False, None
             for member in plan.members:

@@ -1,25 +1,21 @@
-"""The scheduler with a toy model, under any mix of requests, cancels and restarts."""
+"""The scheduler with a toy model, under any mix of requests, cancels and new fences."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import Struct
 
 from p2pinfer.core.blocks import BlockPool
-from p2pinfer.core.scheduler import EndedReply, Scheduler
-from p2pinfer.types import SamplingParams
-from p2pinfer.wire.messages import DrawnToken, Slot
+from p2pinfer.core.scheduler import EndedReply, Scheduler, Work
+from p2pinfer.core.token_log import TokenLogs
+from p2pinfer.types import Fence, SamplingParams
+from p2pinfer.wire.messages import Step
 
 EOS = 3
 MAX_POSITIONS = 150
-
-
-def has_work(work: Scheduler) -> bool:
-    """Whether a step would compute anything."""
-    return bool(work.running or work.waiting)
 
 
 def next_token(tokens: Sequence[int]) -> int:
@@ -62,39 +58,42 @@ def jobs(draw: st.DrawFn) -> Job:
 
 
 class ToyNode:
-    """Keeps the tokens whose KV it has, by position, and checks every slot against them."""
+    """Keeps a true token log, draws from it, and checks that each slot joins what has its KV."""
 
     def __init__(self) -> None:
-        self.kv: dict[int, list[int]] = {}
+        self.logs = TokenLogs()
         self.known: set[int] = set()
         self.capacity: dict[int, int] = {}
+        self._step = 0
 
-    def new_fence(self) -> None:
-        """Under a new fence capacity and parameters must be told again."""
-        self.known.clear()
-
-    def compute(self, slots: Sequence[Slot], ended: Sequence[int]) -> dict[int, int]:
-        """Free what ended, compute the slots, and draw."""
-        for request in ended:
-            del self.kv[request]
-            self.known.discard(request)
+    def compute(self, work: Work) -> dict[int, int]:
+        """Write a step's tokens, compute its slots, and draw."""
+        self._step += 1
+        self.known.difference_update(work.ended)
+        assert all(request in self.logs for request in work.ended), "told once, and of what is here"
+        for slot in work.slots:
+            assert (slot.params is None) == (slot.request_id in self.known)
+            if slot.params is not None:
+                self.known.add(slot.request_id)
+                self.capacity[slot.request_id] = slot.capacity
+        self.logs.take(
+            Step(
+                fence=Fence(1, 1),
+                step=self._step,
+                link_seq=0,
+                slots=work.slots,
+                ended=work.ended,
+                finals=work.finals,
+            )
+        )
         drawn = {}
-        for slot in slots:
+        for slot in work.slots:
             request = slot.request_id
-            if request in self.known:
-                assert slot.params is None
-                assert slot.capacity == 0
-                assert slot.start == len(self.kv[request]), "each position once, in order"
-            else:
-                assert slot.params is not None
-                assert slot.start == 0
-                self.known.add(request)
-                self.capacity[request] = slot.capacity
-                self.kv[request] = []
-            self.kv[request] += slot.tokens
-            assert len(self.kv[request]) <= self.capacity[request]
+            assert self.logs.covered(request) == slot.start, "each position once, in order"
+            assert len(self.logs.tokens(request)) <= self.capacity[request]
             if slot.sample:
-                drawn[request] = next_token(self.kv[request])
+                drawn[request] = next_token(self.logs.tokens(request))
+        self.logs.finish(work.slots)
         return drawn
 
 
@@ -103,90 +102,139 @@ STEP_SLOTS = st.integers(1, 6)
 BLOCKS = st.integers(3, 9)
 
 
-def build(pool: BlockPool, tokens: int, slots: int) -> Scheduler:
+def build(pool: BlockPool, tokens: int, slots: int, logged: Iterable[int] = ()) -> Scheduler:
     """A scheduler for the toy model."""
     return Scheduler(
         pool=pool,
         max_positions=MAX_POSITIONS,
         eos_token_ids=frozenset({EOS}),
+        logged=logged,
         max_step_tokens=tokens,
         max_slots=slots,
     )
 
 
-def check_step(slots: Sequence[Slot], work: Scheduler, tokens: int, limit: int) -> None:
-    """Limits hold, a request has one slot at most, and no step is empty while there is work."""
-    assert len(slots) <= limit
-    assert sum(len(slot.tokens) for slot in slots) <= tokens
-    assert len({slot.request_id for slot in slots}) == len(slots)
-    assert bool(slots) == has_work(work)
+def check_limits(work: Work, tokens: int, limit: int) -> None:
+    """A request has one slot at most, and a step no more than it may have."""
+    assert len(work.slots) <= limit
+    assert sum(len(slot.tokens) for slot in work.slots) <= tokens
+    assert len({slot.request_id for slot in work.slots}) == len(work.slots)
 
 
-@given(st.data(), st.lists(jobs(), min_size=1, max_size=8), BLOCKS, STEP_TOKENS, STEP_SLOTS)
+class Story:
+    """Requests that go through a scheduler, and what came of them."""
+
+    def __init__(self, todo: list[Job], tokens: int, limit: int) -> None:
+        self.todo, self.tokens, self.limit = todo, tokens, limit
+        self.node = ToyNode()
+        self.replies: dict[int, list[int]] = {}
+        self.ends: dict[int, EndedReply] = {}
+        self.cancelled: set[int] = set()
+        self.new_fence(BlockPool(100))
+
+    def new_fence(self, pool: BlockPool) -> None:
+        """A new scheduler, to which all that runs is added anew: some of it with less KV."""
+        agreed, _ = self.node.logs.snapshot()
+        over = self.cancelled | set(self.ends)
+        wanted = tuple(log for log in agreed if log.request_id not in over)
+        self.node.logs.adopt(wanted)
+        self.node.known.clear()
+        self.pool = pool
+        logged = {log.request_id: log for log in wanted}
+        self.work = build(pool, self.tokens, self.limit, logged)
+        for request, reply in self.replies.items():
+            if request in over:
+                continue
+            log, job = logged.get(request), self.todo[request]
+            if log is not None and len(log.tokens) > log.prompt_tokens:
+                reply[:] = max(reply, list(log.tokens[log.prompt_tokens :]), key=len)
+            covered = self.node.logs.covered(request)
+            self.work.add(request, job.prompt, reply, job.params, covered - covered // 3)
+
+    def start(self, request: int) -> None:
+        """Enter a request."""
+        job = self.todo[request]
+        self.replies[request] = list(job.received)
+        self.work.add(request, job.prompt, job.received, job.params)
+
+    def cancel(self, request: int) -> None:
+        """Cancel a request, wherever it is."""
+        if self.work.cancel(request):
+            self.cancelled.add(request)
+
+    def committed(self, work: Work) -> None:
+        """Everybody has a step: its news are true."""
+        for news in work.news:
+            if news.request_id in self.cancelled:
+                continue
+            assert news.request_id not in self.ends
+            if isinstance(news, EndedReply):
+                self.ends[news.request_id] = news
+                self.work.committed(news.request_id)
+            else:
+                reply = self.replies[news.request_id]
+                assert news.index == len(reply)
+                reply.append(news.token)
+
+    def check(self) -> None:
+        """Every reply is what it is alone, or the beginning of that; nothing is left over."""
+        for request, job in enumerate(self.todo):
+            tokens, reason = reply_of(job)
+            if request in self.cancelled:
+                assert self.replies[request] == tokens[: len(self.replies[request])]
+            else:
+                assert self.replies[request] == tokens
+                end = self.ends[request]
+                assert (end.reason, end.total_tokens) == (reason, len(tokens))
+        assert set(self.ends) | self.cancelled == set(range(len(self.todo)))
+        assert len(self.node.logs) == 0
+        assert (self.pool.used, self.work.running, self.work.waiting) == (0, 0, 0)
+
+
+@given(st.data(), st.lists(jobs(), min_size=1, max_size=8), STEP_TOKENS, STEP_SLOTS)
 def test_any_mix_gives_each_request_the_reply_it_has_alone(
-    data: st.DataObject, todo: list[Job], blocks: int, tokens: int, limit: int
+    data: st.DataObject, todo: list[Job], tokens: int, limit: int
 ) -> None:
-    """Late arrivals, cancels and restarts at any time (a step in flight too) change no token.
+    """Late arrivals, cancels and new fences at any time (a step in flight too) change no token.
 
-    Each position is computed once and in order in every fence; all ends with nothing reserved.
+    Each position that lacks its KV is computed once and in order in every fence; all ends with
+    nothing reserved and no log kept.
     """
-    pool, node = BlockPool(blocks), ToyNode()
-    work = build(pool, tokens, limit)
-    replies: dict[int, list[int]] = {}
-    ends: dict[int, EndedReply] = {}
-    cancelled: set[int] = set()
-    left, now = list(enumerate(todo)), 0.0
-    events = data.draw(st.lists(st.sampled_from(["cancel", "restart", ""]), max_size=12))
-    while left or has_work(work):
-        for _ in range(data.draw(st.integers(0, len(left))) if has_work(work) else len(left)):
-            request, job = left.pop(0)
-            replies[request] = list(job.received)
-            assert work.add(request, job.prompt, job.received, job.params, now) is None
-        slots = work.next_slots()
-        check_step(slots, work, tokens, limit)
-        drawn = node.compute(slots, work.ended_since_last())
+    story, left = Story(todo, tokens, limit), list(range(len(todo)))
+    events = data.draw(st.lists(st.sampled_from(["cancel", "fence", ""]), max_size=12))
+    while True:
+        step = story.work.next_step()
+        if step is None and not left:
+            break
+        for _ in range(data.draw(st.integers(0, len(left))) if step else len(left)):
+            story.start(left.pop(0))
+        if step is None:
+            continue
+        check_limits(step, tokens, limit)
+        drawn = story.node.compute(step)
         event = events.pop() if events else ""
         if event == "cancel":
-            victim = data.draw(st.integers(0, len(todo) - 1))
-            if work.cancel(victim):
-                cancelled.add(victim)
-        elif event == "restart":
-            pool = BlockPool(data.draw(BLOCKS)) if data.draw(st.booleans()) else pool
-            assert work.restart(pool) == ()
-            node.new_fence()
-        now += 1.0
-        for news in work.finish_step(slots, drawn, now):
-            assert news.request_id not in ends
-            assert news.request_id not in cancelled
-            if isinstance(news, DrawnToken):
-                assert news.index == len(replies[news.request_id])
-                replies[news.request_id].append(news.token)
-            else:
-                ends[news.request_id] = news
-    for request, job in enumerate(todo):
-        tokens_alone, reason = reply_of(job)
-        if request in cancelled:
-            assert replies[request] == tokens_alone[: len(replies[request])]
-        else:
-            assert replies[request] == tokens_alone
-            assert (ends[request].reason, ends[request].total_tokens) == (reason, len(tokens_alone))
-    assert set(ends) | cancelled == set(range(len(todo)))
-    node.compute((), work.ended_since_last())
-    assert node.kv == {}
-    assert (pool.used, work.running, work.waiting) == (0, 0, 0)
+            story.cancel(data.draw(st.integers(0, len(todo) - 1)))
+        elif event == "fence":
+            story.new_fence(BlockPool(data.draw(BLOCKS)))
+            continue
+        story.committed(step)
+        story.work.finish_step(step.slots, drawn)
+    story.check()
 
 
 @given(st.lists(jobs(), min_size=1, max_size=6), STEP_TOKENS, STEP_SLOTS)
 def test_decoding_never_waits_for_a_prompt(todo: list[Job], tokens: int, limit: int) -> None:
     """A request that has drawn a token draws one in every step until its reply ends."""
-    work, node = build(BlockPool(100), tokens, limit), ToyNode()
-    for request, job in enumerate(todo):
-        work.add(request, job.prompt, job.received, job.params, 0.0)
+    story = Story(todo, tokens, limit)
+    for request in range(len(todo)):
+        story.start(request)
     decoding: set[int] = set()
-    while has_work(work):
-        slots = work.next_slots()
-        drawn = node.compute(slots, work.ended_since_last())
+    while (step := story.work.next_step()) is not None:
+        decoding -= {news.request_id for news in step.news if isinstance(news, EndedReply)}
+        drawn = story.node.compute(step)
         assert decoding <= drawn.keys()
-        news = work.finish_step(slots, drawn, 0.0)
-        decoding |= drawn.keys()
-        decoding -= {end.request_id for end in news if isinstance(end, EndedReply)}
+        story.committed(step)
+        story.work.finish_step(step.slots, drawn)
+        decoding |= {request for request in drawn if request not in story.ends}
+    story.check()

@@ -61,7 +61,7 @@ class Cluster:
         self.network = Network(world)
         self.machines: list[Machine] = []
         self.judge = Judge(self, reference)
-        alike = len(set(setting.kinds)) == 1
+        alike = not any(setting.kinds)
         self.clients = Clients(self, reference, alike=alike)
         self.calm = False
         self.last_death = -1.0
@@ -108,6 +108,7 @@ class Cluster:
         )
         state = "with its state" if stored else "without state"
         self.world.tell(machine.number, f"starts {state}")
+        self.judge.started(machine.number, stored)
         machine.process = Process(machine, config)
 
     def crash(self, machine: Machine, *, silent: bool = False, wipe: bool = False) -> None:
@@ -123,7 +124,6 @@ class Cluster:
         self.clients.process_ended(process)
         if wipe:
             machine.disk.wipe()
-            self.judge.forgotten(machine.number)
             others = [m for m in self.machines if m is not machine and not m.gone]
             machine.join = tuple(other.address for other in others)
 

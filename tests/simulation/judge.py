@@ -121,9 +121,11 @@ class Judge:
             mark = (state.plan.cluster_id, state.plan.fence)
             self._kept.setdefault(mark, set()).add(process.boot_id)
 
-    def forgotten(self, number: int) -> None:
-        """A machine has lost its disk."""
+    def started(self, number: int, stored: e.StoredState | None) -> None:
+        """A process starts with what the disk has: what was not written is not promised."""
         self._accepted.pop(number, None)
+        if stored is not None and stored.plan is not None:
+            self._accepted[number] = self._plan(stored.plan)
 
     # --- workers ----------------------------------------------------------------------------------
 

@@ -50,10 +50,17 @@ def test_used_bytes_follow_finished_steps() -> None:
     assert cache.covered(1) == 0
 
 
-def test_clearing_frees_everything() -> None:
-    """After clear nothing is held."""
+def test_cutting_keeps_what_is_before() -> None:
+    """A log that is cut leaves the KV of its first positions; with none of use, all is freed."""
     cache = KvCache(SHAPE)
-    for request_id in range(3):
-        cache.open(request_id, 64)
-    cache.clear()
-    assert len(cache) == 0
+    cache.open(1, 200)
+    cache.finish(1, 150)
+    cache.cut(1, 160)
+    assert cache.covered(1) == 150
+    cache.cut(1, 70)
+    assert cache.covered(1) == 70
+    assert cache.used_bytes == SHAPE.nbytes(70)
+    cache.cut(2, 5)
+    assert 2 not in cache
+    cache.cut(1, 0)
+    assert 1 not in cache

@@ -15,11 +15,16 @@ from p2pinfer.core.events import (
     AnyOrder,
     AnyReport,
     CancelRequest,
+    Covered,
+    FenceSettled,
+    Halt,
     LinkLost,
     LoadPlan,
+    PlanLoaded,
     StartRequest,
     StopWorker,
-    TokensDrawn,
+    TokenLog,
+    TokensCommitted,
     WorkerReady,
 )
 from p2pinfer.errors import LocalProtocolError
@@ -65,10 +70,25 @@ CONFIG = WorkerConfig(
     threads=1,
     cpus=(0, 1),
 )
+WITNESS = WorkerConfig(
+    node_id="0" * 16,
+    boot_id="1" * 16,
+    name="a",
+    listen_host="127.0.0.1",
+    step_port=7721,
+    bulk_port=7722,
+    device="cpu",
+    threads=1,
+)
+LOG = TokenLog(
+    request_id=7, term=1, prompt_tokens=2, params=SamplingParams(seed=9), tokens=(1, 2, 3)
+)
 ORDERS: tuple[AnyOrder | WorkerConfig, ...] = (
     CONFIG,
+    WITNESS,
     LoadPlan(plan=PLAN, me=0),
-    ActivatePlan(fence=Fence(1, 2)),
+    ActivatePlan(fence=Fence(1, 2), logs=(LOG,), listeners=(0, 2)),
+    Halt(),
     StartRequest(request_id=7, prompt_ids=(1, 2), received=(3,), params=SamplingParams(seed=9)),
     CancelRequest(request_id=7),
     StopWorker(),
@@ -107,12 +127,18 @@ def test_orders_and_reports_come_out_as_they_went_in(ends: Ends) -> None:
         daemon.send(order)
     assert tuple(receive_orders(worker, len(ORDERS))) == ORDERS
     assert worker.receive() is None
-    drawn = TokensDrawn(tokens=(DrawnToken(request_id=7, index=0, token=42),))
-    worker.send(READY)
-    worker.send(drawn)
+    fence = Fence(1, 2)
+    token = DrawnToken(request_id=7, index=0, token=42)
+    reports: list[AnyReport] = [
+        READY,
+        PlanLoaded(fence=fence, logs=(LOG,), coverage=(Covered(request_id=7, positions=3),)),
+        FenceSettled(fence=fence),
+        TokensCommitted(fence=fence, tokens=(token,)),
+    ]
+    for report in reports:
+        worker.send(report)
     assert select.select((daemon,), (), (), 10)[0]
-    reports: list[AnyReport | None] = [daemon.receive(), daemon.receive(), daemon.receive()]
-    assert reports == [READY, drawn, None]
+    assert [daemon.receive() for _ in range(5)] == [*reports, None]
 
 
 def test_the_daemon_never_waits_for_a_busy_worker(ends: Ends) -> None:

@@ -32,7 +32,7 @@ RULES: tuple[tuple[dict[str, Any], Decision], ...] = (
     ({"worker_ready": False}, Decision(WAIT, "this node's worker to start")),
     ({"suspects": ("b", "c")}, Decision(WAIT, "a word from b, c")),
     (
-        {"served": False, "min_nodes": 3, "unable": ("c: no memory",)},
+        {"able": ("a", "b"), "served": False, "min_nodes": 3, "unable": ("c: no memory",)},
         Decision(WAIT, "2 of 3 nodes; c: no memory"),
     ),
     (

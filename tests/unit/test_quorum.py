@@ -149,13 +149,16 @@ def test_the_word_of_a_blank_member_counts_where_its_boot_is_named() -> None:
     assert quorum.credible(plan, plan.members) == ids("ABD")
     reborn = Member(node_id="D", boot_id="later", name="D", address="tcp://h:1", blank=True)
     assert quorum.credible(plan, (by_id["A"], reborn)) == ids("A")
-    assert quorum.elects(plan, ids("ABD"), active=False, forgot=ids("D"))
+    assert quorum.elects(plan, ids("ABD"), active=False)
+    assert quorum.adopts(plan, ids("AD"), first=False)
     # Among the same voters as before, a forgotten word is no word.
     same = plan_of("ABD", "ABD", blank="D")
-    assert not quorum.elects(same, ids("AD"), active=False, forgot=ids("D"))
-    assert quorum.elects(same, ids("AD"), active=True, forgot=ids("D"))
-    assert not quorum.adopts(same, ids("AD"), first=False, forgot=ids("D"))
-    assert quorum.adopts(plan, ids("AD"), first=False, forgot=ids("D"))
+    assert not quorum.elects(same, ids("AD"), active=False)
+    assert quorum.elects(same, ids("AD"), active=True)
+    assert not quorum.adopts(same, ids("AD"), first=False)
+    assert not quorum.adopts(plan_of("ABD", "ABD"), ids("AD"), first=False, forgot=ids("D"))
+    # Nor is that of who has no vote by the plan, though it had one before.
+    assert not quorum.adopts(plan_of("A", "ABD", others="D", blank="D"), ids("AD"), first=False)
 
 
 def test_last_man_counts_only_who_is_not_lost() -> None:

@@ -13,12 +13,14 @@ from p2pinfer.errors import RemoteProtocolError
 from p2pinfer.types import Fence
 from p2pinfer.wire.messages import (
     Candidates,
+    FinalToken,
     Hidden,
     Logits,
     LogitsRequest,
     Partial,
     Slot,
     Step,
+    StepAck,
 )
 from p2pinfer.wire.tensors import Tensor, WireDType
 from tests.unit.test_topology import MODEL, plan_of
@@ -88,6 +90,24 @@ def test_a_step_has_no_more_rows_than_the_limit() -> None:
     slots = [Slot(request_id=i, start=0, tokens=(0,) * 500) for i in range(3)]
     assert accepts(HEADS, 1, 0, step(*slots[:2]))
     assert not accepts(HEADS, 1, 0, step(*slots))
+
+
+def test_last_tokens_are_of_the_model() -> None:
+    """Their ids and positions exist in it."""
+    last, words = MODEL.max_positions - 1, MODEL.vocab_size
+    for position, token, taken in (
+        (last, words - 1, True),
+        (last + 1, 0, False),
+        (0, words, False),
+    ):
+        final = FinalToken(request_id=1, position=position, token=token)
+        assert accepts(HEADS, 1, 0, Step(**FRAME, slots=(), finals=(final,))) == taken
+
+
+def test_only_the_leader_is_told_that_tokens_are_written() -> None:
+    """An acknowledgement to anybody else is refused."""
+    assert accepts(HEADS, 0, 1, StepAck(**FRAME))
+    assert not accepts(HEADS, 1, 0, StepAck(**FRAME))
 
 
 def test_a_partial_has_the_parts_that_the_plan_says() -> None:

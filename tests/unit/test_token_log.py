@@ -34,9 +34,7 @@ def more(start: int, *tokens: int) -> Slot:
 
 def log(tokens: tuple[int, ...], request_id: int = 1, term: int = 3) -> TokenLog:
     """What is told of a request."""
-    return TokenLog(
-        request_id=request_id, term=term, prompt_tokens=2, params=PARAMS, tokens=tokens
-    )
+    return TokenLog(request_id=request_id, term=term, prompt_tokens=2, params=PARAMS, tokens=tokens)
 
 
 def logs_of(*slots: Slot) -> TokenLogs:
