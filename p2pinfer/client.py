@@ -335,8 +335,8 @@ def _record(reply: dict[str, Any], event: Event) -> None:
                     "position": failover.position,
                     "lost": list(failover.lost),
                     "rung": failover.rung,
-                    "detect_s": failover.detect_s,
-                    "stall_s": failover.stall_s,
+                    "detect_s": round(failover.detect_s, 6),
+                    "stall_s": round(failover.stall_s, 6),
                     "exact": failover.exact,
                 }
                 for failover in event.failovers

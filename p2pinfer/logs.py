@@ -105,7 +105,8 @@ def fact_name(fact: Fact) -> str:
 def log_fact(logger: Logger, fact: Fact) -> None:
     """Write a fact as one line. A finished reply's is the canonical line of its request."""
     level = "info"
-    if isinstance(fact, _WARNINGS):
+    moves_again = isinstance(fact, WorkerHung) and not fact.hung
+    if isinstance(fact, _WARNINGS) and not moves_again:
         level = "warning"
     elif isinstance(fact, FrameDropped):
         level = "debug"

@@ -14,6 +14,7 @@ from typing import Any, Final, Generic, TypeVar
 import msgspec
 
 from p2pinfer.core.events import AnyOrder, AnyReport
+from p2pinfer.core.step_clock import LEAST_S
 from p2pinfer.errors import LocalProtocolError, P2pinferError
 from p2pinfer.types import Identity, ModelSpec
 
@@ -31,7 +32,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The first message to a worker: who it is and what it may use.
 
     `model` is None for a witness, which holds no model. `cpus` are the CPU numbers to pin to; empty
-    means no pinning.
+    means no pinning. No step is overdue before `least_step_s` seconds.
     """
 
     node_id: Identity
@@ -45,6 +46,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     device: str
     threads: int
     cpus: tuple[int, ...] = ()
+    least_step_s: float = LEAST_S
 
 
 class PipeClosed(P2pinferError):

@@ -191,41 +191,56 @@ class StepLinks:
         self._poller.register(pair.router, zmq.POLLIN)
         self._events_at = 0.0
         self._opening = b""
+        self._opened: set[str] = set()
+        """Addresses that know whose link this is since it is connected."""
         self._sequence_out: dict[int, int] = defaultdict(int)
         self._heard: dict[str, float] = {}
 
     # --- plans ------------------------------------------------------------------------------------
 
-    def open(self, mine: Topology) -> None:
-        """Connect to every other member of a plan and say whose link this is.
+    def reach(self, mine: Topology) -> None:
+        """Begin to connect to every other member of a plan; links to others are closed.
 
-        Frames of the plan in force are no longer accepted; those of this one are held. Only links
-        that its steps need are waited for: raises `StepBroken` when one of those does not connect
-        within `LINK_TIMEOUT_S`.
+        From now on frames of the plan in force are no longer accepted.
         """
-        plan, me = mine.plan, mine.me
         self.close()
-        self._gate.load(plan)
-        self._owners = owners(plan)
-        wanted = {self._address(m): m for i, m in enumerate(plan.members) if i != me}
+        wanted = {self._address(mine.plan.members[i]) for i in mine.others}
         for address in tuple(self.pair.addresses):
             if address not in wanted:
                 self.pair.close(address)
-        for address in wanted:
+        for address in sorted(wanted):
             self.pair.open(address)
+
+    def open(self, mine: Topology) -> None:
+        """Say to every other member of a plan, after `reach`, whose link this is.
+
+        Frames of the plan are held from now on. Only links that its steps need are waited for:
+        raises `StepBroken` when one of those does not connect within `LINK_TIMEOUT_S`.
+        """
+        plan = mine.plan
+        self._gate.load(plan)
+        self._owners = owners(plan)
         node_id, boot_id = self._identity
         self._opening = encode(LinkOpen(node_id=node_id, boot_id=boot_id, fence=plan.fence))
-        needed = {self._address(plan.members[i]) for i in self._receivers(mine)}
+        self._opened.clear()
+        needed = self._receivers(mine)
         deadline = time.monotonic() + LINK_TIMEOUT_S
-        for address, member in wanted.items():
-            # Where it is not connected yet, and not needed, this is said when it is.
-            while not self.pair.send(address, self._opening) and address in needed:
+        for index in mine.others:
+            member = plan.members[index]
+            address = self._address(member)
+            while not self._introduce(address) and index in needed:
                 if time.monotonic() > deadline:
                     raise StepBroken(
                         member.node_id,
                         f"no step link to {member.name} at {address}: is the port open?",
                     )
                 self._poll(deadline)
+
+    def _introduce(self, address: str) -> bool:
+        """Say on a link whose it is, once it is connected; no frame goes before that."""
+        if self.pair.send(address, self._opening):
+            self._opened.add(address)
+        return address in self._opened
 
     def _receivers(self, mine: Topology) -> set[int]:
         """The members that steps cannot do without my sending to."""
@@ -266,8 +281,9 @@ class StepLinks:
         active = self._gate.active
         assert active is not None
         frame = encode(message)
-        target = active.plan.members[member]
-        if not self.pair.send(self._address(target), frame):
+        address = self._address(active.plan.members[member])
+        ready = address in self._opened or self._introduce(address)
+        if not (ready and self.pair.send(address, frame)):
             self._trouble(active, member, "takes no frame")
             return
         self.traffic.messages += 1
@@ -332,8 +348,10 @@ class StepLinks:
     def _look(self, events: list[LinkEvent]) -> None:
         """A link that comes back is opened again; one that broke may have held frames."""
         for event in events:
-            if event.kind is LinkKind.UP and self._opening:
-                self.pair.send(event.address, self._opening)
+            if event.kind is LinkKind.DOWN:
+                self._opened.discard(event.address)
+            elif event.kind is LinkKind.UP and self._opening:
+                self._introduce(event.address)
         active = self._gate.active
         if active is None:
             return

@@ -84,7 +84,7 @@ class Worker:
             interrupt=self._interrupt,
             on_pause=self._tell,
         )
-        self._step_clock = StepClock()
+        self._step_clock = StepClock(config.least_step_s)
         self._orders: deque[AnyOrder] = deque()
         self._stopping = False
         self._loaded: Topology | None = None
@@ -234,6 +234,8 @@ class Worker:
         fence = order.plan.fence
         try:
             mine = topology(order.plan, order.me)
+            # Links connect while weights load.
+            self._links.reach(mine)
             self._units.hold(mine)
             self._links.open(mine)
         except StepInterrupted:

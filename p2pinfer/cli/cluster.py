@@ -29,7 +29,7 @@ def start(nodes: int, base_port: int, config: Path | None, **flags: object) -> i
     """Start N nodes here as one cluster and run until Ctrl-C.
 
     When it is ready, one JSON line on stdout names the nodes, their addresses and process ids. A
-    node that dies is told on stderr, and the others go on; without node1 the cluster is over.
+    node that dies or leaves is told on stderr, and the others go on.
     """
     from p2pinfer.cluster import start_local
 

@@ -11,7 +11,7 @@ from p2pinfer.cli.options import own_node_options, shared_node_options, to_optio
 
 @click.group()
 def node() -> None:
-    """Run a node on this machine."""
+    """Run a node on this machine, or let one go."""
 
 
 @node.command()
@@ -21,6 +21,7 @@ def start(config: Path | None, **flags: object) -> int:
     """Start this machine's node and run until Ctrl-C.
 
     Without --join it founds a cluster; with --join ADDR it joins the cluster of any living node.
+    Started again it goes back to its cluster, whatever --join says, until `node leave`.
     """
     from p2pinfer.config import load_settings
 

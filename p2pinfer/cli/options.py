@@ -79,10 +79,14 @@ def shared_node_options(command: Command) -> Command:
         click.option(
             "--quorum",
             metavar="majority|last-man",
-            help="Who may decide: most voters, or whoever is left (unsafe when cables are cut). "
-            "The founder's word counts.",
+            help="Who may decide: most voters (default), or whoever is left, which is unsafe when "
+            "cables are cut. Give all nodes the same.",
         ),
-        click.option("--timing", metavar="lan|test", help="The preset of all timers."),
+        click.option(
+            "--timing",
+            metavar="lan|test",
+            help="All timers: lan (default), or test, with shorter ones.",
+        ),
         click.option(
             "--config",
             type=click.Path(dir_okay=False, path_type=Path),
@@ -106,7 +110,9 @@ def own_node_options(command: Command) -> Command:
         click.option(
             "--advertise", metavar="ADDR", help="Address by which others reach this node."
         ),
-        click.option("--state-dir", metavar="DIR", help="Where this node keeps its identity."),
+        click.option(
+            "--state-dir", metavar="DIR", help="Where this node remembers itself and its cluster."
+        ),
         click.option("--cpus", metavar="LIST", help="Pin the compute threads, for example 0,2-3."),
         click.option(
             "--witness",

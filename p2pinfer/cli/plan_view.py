@@ -11,17 +11,20 @@ from rich.text import Text
 
 from p2pinfer.cli.status_view import MIB, owned_runs, runs, spans
 
+KINDS = {"head": "heads", "mlp": "MLP units", "vocab": "vocabulary units"}
+
 
 def plan_view(found: Mapping[str, Any]) -> RenderableType:
     """The object of `plan --json`, or of `plan --without NAME --json`, for people."""
     if "without" not in found:
-        return Group(_header(found), _table(found))
+        return Group(_header(found), _room(found), _table(found))
     parts: list[RenderableType] = [_verdict(found)]
     if found["moved"] is not None:
-        moved = ", ".join(f"{kind} {runs(units)}" for kind, units in found["moved"].items())
-        parts.append(Text(f"units that move: {moved}"))
+        parts.append(Text(f"other nodes would take over: {_moved(found['moved'])}"))
+    if found["exact"] is False:
+        parts.append(Text("some of it in another numeric class: tokens may differ", style="yellow"))
     if found["plan"] is not None:
-        parts.append(_table(found["plan"]))
+        parts += [_room(found["plan"]), _table(found["plan"])]
     return Group(*parts)
 
 
@@ -29,8 +32,12 @@ def _header(plan: Mapping[str, Any]) -> Text:
     return Text.assemble(
         (str(plan["model"]), "bold"),
         f"   {plan['layout']}   leader {plan['leader']}   term {plan['term']}"
-        f"   epoch {plan['epoch']}   room for {plan['kv_positions']} positions",
+        f"   epoch {plan['epoch']}",
     )
+
+
+def _room(plan: Mapping[str, Any]) -> Text:
+    return Text(f"room for {plan['kv_positions']} positions of KV, over all requests")
 
 
 def _verdict(found: Mapping[str, Any]) -> Text:
@@ -40,23 +47,27 @@ def _verdict(found: Mapping[str, Any]) -> Text:
     return Text(f"without {name} the cluster stands still: {found['why']}", style="yellow")
 
 
+def _moved(units: Mapping[str, list[int]]) -> str:
+    some = (f"{KINDS[kind]} {runs(numbers)}" for kind, numbers in units.items() if numbers)
+    return ", ".join(some) or "nothing"
+
+
 def _table(plan: Mapping[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("node", style="bold", no_wrap=True)
-    for title in ("votes", "layers", "heads", "MLP units", "vocabulary units"):
+    for title in ("votes", "layers", "heads", "MLP", "vocab"):
         table.add_column(title)
-    for title in ("weights MiB", "offers MiB", "left for KV MiB"):
-        table.add_column(title, justify="right")
+    for title in ("weights MiB", "offered MiB", "KV MiB"):
+        table.add_column(title, justify="right", no_wrap=True)
     for member in plan["members"]:
         kinds = (owned_runs(member, kind) for kind in ("head_units", "mlp_units", "vocab_units"))
+        sizes = ("weight_bytes", "memory_bytes", "kv_room_bytes")
         table.add_row(
             member["name"],
             "yes" if member["voter"] else "no",
             spans(member),
             *kinds,
-            _mib(member["weight_bytes"]),
-            _mib(member["memory_bytes"]),
-            _mib(member["kv_room_bytes"]),
+            *("-" if member["witness"] else _mib(member[size]) for size in sizes),
         )
     return table
 

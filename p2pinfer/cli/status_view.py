@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 STATE_COLOURS = {"alive": "green", "suspect": "yellow", "dead": "red", "left": "dim"}
+GONE = ("dead", "left")
 MIB = 1 << 20
 
 
@@ -43,31 +44,36 @@ def header(status: Mapping[str, Any]) -> Text:
     """One line: the model, who leads, which plan, and whether prompts are answered."""
     model = (status.get("model") or {}).get("name") or "no model"
     ready = bool(status.get("ready"))
-    state = "ready" if ready else f"not ready: {status.get('waiting') or 'making a plan'}"
     return Text.assemble(
         (str(model), "bold"),
         f"   leader {status.get('leader') or '-'}   term {status.get('term', 0)}"
         f"   epoch {status.get('epoch', 0)}   ",
-        (state, "green" if ready else "yellow"),
+        ("ready", "green") if ready else ("not ready", "yellow"),
     )
 
 
-def safety(status: Mapping[str, Any]) -> Text:
-    """One line: who votes, and whose death is survived."""
-    voters, tolerated = status.get("voters") or [], status.get("tolerates") or []
+def prospects(status: Mapping[str, Any]) -> Text:
+    """One line: what a cluster that is not ready waits for; of one that is, who votes, and whose
+    death it survives."""
+    if not status.get("ready"):
+        return Text(f"waiting: {status.get('waiting') or 'the plan to be adopted'}", style="yellow")
+    tolerated = status.get("tolerates") or []
     return Text.assemble(
-        f"voters {', '.join(voters) or '-'}   survives the death of ",
-        (" or ".join(tolerated) or "nobody", "green" if tolerated else "yellow"),
+        f"voters {', '.join(status.get('voters') or []) or '-'}   survives the death of ",
+        "any of " if len(tolerated) > 1 else "",
+        (", ".join(tolerated) or "nobody", "green" if tolerated else "yellow"),
     )
 
 
 def condition(member: Mapping[str, Any]) -> Text:
     """A member's state in one word: what is wrong with it wins over what is right."""
     state = str(member["state"])
-    if state == "alive" and member.get("hung"):
-        return Text("hung", style="red")
-    if state == "alive" and member.get("draining"):
-        return Text("draining", style="yellow")
+    if state == "alive":
+        for sign, colour in (("hung", "red"), ("draining", "yellow"), ("witness", "green")):
+            if member.get(sign):
+                return Text(sign, style=colour)
+        if member.get("numeric_class") == "":
+            return Text("starting", style="yellow")
     return Text(state, style=STATE_COLOURS.get(state, ""))
 
 
@@ -92,7 +98,7 @@ def members_table(members: Sequence[Mapping[str, Any]]) -> Table:
     for title in ("rtt ms", "tokens/s", "KV MiB"):
         table.add_column(title, justify="right", no_wrap=True)
     for member in members:
-        kv = member.get("kv") or {}
+        there = member["state"] not in GONE
         table.add_row(
             member["name"],
             condition(member),
@@ -100,17 +106,22 @@ def members_table(members: Sequence[Mapping[str, Any]]) -> Table:
             spans(member),
             owned_runs(member, "head_units"),
             owned_runs(member, "mlp_units"),
-            _figure(member.get("rtt_ms")),
-            _figure(member.get("tokens_per_s")),
-            f"{kv.get('used_bytes', 0) / MIB:.0f}/{kv.get('limit_bytes', 0) / MIB:.0f}",
+            _figure(member.get("rtt_ms") if there else None),
+            _figure(member.get("tokens_per_s") if there else None),
+            _kv(member) if there and not member.get("witness") else "-",
         )
     return table
 
 
 def status_view(status: Mapping[str, Any]) -> RenderableType:
-    """Header and members, as `p2pinfer status` shows them."""
-    return Group(header(status), safety(status), members_table(status["members"]))
+    """Two lines about the whole and a table of members, as `p2pinfer status` shows them."""
+    return Group(header(status), prospects(status), members_table(status["members"]))
 
 
 def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
+
+
+def _kv(member: Mapping[str, Any]) -> str:
+    kv = member.get("kv") or {}
+    return f"{kv.get('used_bytes', 0) / MIB:.0f}/{kv.get('limit_bytes', 0) / MIB:.0f}"

@@ -150,7 +150,7 @@ def _print_text(
     tokens = 0
     try:
         for event in client.submit(given, params):
-            _show_waiting(event)
+            _show_waiting(event, begun=begun)
             if isinstance(event, Accepted):
                 served_by = event.served_by
                 continue
@@ -177,10 +177,13 @@ def _print_text(
             click.echo()
 
 
-def _show_waiting(event: Event) -> None:
+def _show_waiting(event: Event, *, begun: bool = False) -> None:
+    """Say on stderr what the cluster waits for; in a terminal on a line of its own, also where a
+    reply has `begun`."""
     waiting = getattr(event, "waiting", "")
     if waiting:
-        click.echo(f"{waiting} ...", err=True)
+        start = "\n" if begun and sys.stdout.isatty() else ""
+        click.echo(f"{start}waiting: {waiting} ...", err=True)
 
 
 def _summary(reply: Finished, served_by: str) -> str:
@@ -191,5 +194,9 @@ def _summary(reply: Finished, served_by: str) -> str:
         f"{reply.tokens_per_s:.1f} tokens/s",
         f"ended by {reply.reason}",
         f"served by {served_by}",
+        *(
+            f"went on {failover.stall_s:.1f} s after losing {', '.join(failover.lost)}"
+            for failover in reply.failovers
+        ),
     )
     return " · ".join(parts)

@@ -2,7 +2,8 @@
 
 A draining node says `draining` in its heartbeats; the leader's next plan gives it nothing, and when
 that plan is in force here the node says LEAVE and ends. Told by a signal it leaves after
-`drain_timeout` whatever came of it; told by an operator it then stays.
+`drain_timeout` whatever came of it, and at once where nobody is left who could take anything over;
+told by an operator it then stays.
 """
 
 from __future__ import annotations
@@ -15,15 +16,19 @@ from p2pinfer.core.membership import Peer
 from p2pinfer.core.neighbours import Neighbours
 from p2pinfer.core.outbox import Outbox
 from p2pinfer.core.planner import holding
+from p2pinfer.limits import MAX_REASON_CHARS
 from p2pinfer.types import Fence, Member, Plan
 from p2pinfer.wire.messages import Done, Drain, Failed, MemberState
 
 GRACE_S = 2.0
 """How much longer than `drain_timeout` the asked node waits for another one to leave."""
 
+ELECTIONS = 4
+"""A node that was told to end waits for so many elections where nobody leads: most are won sooner,
+and what it holds is worth a new leader's plan."""
 
 MAX_WISHES = 64
-"""Clients that wait for a member to leave; the oldest is forgotten first."""
+"""Clients that wait for a member to leave; the oldest is turned away first."""
 
 
 @dataclass(slots=True)
@@ -45,17 +50,21 @@ class Departure:
         self.for_good = False
         """It will not come back: it forgets its cluster."""
         self._timeout = config.drain_timeout
+        self._election_s = ELECTIONS * config.timing.election_max
         self._me = config.member
         self._near = near
         self._box = box
         self._anyway = False
         self._until = inf
+        self._leaderless_until = inf
+        """Until when a leader to make a plan is waited for; inf: one leads."""
         self._wishes: list[_Wish] = []
 
     @property
     def deadline(self) -> float:
         """When this wants to look again."""
-        return min((self._until, *(wish.until for wish in self._wishes)))
+        leaderless = self._leaderless_until if self._anyway else inf
+        return min((self._until, leaderless, *(wish.until for wish in self._wishes)))
 
     # --- asked ------------------------------------------------------------------------------------
 
@@ -76,7 +85,10 @@ class Departure:
             names = ", ".join(sorted(m.name for m in self._near.table.members()))
             self._fail(wish, "invalid_request", f"no member is called {name}; there are: {names}")
             return
-        self._wishes = [*self._wishes[-MAX_WISHES + 1 :], wish]
+        for oldest in self._wishes[: -MAX_WISHES + 1]:
+            self._wishes.remove(oldest)
+            self._fail(oldest, "overloaded", f"{MAX_WISHES} such wishes have come since")
+        self._wishes.append(wish)
         if own:
             self.for_good |= not name
             self._drain(now)
@@ -91,6 +103,7 @@ class Departure:
     def _drain(self, now: float) -> None:
         if not self.draining:
             self.draining, self._until = True, now + self._timeout
+            self._leaderless_until = inf
             self._near.speak_soon(now)
 
     # --- what comes of it -------------------------------------------------------------------------
@@ -104,27 +117,46 @@ class Departure:
                 reason = f"{member.name} died before it had handed over its part"
                 self._fail(wish, "node_lost", reason)
 
-    def look(self, plan: Plan | None, obeyed: Fence, *, led: bool, now: float) -> bool:
-        """Whether this node is to leave now. `led`: somebody leads, who could make a plan."""
+    def look(
+        self, plan: Plan | None, obeyed: Fence, *, began: bool, led: bool, now: float
+    ) -> bool:
+        """Whether this node is to leave now.
+
+        `plan` is the one in force here, `began` says that this node takes part in plans, be one in
+        force or not; `led`: somebody leads, who could make another.
+        """
         for wish in [wish for wish in self._wishes if now >= wish.until]:
             self._wishes.remove(wish)
             self._fail(wish, "not_ready", self._too_late(wish.name or self._me.name))
         if not self.draining:
             return False
-        in_vain = not led or not self._others()
-        if self._holds_nothing(plan, obeyed) or (self._anyway and in_vain):
-            for wish in self._about(self._me.node_id):
-                self._box.add(_answer(wish, Done(request_id=wish.request_id)))
+        patience = min(self._leaderless_until, now + self._election_s)
+        self._leaderless_until = inf if led else patience
+        if self._holds_nothing(plan, obeyed, began):
+            return True
+        if self._anyway and (now >= self._leaderless_until or not self._others()):
             return True
         if now < self._until:
             return False
-        self._until = inf
         if self._anyway:
             return True
+        self._until = inf
         self.draining = self.for_good = False
         for wish in self._about(self._me.node_id):
             self._fail(wish, "not_ready", self._too_late(self._me.name))
         return False
+
+    def end(self, error: str) -> None:
+        """This node ends now, as it was told (`error` empty) or because it cannot go on: nobody
+        waits for an answer any more."""
+        wishes, self._wishes = self._wishes, []
+        for wish in wishes:
+            if wish.node_id != self._me.node_id:
+                self._fail(wish, "leaving", f"{self._me.name} is leaving; ask another node")
+            elif error:
+                self._fail(wish, "node_lost", f"{self._me.name} cannot go on: {error}")
+            else:
+                self._box.add(_answer(wish, Done(request_id=wish.request_id)))
 
     def _about(self, node_id: str) -> list[_Wish]:
         """The wishes about a member, which are taken off the list."""
@@ -132,11 +164,11 @@ class Departure:
         self._wishes = [wish for wish in self._wishes if wish.node_id != node_id]
         return found
 
-    def _holds_nothing(self, plan: Plan | None, obeyed: Fence) -> bool:
-        """Whether the plan in force gives this node no unit. Without a plan there is nothing to
-        hand over, and who was told to end may go."""
+    def _holds_nothing(self, plan: Plan | None, obeyed: Fence, began: bool) -> bool:
+        """Whether the plan in force gives this node no unit. Who has never taken part in one has
+        nothing to hand over, and may go if it was told to end."""
         if plan is None:
-            return self._anyway
+            return self._anyway and not began
         ids = [member.node_id for member in plan.members]
         if obeyed != plan.fence or self._me.node_id not in ids:
             return False
@@ -160,7 +192,7 @@ class Departure:
         failed = Failed(
             request_id=wish.request_id,
             code=code,
-            message=message,
+            message=message[:MAX_REASON_CHARS],
             retryable=code != "invalid_request",
         )
         self._box.add(_answer(wish, failed))

@@ -148,9 +148,8 @@ class Election:
         return True
 
     def heard(self, heartbeat: Heartbeat, now: float) -> None:
-        """A member's heartbeat: its term, whether it leads, and which plan is in force."""
+        """A member's heartbeat: its term, and whether it leads."""
         sender, term = heartbeat.node_id, heartbeat.term
-        self._durable.activated(heartbeat.fence)
         if heartbeat.leader_id == sender:
             self.follow(sender, term, now)
             return
@@ -167,11 +166,6 @@ class Election:
         """Lay the office down, if this node holds it."""
         if self.leads:
             self._leaderless(reason, self._wait(), now)
-
-    def forget(self) -> None:
-        """This node has left its cluster: nobody leads it, and it campaigns nowhere."""
-        self._stop()
-        self.leader_id, self.deadline = "", inf
 
     def handle(self, message: ElectionMessage, sender: str, now: float) -> None:
         """A message of the election from member `sender`."""

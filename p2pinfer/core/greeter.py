@@ -28,6 +28,10 @@ JOIN_WAITING_EVERY_S = 5.0
 class Host(Protocol):
     """The node, as far as greeting concerns it."""
 
+    @property
+    def planned(self) -> bool:
+        """Whether this node has accepted a plan of its cluster."""
+
     def known_addresses(self) -> tuple[str, ...]:
         """Where members that are not there may come back: hints, no more."""
 
@@ -160,6 +164,9 @@ class Greeter:
         if address not in near.links or welcome.version not in VERSIONS:
             near.drop(welcome, "this node did not ask for it")
             return
+        if theirs.node_id == near.table.me.node_id:
+            near.drop(welcome, "its sender has this node's identity")
+            return
         if not near.cluster_id:
             near.cluster_id = welcome.cluster_id
         if welcome.cluster_id != near.cluster_id:
@@ -193,9 +200,23 @@ class Greeter:
         else:
             near.links.refused(address, for_good=True)
             self._tell(address, refused, by_us=False)
-            alone = not near.table.living()
-            if not near.cluster_id or (alone and refused.code != "wrong_cluster"):
+            if self._hopeless(refused.code):
                 self._host.fail(refused.message, 1, now)
+
+    def _hopeless(self, code: str) -> bool:
+        """Whether a refusal for good leaves this node no way on.
+
+        One that has been in a cluster knows addresses as hints only: another cluster may be behind
+        one of them by now. So it goes on while a member, or a link that may still be answered, is
+        left. A joiner whose cluster is gone before its first plan has nothing to come back to.
+        """
+        near, config = self._near, self._config
+        if not near.cluster_id:
+            return True
+        if near.table.living() or near.links.hopeful:
+            return False
+        joined = bool(config.join) and config.stored is None
+        return code != "wrong_cluster" or (joined and not self._host.planned)
 
     def _close_own(self, address: str, now: float) -> None:
         """One of the addresses to join is this node's own."""

@@ -113,9 +113,12 @@ class Links:
                 link.node_id, link.greeted_at, link.given_up = "", -inf, False
 
     def close_all(self, member: Member) -> list[Output]:
-        """Close the link to a member's own address and every other one it answered on."""
-        theirs = [k.address for k in self._links.values() if k.node_id == member.node_id]
-        addresses = dict.fromkeys((*theirs, member.address))
+        """Close the link to a member's own address and every other one it answered on; not one on
+        which another node answers by now."""
+        addresses = [k.address for k in self._links.values() if k.node_id == member.node_id]
+        own = self._links.get(member.address)
+        if own and not own.node_id:
+            addresses.append(own.address)
         return [output for address in addresses for output in self.close(address)]
 
     def due(self, now: float) -> list[Link]:
@@ -129,6 +132,11 @@ class Links:
     def connected(self) -> tuple[str, ...]:
         """Addresses of the links that are up, and on which greeting makes sense."""
         return tuple(k.address for k in self._links.values() if k.up and not k.given_up)
+
+    @property
+    def hopeful(self) -> bool:
+        """Whether any of these links is not refused for good."""
+        return not all(link.given_up for link in self._links.values())
 
     def next_due(self) -> float:
         """When the next greeting is due."""

@@ -184,10 +184,6 @@ class Membership:
             if ours and rumour.state is not MemberState.ALIVE:
                 self.incarnation = max(self.incarnation, rumour.incarnation + 1)
 
-    def clear(self) -> None:
-        """Forget everybody: this node is in no cluster any more."""
-        self._peers.clear()
-
     def forget_gone(self, now: float, kept: Collection[str] = ()) -> list[Member]:
         """Forget who has been gone for long, and of too many the longest gone; returns them.
 

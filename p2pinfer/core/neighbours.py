@@ -100,8 +100,10 @@ class Neighbours:
             self.put(self.links.open(address))
 
     def close(self, member: Member) -> None:
-        """Close every link to a member."""
+        """Close every link to a member. Another node may live at its address by now."""
         self.put(self.links.close_all(member))
+        if any(peer.member.address == member.address for peer in self.table.living()):
+            self.open(member.address)
 
     def came_by(self, route: bytes, node_id: str) -> None:
         """A connection to this node is known to be that member's."""
@@ -153,9 +155,9 @@ class Neighbours:
     def probe_answered(self, event: ProbeAnswered, now: float) -> None:
         """A suspect whose port is closed is dead; an open port proves nothing."""
         for probing in [p for p in self._probes.values() if p.address == event.address]:
-            peer = self.table.get(probing.member.node_id)
-            suspect = peer is not None and peer.state is MemberState.SUSPECT
-            if peer is None or not suspect or peer.member.boot_id != probing.member.boot_id:
+            peer = self.table[probing.member.node_id]
+            suspect = peer.state is MemberState.SUSPECT
+            if not suspect or peer.member.boot_id != probing.member.boot_id:
                 del self._probes[probing.member.node_id]
             elif event.refused:
                 self.lose(peer, MemberState.DEAD, "it refuses connections", now)
@@ -166,8 +168,8 @@ class Neighbours:
         """Look again at suspects that still say nothing."""
         after = PROBE_AGAIN_PERIODS * self._config.timing.heartbeat_every
         for node_id, probing in list(self._probes.items()):
-            peer = self.table.get(node_id)
-            if peer is None or peer.state is not MemberState.SUSPECT:
+            peer = self.table[node_id]
+            if peer.state is not MemberState.SUSPECT:
                 del self._probes[node_id]
             elif probing.answered_at + after <= now:
                 self._probe(peer.member, probing.address)
@@ -187,14 +189,6 @@ class Neighbours:
                 PeerDead(name=member.name, node_id=node_id, reason=reason, silence_s=silence)
             )
         self._on_lost(peer, state, reason, now)
-
-    def forget(self) -> None:
-        """This node is in no cluster any more; whoever its links lead to knows it no more."""
-        self.cluster_id = ""
-        self.table.clear()
-        self._routes.clear()
-        self._probes.clear()
-        self.links.greet_again(*self.links.addresses())
 
     # --- heartbeats -------------------------------------------------------------------------------
 

@@ -236,8 +236,9 @@ class Node:
             return
         self._followed = leader
         self._leadership = None
+        # A plan ends with its leader's office, even where the next leader is known at once.
+        self._holder.halt()
         if not election.leader_id:
-            self._holder.halt()
             self._serving.leader_lost()
             return
         if election.leads:
@@ -250,6 +251,8 @@ class Node:
     def _look_around(self, _event: Input, now: float) -> None:
         """What time brings about among the members: silence, heartbeats, greetings, hangs."""
         self._look_at_worker(now)
+        if self._stopped:
+            return
         plan = self._durable.plan
         kept = [member.node_id for member in plan.members] if plan else []
         own = self._own_heartbeat(now)
@@ -298,8 +301,9 @@ class Node:
             now=now,
         )
         held = self._holder
+        began = self._durable.plan is not None and held.worker_ready
         led = bool(self._election.leader_id)
-        if self._departure.look(held.active, held.obeyed, led=led, now=now):
+        if self._departure.look(held.active, held.obeyed, began=began, led=led, now=now):
             self.fail("", 0, now)
 
     def _own_heartbeat(self, now: float) -> Heartbeat:
@@ -310,6 +314,11 @@ class Node:
             hung=self._hung,
             draining=self._departure.draining,
         )
+
+    @property
+    def planned(self) -> bool:
+        """Whether this node has accepted a plan of its cluster."""
+        return self._durable.plan is not None
 
     def known_addresses(self) -> tuple[str, ...]:
         """Where members that are not there may come back: hints, no more."""
@@ -330,6 +339,7 @@ class Node:
         leave = Leave(node_id=me.node_id, boot_id=me.boot_id, reason=error[:4096])
         for peer in self._near.table.living():
             self._box.send(peer.member.node_id, leave)
+        self._departure.end(error)
         if self._departure.for_good and not error:
             self._durable.forget()
         self._box.order(StopWorker())
@@ -410,7 +420,7 @@ class Node:
                 self._greeter.refused(message, event.link, now)
             case Hello() as message if event.route:
                 self._greeter.greeted(message, event.route, now)
-            case Drain() as message if not self._near.sender(event.route):
+            case Drain() as message if event.route and not self._near.sender(event.route):
                 self._departure.asked(message, event.route, now)
             case message:
                 if sender := self._near.sender(event.route):

@@ -275,11 +275,6 @@ class PlanHolder:
             self._box.order(Halt())
         self.active = None
 
-    def forget(self) -> None:
-        """This node has left its cluster for good."""
-        self.halt()
-        self._next = self._refusal = None
-
     def _index(self, plan: Plan) -> int | None:
         identity = (self._me.node_id, self._me.boot_id)
         for index, member in enumerate(plan.members):

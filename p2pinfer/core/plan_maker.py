@@ -31,7 +31,7 @@ from p2pinfer.core.proposal import Proposal, owners
 from p2pinfer.core.quorum import voter_ids
 from p2pinfer.core.replan import next_plan
 from p2pinfer.core.request_log import RequestLog
-from p2pinfer.core.voters import NodeIds, next_voters
+from p2pinfer.core.voters import NodeIds, change_of_votes, listed_as, next_voters
 from p2pinfer.limits import MAX_NODES
 from p2pinfer.types import Fence, Member, ModelSpec, Plan
 from p2pinfer.wire.messages import Ack, LogEntry, Nack
@@ -211,7 +211,7 @@ class PlanMaker:
             astray=_names(current.astray(now)),
             newcomers=_names(m for m in self._listed(view, voters) if boot(m) not in listed),
             fit_again=_names(m for m in able if boot(m) in missing),
-            votes=_change_of_votes(plan, voters, view) if current.activated else "",
+            votes=change_of_votes(plan, voters, view.living) if current.activated else "",
             stragglers=_names(late),
             loading=() if current.activated else _names(current.unanswered(here)),
         )
@@ -269,7 +269,8 @@ class PlanMaker:
         living = {m.node_id: m for m in view.living}
         others = [m.node_id for m in self._at_hand(view) if boot(m) not in self._useless]
         ids = list(dict.fromkeys((self._me, *voters, *others)))[:MAX_NODES]
-        return tuple(living.get(node_id) or before[node_id] for node_id in ids)
+        active = self._base_active
+        return tuple(listed_as(living.get(i), before.get(i), base_active=active) for i in ids)
 
     def _recorded(self, members: tuple[Member, ...]) -> tuple[Member, ...]:
         """How a plan lists them: as blank only while that life has not had a vote in force."""
@@ -488,12 +489,3 @@ class PlanMaker:
 
 def _names(members: Iterable[Member]) -> tuple[str, ...]:
     return tuple(member.name for member in members)
-
-
-def _change_of_votes(plan: Plan, voters: NodeIds, view: View) -> str:
-    """Who is to become a voter, or to be one no more; empty: all stays as it is."""
-    names = {m.node_id: m.name for m in (*plan.members, *view.living)}
-    now, then = voter_ids(plan), frozenset(voters)
-    more = (f"{names[node_id]} to vote" for node_id in sorted(then - now))
-    less = (f"{names[node_id]} to vote no more" for node_id in sorted(now - then))
-    return ", ".join((*more, *less))

@@ -27,9 +27,13 @@ MEMORY = 32
 
 
 class StepClock:
-    """What steps took on this node, whole steps with their waits, in seconds."""
+    """What steps took on this node, whole steps with their waits, in seconds.
 
-    def __init__(self) -> None:
+    No limit is shorter than `least_s`.
+    """
+
+    def __init__(self, least_s: float = LEAST_S) -> None:
+        self._least_s = least_s
         self._took: dict[int, deque[float]] = {}
         self._patience = 1.0
 
@@ -44,7 +48,7 @@ class StepClock:
 
     def overdue(self) -> None:
         """A step did not finish in its time: the next one has twice as long."""
-        self._patience = min(2 * self._patience, MOST_S / LEAST_S)
+        self._patience = min(2 * self._patience, MOST_S / self._least_s)
 
     def _base(self, bucket: int) -> float:
         if not self._took:
@@ -53,7 +57,7 @@ class StepClock:
         usual = median(self._took[known])
         if known != bucket:
             usual *= STRANGE_MARGIN * max(1.0, 2.0 ** (bucket - known))
-        return max(FACTOR * usual, LEAST_S)
+        return max(FACTOR * usual, self._least_s)
 
 
 def _bucket(rows: int) -> int:

@@ -65,3 +65,25 @@ def _voting_lives(base: Plan | None) -> frozenset[tuple[str, str]]:
 def _keeps_its_vote(member: Member, lives: AbstractSet[tuple[str, str]]) -> bool:
     """A voter that forgot what it promised is a voter no more, but a learner like others."""
     return not member.blank or (member.node_id, member.boot_id) in lives
+
+
+def change_of_votes(plan: Plan, voters: NodeIds, living: Iterable[Member]) -> str:
+    """Who is to become a voter, or to be one no more, as text; empty: all stays as it is."""
+    names = {m.node_id: m.name for m in (*plan.members, *living)}
+    now, then = voter_ids(plan), frozenset(voters)
+    more = (f"{names[node_id]} to vote" for node_id in sorted(then - now))
+    less = (f"{names[node_id]} to vote no more" for node_id in sorted(now - then))
+    return ", ".join((*more, *less))
+
+
+def listed_as(member: Member | None, before: Member | None, *, base_active: bool) -> Member:
+    """How the next plan lists a member that lives (None: it does not), and that the base listed.
+
+    A plan that follows one not known to be in force cannot give a voter that forgot what it
+    promised for that plan a new vote: it lists the life that promised.
+    """
+    reborn = member is not None and before is not None and member.boot_id != before.boot_id
+    if member is None or (reborn and member.blank and not base_active):
+        assert before is not None
+        return before
+    return member

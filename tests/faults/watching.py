@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import json
 import select
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import pairwise
 from typing import Any
 
-from p2pinfer.client import Client, new_request_id
+from p2pinfer.client import Client, Event, new_request_id
 from p2pinfer.cluster import LocalCluster, LocalNode
 from p2pinfer.errors import ClusterError
-from p2pinfer.types import SamplingParams
+from p2pinfer.types import Failover, SamplingParams
 from p2pinfer.wire.messages import Chunk, Finished
 
 DEADLINE_S = 60.0
+SILENCE_S = 5.0
+"""How long a client here bears a silent node before it goes to another one."""
+
+GO_ON_S = 3.0
+"""Within this a reply has to go on, whatever one node or one path does."""
+
 Fact = dict[str, Any]
 
 
@@ -34,61 +42,94 @@ def facts(node: LocalNode, *events: str, since: float = 0.0) -> list[Fact]:
     """The facts of these kinds that a node logged after `since` (wall clock, seconds); each gets
     its moment as `at`."""
     found = []
-    for line in node.log.read_text().splitlines():
-        if line.startswith("{"):
+    for line in node.log.read_text(errors="replace").splitlines():
+        if line.startswith("{") and line.endswith("}"):
             fact = json.loads(line)
-            at = datetime.fromisoformat(fact["timestamp"]).timestamp()
-            if fact["event"] in events and at >= since:
-                found.append(fact | {"at": at})
+            if fact["event"] in events:
+                at = datetime.fromisoformat(fact["timestamp"]).timestamp()
+                if at >= since:
+                    found.append(fact | {"at": at})
     return found
+
+
+def status(node: LocalNode) -> dict[str, Any]:
+    """The cluster as a node sees it; empty when it does not answer."""
+    try:
+        return Client([node.address], timeout=2.0).status()
+    except ClusterError:
+        return {}
+
+
+def member(node: LocalNode, name: str) -> dict[str, Any]:
+    """What a node says of a member; empty when it does not know it, or does not answer."""
+    found = (m for m in status(node).get("members", ()) if m["name"] == name)
+    return next(found, {})
+
+
+def whole(nodes: Iterable[LocalNode], count: int) -> bool:
+    """Whether every one of these nodes says that the cluster is ready and has so many voters."""
+    for node in nodes:
+        seen = status(node)
+        if not seen or not seen["ready"] or len(seen["voters"]) != count:
+            return False
+    return True
 
 
 def all_vote(cluster: LocalCluster, nodes: int) -> bool:
     """Whether every running node says that the cluster is ready and has that many voters."""
-    for node in cluster.nodes:
-        if node.ending:
-            continue
-        try:
-            status = Client([node.address], timeout=2.0).status()
-        except ClusterError:
-            return False
-        if not status["ready"] or len(status["voters"]) != nodes:
-            return False
-    return True
+    return whole([node for node in cluster.nodes if not node.ending], nodes)
 
 
 def leader(cluster: LocalCluster) -> str:
     """The name of who leads, as the first running node that knows one says."""
     for node in cluster.nodes:
-        if not node.ending:
-            try:
-                name = Client([node.address], timeout=2.0).status()["leader"]
-            except ClusterError:
-                continue
-            if name:
-                return str(name)
+        if not node.ending and (name := status(node).get("leader")):
+            return str(name)
     return ""
+
+
+def pick(cluster: LocalCluster, kind: str) -> LocalNode:
+    """The node that leads (`leader`), or the last one that does not."""
+    name = leader(cluster)
+    return [node for node in cluster.nodes if (node.name == name) == (kind == "leader")][-1]
+
+
+def others(cluster: LocalCluster, victim: LocalNode) -> list[LocalNode]:
+    """All nodes but one."""
+    return [node for node in cluster.nodes if node is not victim]
+
+
+def kill(*victims: LocalNode) -> None:
+    """End nodes without a word."""
+    for victim in victims:
+        victim.process.send_signal(signal.SIGKILL)
+    for victim in victims:
+        victim.process.wait()
 
 
 @dataclass
 class Reading:
     """A client in a thread of its own, which reads one long reply and resumes it where it broke.
 
-    `times` are when tokens came; `resumed` counts how often it had to go to another node.
+    `times` are when tokens came; `resumed` counts how often it had to go to another node. `enter`
+    is called first in the thread: it may move it to another network.
     """
 
     addresses: list[str]
     prompt: str
     params: SamplingParams
+    deadline: float = DEADLINE_S
+    enter: Callable[[], None] | None = None
     tokens: list[int] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
-    failovers: list[dict[str, Any]] = field(default_factory=list)
+    failovers: tuple[Failover, ...] = ()
     finish_reason: str = ""
     errors: list[str] = field(default_factory=list)
     resumed: int = 0
 
     def start(self) -> Reading:
         """Begin; returns itself."""
+        self._stopped = False
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
         return self
@@ -98,24 +139,56 @@ class Reading:
         self._thread.join(within)
         assert not self._thread.is_alive(), f"no end after {within:g} s, {len(self.tokens)} tokens"
 
+    def stop(self) -> None:
+        """Break the reply off with its next token."""
+        self._stopped = True
+        self.join()
+
+    def begun(self, tokens: int = 8) -> Reading:
+        """Wait until so many tokens are there; returns itself."""
+        until(lambda: len(self.tokens) >= tokens or self.errors, what="the reply")
+        assert not self.errors, self.errors
+        return self
+
+    def goes_on(self, since: float, within: float = DEADLINE_S) -> None:
+        """Wait for a token that came later than `since` (wall clock), or the reply's end."""
+        until(lambda: self.times[-1] > since or self.finish_reason, within, "another token")
+
+    def longest_gap(self) -> float:
+        """The longest time in seconds between two tokens."""
+        return max((later - earlier for earlier, later in pairwise(self.times)), default=0.0)
+
+    def lost(self) -> set[str]:
+        """The names of the nodes that interrupted the reply, as its end says."""
+        return {name for failover in self.failovers for name in failover.lost}
+
     def _read(self) -> None:
-        request_id, deadline = new_request_id(), time.monotonic() + DEADLINE_S
-        while not self.finish_reason and time.monotonic() < deadline:
-            order = self.addresses[self.resumed % len(self.addresses) :] + self.addresses
+        if self.enter:
+            self.enter()
+        request_id, deadline = new_request_id(), time.monotonic() + self.deadline
+        while not self.finish_reason and not self._stopped and time.monotonic() < deadline:
+            at = self.resumed % len(self.addresses)
+            order = self.addresses[at:] + self.addresses[:at]
             try:
-                events = Client(order, timeout=5.0).submit(
-                    self.prompt, self.params, request_id=request_id, received=self.tokens
+                self._take(
+                    Client(order, timeout=SILENCE_S).submit(
+                        self.prompt, self.params, request_id=request_id, received=self.tokens
+                    )
                 )
-                for event in events:
-                    if isinstance(event, Chunk) and event.tokens:
-                        assert event.start == len(self.tokens), "a gap or a repetition"
-                        self.tokens += event.tokens
-                        self.times += [time.time()] * len(event.tokens)
-                    elif isinstance(event, Finished):
-                        self.failovers = [{"lost": f.lost, "rung": f.rung} for f in event.failovers]
-                        self.finish_reason = event.reason
             except ClusterError as error:
                 self.errors.append(f"{error.code}: {error.message}")
                 if not error.retryable:
                     return
                 self.resumed += 1
+
+    def _take(self, events: Iterator[Event]) -> None:
+        for event in events:
+            if self._stopped:
+                return
+            if isinstance(event, Chunk) and event.tokens:
+                assert event.start == len(self.tokens), "a gap or a repetition"
+                self.times += [time.time()] * len(event.tokens)
+                self.tokens += event.tokens
+            elif isinstance(event, Finished):
+                self.failovers = event.failovers
+                self.finish_reason = event.reason

@@ -33,7 +33,7 @@ DEADLINE_S = 60.0
 
 class Fleet:
     """`nodes` workers holding the model in `folder` by one plan; the last `witnesses` of them
-    hold nothing."""
+    hold nothing. `least_step_s` is long: the machine may be busy with other tests."""
 
     def __init__(
         self,
@@ -42,7 +42,9 @@ class Fleet:
         layout: str = "heads",
         dtype: DType | None = None,
         weights: Sequence[float] = (),
+        *,
         witnesses: int = 0,
+        least_step_s: float = 20.0,
     ) -> None:
         config = load_config(folder)
         self.model = model_spec(
@@ -78,6 +80,7 @@ class Fleet:
                     bulk_port=base + 10 * i + 2,
                     device="cpu",
                     threads=1,
+                    least_step_s=least_step_s,
                 )
             )
 

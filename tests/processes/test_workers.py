@@ -24,6 +24,7 @@ from p2pinfer.core.events import (
 )
 from p2pinfer.core.planner import holding
 from p2pinfer.core.topology import topology
+from p2pinfer.step_links import STEP_PORT_OFFSET, port_shifted
 from p2pinfer.types import DType, Fence, SamplingParams
 from p2pinfer.wire.codec import encode
 from p2pinfer.wire.messages import LinkOpen, Partial
@@ -227,13 +228,13 @@ def test_a_step_that_a_member_leaves_fails_soon(
 ) -> None:
     """Killed: at once, since its link breaks; standing still: after ten times a step's time."""
     params = SamplingParams(max_tokens=400, ignore_eos=True)
-    with Fleet(folder, 2) as fleet:
+    with Fleet(folder, 2, least_step_s=2.0) as fleet:
         fleet.start(1, PROMPT, params)
         fleet.stats(0, 20)
         os.kill(fleet.workers[1].pid, way)
         began = time.monotonic()
         failed = fleet.failure(0)
-        assert time.monotonic() - began < 5.0
+        assert time.monotonic() - began < 15.0
         assert (failed.fence, failed.node_id) == (Fence(1, 1), fleet.members[1].node_id)
         assert reason in failed.reason
         assert not failed.broken
@@ -248,7 +249,7 @@ def test_a_link_that_is_opened_again_breaks_the_step(folder: Path) -> None:
         context = zmq.Context()
         dealer = context.socket(zmq.DEALER)
         try:
-            dealer.connect(fleet.members[1].address[:-1] + "1")
+            dealer.connect(port_shifted(fleet.members[1].address, STEP_PORT_OFFSET))
             again = LinkOpen(node_id="0" * 16, boot_id="0" * 16, fence=Fence(1, 1))
             dealer.send(encode(again))
             failed = fleet.failure(1)
@@ -313,13 +314,12 @@ def test_hostile_frames_are_dropped_and_counted(folder: Path) -> None:
     params = SamplingParams(max_tokens=60, ignore_eos=True)
     with Fleet(folder, 2) as fleet:
         plan = fleet.plan(Fence(1, 1))
-        port = int(fleet.members[1].address.rsplit(":", 1)[1]) + 1
         fleet.start(1, PROMPT, params)
         context = zmq.Context()
         dealer = context.socket(zmq.DEALER)
         dealer.linger = 1000
         try:
-            dealer.connect(f"tcp://127.0.0.1:{port}")
+            dealer.connect(port_shifted(fleet.members[1].address, STEP_PORT_OFFSET))
             hidden = plan.model.hidden_size
 
             def forged(fence: Fence, columns: int) -> bytes:

@@ -6,6 +6,7 @@ from msgspec import Struct
 
 from p2pinfer.core import events as e
 from p2pinfer.core.timing import Timing
+from p2pinfer.wire.messages import ControlMessage
 from tests.simulation import toy_model as toy
 from tests.simulation.clients import Clients
 from tests.simulation.judge import Judge
@@ -33,6 +34,10 @@ RESTART_S = 1.0
 """A process that ends in an error is started again, as systemd does."""
 
 
+LINGER_S = 0.3
+"""How long a daemon that ends lets its last words leave."""
+
+
 class Setting(Struct, frozen=True, kw_only=True):
     """What a cluster is like. `kinds` are the machines' numeric classes."""
 
@@ -47,6 +52,8 @@ class Setting(Struct, frozen=True, kw_only=True):
     wait_for_nodes: float = 4.0
     orphan_timeout: float = 1.5
     drain_timeout: float = 4.0
+    join_timeout: float = 15.0
+    min_nodes: int = 1
 
 
 class Cluster:
@@ -64,9 +71,9 @@ class Cluster:
         alike = not any(setting.kinds)
         self.clients = Clients(self, reference, alike=alike)
         self.calm = False
+        self.losing: dict[str, int] = {}
+        """How many of the next control messages of each kind, by name, are lost."""
         self.last_death = -1.0
-        self.changed = 0
-        """Grows with everything that may make the cluster agree or not."""
 
     # --- machines ---------------------------------------------------------------------------------
 
@@ -103,7 +110,8 @@ class Cluster:
             wait_for_nodes=setting.wait_for_nodes,
             orphan_timeout=setting.orphan_timeout,
             drain_timeout=setting.drain_timeout,
-            join_timeout=15.0,
+            join_timeout=setting.join_timeout,
+            min_nodes=setting.min_nodes,
             timing=TIMING,
         )
         state = "with its state" if stored else "without state"
@@ -131,18 +139,29 @@ class Cluster:
         """A node ends its process."""
         machine = process.machine
         self.world.tell(machine.number, f"exits: {output.error or 'as told'}")
-        process.end(silent=False)
+        process.end(silent=False, linger_s=LINGER_S)
         self.clients.process_ended(process)
         if output.error:
             self.world.count("a node ended in an error")
             self.last_death = self.world.now
             self.world.later(RESTART_S, self.boot, machine)
-        elif not machine.returns:
+        elif machine.returns:
+            machine.returns = False
+            self.world.later(RESTART_S, self.boot, machine)
+        else:
             machine.gone = True
 
     def drained(self, route: bytes, *, done: bool) -> None:
         """A client that asked for a drain has its answer."""
         self.world.count("a drain was done" if done else "a drain failed")
+
+    def loses(self, message: ControlMessage) -> bool:
+        """Whether this message is one of those that are to be lost."""
+        name = type(message).__name__
+        left = self.losing.get(name, 0)
+        if left:
+            self.losing[name] = left - 1
+        return left > 0
 
     # --- what there is ----------------------------------------------------------------------------
 

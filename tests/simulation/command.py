@@ -77,7 +77,7 @@ def _names(_context: click.Context, _parameter: click.Parameter, text: str) -> t
 @click.option("--without", callback=_names, default="", help="Leave out these classes of faults.")
 @click.option("--mutation", type=click.Choice(list(MUTATIONS)), default=None)
 @click.option("--json", "as_json", is_flag=True, help="Print one object with all counters.")
-def main(
+def main(  # noqa: PLR0917 - click passes them by name
     seeds: range,
     jobs: int,
     replay: int | None,
@@ -116,9 +116,7 @@ def _object(outcome: Outcome) -> dict[str, object]:
     }
 
 
-def _run(
-    seeds: range, jobs: int, without: tuple[str, ...], mutation: str, as_json: bool
-) -> int:
+def _run(seeds: range, jobs: int, without: tuple[str, ...], mutation: str, as_json: bool) -> int:
     counters: Counter[str] = Counter()
     bad: list[Outcome] = []
     began, simulated, cpu = monotonic(), 0.0, 0.0

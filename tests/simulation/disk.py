@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from p2pinfer.core.events import Input, Persist, PersistFailed, Persisted, StoredState
+from p2pinfer.core.events import Input, Persist, Persisted, PersistFailed, StoredState
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
@@ -86,13 +86,13 @@ class Disk:
             self._put(order)
             event = Persisted(number=order.number)
         self._untold += 1
-        self.world.later(self._random.uniform(0, 0.001), self._tell, owner, event, order.state, answer)
+        self.world.later(
+            self._random.uniform(0, 0.001), self._tell, owner, event, order.state, answer
+        )
         if waiting is not None:
             self._write(waiting, answer)
 
-    def _tell(
-        self, owner: int, event: Input, state: StoredState | None, answer: Answer
-    ) -> None:
+    def _tell(self, owner: int, event: Input, state: StoredState | None, answer: Answer) -> None:
         if owner == self._owner:
             self._untold -= 1
             answer(event, state)

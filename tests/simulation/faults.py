@@ -13,8 +13,8 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from p2pinfer.core import events as e
-from p2pinfer.core.quorum import voter_ids
 from p2pinfer.wire.messages import Drain, Plane
+from tests.simulation.judge import electorates
 
 if TYPE_CHECKING:
     from tests.simulation.cluster import Cluster
@@ -91,11 +91,12 @@ class Ledger:
     def zombie(self, machine: Machine, term: int) -> None:
         """A leader of `term` goes on after it stood still."""
         leader = self._cluster.leader()
-        if leader is not None and leader is not machine and leader.process is not None:
-            if leader.process.leads_in > term:
-                self._count("stopped leader came back after another was elected")
-                if self._cluster.clients.waiting:
-                    self._count("zombie leader with running requests")
+        if leader is None or leader is machine or leader.process is None:
+            return
+        if leader.process.leads_in > term:
+            self._count("stopped leader came back after another was elected")
+            if self._cluster.clients.waiting:
+                self._count("zombie leader with running requests")
 
     def cut(self) -> None:
         """The network is about to be cut."""
@@ -195,7 +196,9 @@ class Faults:
 
     # --- strikes that several classes share -------------------------------------------------------
 
-    def kill(self, machine: Machine, down_s: float, *, silent: bool = False, wipe: bool = False) -> None:
+    def kill(
+        self, machine: Machine, down_s: float, *, silent: bool = False, wipe: bool = False
+    ) -> None:
         """Kill a machine's process; it comes back after a while."""
         self.ledger.death(machine, wipe=wipe)
         if wipe:
@@ -205,21 +208,15 @@ class Faults:
         self.until(down_s, partial(self.cluster.boot, machine))
 
     def may_forget(self, machine: Machine) -> bool:
-        """Whether the voters that keep their state are enough without this one."""
-        for other in self.cluster.machines:
-            state = other.disk.state
-            if state is None or state.plan is None:
-                continue
-            sets = (voter_ids(state.plan), frozenset(state.plan.old_voters))
-            for voters in sets:
-                keep = {m.node_id for m in self.cluster.machines if self._keeps(m, state.plan.members)}
-                if voters and 2 * len((voters & keep) - {machine.node_id}) <= len(voters):
-                    return False
-        return machine.disk.state is not None
-
-    def _keeps(self, machine: Machine, members: tuple[object, ...]) -> bool:
-        """Whether a machine has the state of a voter: all boots since that plan kept it."""
-        return machine.disk.state is not None and not machine.gone
+        """Whether the voters that keep their state are enough without this one, by any plan that a
+        node has accepted."""
+        keep = {
+            m.node_id
+            for m in self.cluster.machines
+            if m is not machine and not m.gone and m.disk.state is not None
+        }
+        sets = [voters for plan in self.cluster.judge.accepted() for voters in electorates(plan)]
+        return bool(sets) and all(2 * len(voters & keep) > len(voters) for voters in sets)
 
     def cut(self, pairs: list[tuple[int, int]], planes: tuple[Plane, ...], rng: Random) -> None:
         """Cut directed pairs of machines for a while."""
@@ -307,7 +304,11 @@ def _queues(faults: Faults, rng: Random, machine: Machine) -> None:
     faults.network.hwm[number] = rng.choice((0, 1, 2, 4))
     faults.world.count("queues were full")
     faults.world.tell(number, f"its queues take {faults.network.hwm[number]} frames")
-    faults.until(rng.uniform(0.1, 2.0), lambda: faults.network.hwm.pop(number, None) and None)
+    faults.until(rng.uniform(0.1, 2.0), partial(_normal_queues, faults, number))
+
+
+def _normal_queues(faults: Faults, number: int) -> None:
+    faults.network.hwm.pop(number, None)
 
 
 def oneway(faults: Faults, rng: Random) -> None:
@@ -412,7 +413,9 @@ def _pause(faults: Faults, rng: Random, frozen: bool, machine: Machine) -> None:
         return
     faults.ledger.standstill(machine)
     faults.world.count("a process stood still" if frozen else "a control plane stood still")
-    faults.world.tell(machine.number, "stands still" if frozen else "its control plane stands still")
+    faults.world.tell(
+        machine.number, "stands still" if frozen else "its control plane stands still"
+    )
     term = process.leads_in
     process.stall(frozen=frozen)
 
@@ -570,7 +573,6 @@ def _leave(faults: Faults, rng: Random, machine: Machine) -> None:
     faults.world.count("a node was told to end")
     machine.returns = True
     process.take(e.ShutdownAsked())
-    faults.until(6.0 + rng.uniform(0, 1.0), partial(faults.cluster.boot, machine))
 
 
 CLASSES: dict[str, Callable[[Faults, Random], None]] = {

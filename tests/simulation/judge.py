@@ -30,6 +30,12 @@ Mark = tuple[str, Fence]
 """A plan, by its cluster and its fence."""
 
 
+def electorates(plan: Plan) -> list[set[str]]:
+    """The sets of voters (node ids) that must agree while a plan is not known to be in force."""
+    voters = {plan.members[index].node_id for index in plan.voters}
+    return [each for each in (voters, set(plan.old_voters)) if each]
+
+
 class Judge:
     """Knows what was promised to whom, and holds everybody to it."""
 
@@ -127,6 +133,33 @@ class Judge:
         if stored is not None and stored.plan is not None:
             self._accepted[number] = self._plan(stored.plan)
 
+    def accepted(self) -> list[Plan]:
+        """The newest plan that each node has accepted, as far as it did not lose it."""
+        return [self._valid[mark] for mark in self._accepted.values()]
+
+    def hopeless(self) -> bool:
+        """Whether too many voters have lost their state for anybody ever to be elected."""
+        living = self._cluster.living()
+        keep = {p.config.member.node_id for p in living if self._has_a_say(p)}
+        for process in living:
+            mark = self._accepted.get(process.number)
+            if mark is None or not self._has_a_say(process):
+                continue
+            voters = electorates(self._valid[mark])
+            if all(2 * len(each & keep) > len(each) for each in voters):
+                return False
+        return True
+
+    def _has_a_say(self, process: Process) -> bool:
+        """Whether a process remembers what it promised, or was made a voter as it is."""
+        member = process.config.member
+        mark = self._accepted.get(process.number)
+        plan = self._valid[mark] if mark is not None else None
+        named = plan is not None and any(
+            plan.members[index].boot_id == member.boot_id for index in plan.voters
+        )
+        return plan is not None and (named or not member.blank)
+
     # --- workers ----------------------------------------------------------------------------------
 
     def order(self, process: Process, order: e.AnyOrder) -> None:
@@ -158,8 +191,8 @@ class Judge:
         leader = plan.members[plan.leader].node_id
         check(leader in have, f"the leader of {plan.fence} has not kept it")
         if plan.quorum == "majority":
-            for voters in ({plan.members[i].node_id for i in plan.voters}, set(plan.old_voters)):
-                agreed = 2 * len(have & voters) >= len(voters) or not voters
+            for voters in electorates(plan):
+                agreed = 2 * len(have & voters) >= len(voters)
                 check(agreed, f"{plan.fence} is in force by {sorted(have)} of {sorted(voters)}")
 
     def report(self, process: Process, report: e.AnyReport) -> None:

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from tests.simulation.cluster import Cluster
 
 PIPE_S = (0.0001, 0.001)
+
+
 class ControlPlane(Protocol):
     """What of `Node` a process uses."""
 
@@ -109,7 +111,7 @@ class Machine:
         """The member that its next process is."""
         return Member(
             node_id=self.node_id,
-            boot_id=f"{self.number:x}{self.boots:015x}",
+            boot_id=f"{self.number:02x}{self.boots:014x}",
             name=self.name,
             address=self.address,
             pid=self.boots,
@@ -266,15 +268,15 @@ class Process:
             self._feed(self._waiting.popleft())
         if self.alive:
             self.network.resumed(self, Plane.CONTROL)
-        if self.alive and not self.stalled:
-            self._feed(e.Ticked())
+        if not self.stalled:
+            self.take(e.Ticked())
 
-    def end(self, *, silent: bool) -> None:
-        """The process is gone."""
+    def end(self, *, silent: bool, linger_s: float = 0.0) -> None:
+        """The process is gone; its last words may still leave for `linger_s`."""
         self.alive = False
         self.worker.ended()
         self.machine.disk.crashed()
-        self.network.died(self, silent=silent)
+        self.network.died(self, silent=silent, linger_s=linger_s)
 
     # --- outputs ----------------------------------------------------------------------------------
 
@@ -327,7 +329,8 @@ class Process:
         message = output.message
         frame = encode(message)
         self.world.trace.note(self.world.now, self.number, "send", frame, output)
-        self.network.send(self, Plane.CONTROL, output.address, frame)
+        if not (self.cluster.losing and self.cluster.loses(message)):
+            self.network.send(self, Plane.CONTROL, output.address, frame)
         self.cluster.judge.sent(self, message)
         if isinstance(message, MOMENTS):
             self.world.moment(type(message).__name__, self.number)
@@ -337,7 +340,7 @@ class Process:
         self.world.trace.note(self.world.now, self.number, "reply", frame, output)
         if output.route.startswith(b"c"):
             self.cluster.clients.answer(self, output.route, output.message)
-        else:
+        elif not (self.cluster.losing and self.cluster.loses(output.message)):
             self.network.reply(self, output.route, frame)
 
     # --- the worker's pipe ------------------------------------------------------------------------

@@ -138,13 +138,13 @@ class Network:
         dial = self._dials[process, plane, address] = Dial(process, plane, address)
         self.world.later(2 * self._random.uniform(*LATENCY_S), self._connect, dial)
 
-    def close(self, process: Process, plane: Plane, address: str) -> None:
-        """Close a link at once; what is on its way may still arrive."""
+    def close(self, process: Process, plane: Plane, address: str, linger_s: float = 0.0) -> None:
+        """Close a link at once; what is on its way may still arrive, within `linger_s` it does."""
         dial = self._dials.pop((process, plane, address), None)
         if dial is not None:
             dial.closed = True
             if dial.connection is not None:
-                self._end(dial.connection, self._random.uniform(0, 0.005))
+                self._end(dial.connection, linger_s or self._random.uniform(0, 0.005))
 
     def send(self, process: Process, plane: Plane, address: str, frame: bytes) -> bool:
         """Queue a frame on a link; False: it is not connected, or its queue is full."""
@@ -170,10 +170,13 @@ class Network:
 
     # --- what happens to processes ----------------------------------------------------------------
 
-    def died(self, process: Process, *, silent: bool) -> None:
-        """A process is gone. `silent`: its machine lost its power, so nobody is told."""
+    def died(self, process: Process, *, silent: bool, linger_s: float = 0.0) -> None:
+        """A process is gone. `silent`: its machine lost its power, so nobody is told.
+
+        `linger_s`: it ended in good order, and its last words may take so long.
+        """
         for key in [key for key in self._dials if key[0] is process]:
-            self.close(*key)
+            self.close(*key, linger_s)
         for connection in tuple(self._connections.values()):
             if connection.forth.receiver is process:
                 if silent:

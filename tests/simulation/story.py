@@ -16,7 +16,7 @@ _QUIET = {"rumours", "hears_control", "hears_steps", "sent_at_ms", "echo_ms", "k
 _MANY = 12
 
 
-def describe(value: Any) -> str:
+def describe(value: Any) -> str:  # noqa: PLR0911 - one line for each type
     """One line that shows a value without what is at its default."""
     match value:
         case bytes():

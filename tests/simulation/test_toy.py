@@ -10,10 +10,10 @@ from msgspec.structs import replace
 from p2pinfer.core import events as e
 from p2pinfer.core.planner import make_plan
 from p2pinfer.types import Fence, Member, Plan, SamplingParams
+from p2pinfer.wire.messages import Plane
 from tests.simulation import toy_model as toy
 from tests.simulation.cluster import Cluster, Setting
 from tests.simulation.machine import Machine
-from tests.simulation.network import Plane
 from tests.simulation.world import Violation, World
 
 
@@ -131,7 +131,9 @@ def log_of(chief: Chief, request_id: int, prompt: tuple[int, ...], reply: tuple[
     )
 
 
-@pytest.mark.parametrize(("count", "layout"), [(1, "heads"), (3, "heads"), (2, "layers"), (4, "2x2")])
+@pytest.mark.parametrize(
+    ("count", "layout"), [(1, "heads"), (3, "heads"), (2, "layers"), (4, "2x2")]
+)
 def test_workers_together_compute_the_reference(count: int, layout: str) -> None:
     """Whatever the layout, the tokens committed are those of the model in one piece."""
     chief = Chief(count)

@@ -240,7 +240,10 @@ class ToyEngine:
             _add_to(totals, sums)
             tensor = toy.to_tensor(sums, (len(subtrees), len(xs)))
             for peer in mine.peers:
-                links.send(peer, self._partial(step, peer, layer, half, tuple(subtrees), tensor))
+                frame = self._partial(
+                    step, peer, layer=layer, half=half, parts=tuple(subtrees), tensor=tensor
+                )
+                links.send(peer, frame)
         senders = mine.senders(half)
         if senders:
             key = (step.step, layer, half)
@@ -252,7 +255,7 @@ class ToyEngine:
         return [total % toy.PRIME for total in totals]
 
     def _partial(
-        self, step: Step, peer: int, layer: int, half: int, parts: tuple[int, ...], tensor: Tensor
+        self, step: Step, peer: int, *, layer: int, half: int, parts: tuple[int, ...], tensor: Tensor
     ) -> Partial:
         mine = self.topology
         assert mine.holding.stage is not None

@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 import pytest
+from msgspec.structs import replace
 
 from p2pinfer import __version__
 from p2pinfer.cli import main, node, root
@@ -23,7 +24,7 @@ from p2pinfer.cli.status_view import runs, status_view
 from p2pinfer.client import Event
 from p2pinfer.errors import ClusterError, InvalidRequestError, ModelError, UsageError
 from p2pinfer.limits import MAX_TEXT_CHARS
-from p2pinfer.types import SamplingParams
+from p2pinfer.types import Failover, SamplingParams
 from p2pinfer.wire.messages import Accepted, Chunk, Finished
 
 HEAVY = ("torch", "numpy", "zmq", "transformers", "tokenizers", "rich", "structlog")
@@ -217,23 +218,85 @@ def rendered(status: dict[str, Any]) -> str:
 
 def test_status_view_shows_who_holds_what() -> None:
     """The status table has a line per member with state, layers, units and figures."""
-    members = [member("a"), member("b", state="dead", owned=[], rtt_ms=None, kv={})]
+    members = [member("a"), member("b", state="dead", owned=[])]
     text = rendered(
         {"model": {"name": "m"}, "leader": "a", "epoch": 3, "ready": True, "members": members}
     )
-    head, _, first, second = text.splitlines()
-    assert head.split() == ["m", "leader", "a", "epoch", "3", "ready"]
+    head, _, titles, first, second = text.splitlines()
+    assert head.split() == ["m", "leader", "a", "term", "0", "epoch", "3", "ready"]
+    assert titles.split()[:5] == ["name", "state", "address", "layers", "heads"]
     assert [*first.split()] == [
         *("a", "alive", "127.0.0.1:7720", "0-3", "|", "4-7", "0-1", "|", "2"),
         *("0", "|", "3", "0.2", "12.0", "1/1024"),
     ]
-    assert second.split() == ["b", "dead", "127.0.0.1:7720", "-", "-", "-", "-", "12.0", "0/0"]
+    assert second.split() == ["b", "dead", "127.0.0.1:7720", *"------"]
 
 
 def test_status_view_says_what_is_waited_for() -> None:
-    """A cluster that is not ready says why."""
+    """A cluster that is not ready says why, and nothing of deaths that it would survive."""
     text = rendered({"model": None, "leader": None, "waiting": "1 of 3 nodes", "members": []})
-    assert "no model" in text and "not ready: 1 of 3 nodes" in text
+    assert "no model" in text and "not ready\nwaiting: 1 of 3 nodes" in text
+    assert "survives" not in text
+
+
+@pytest.mark.parametrize(
+    ("tolerates", "told"),
+    [([], "nobody"), (["b"], "b"), (["a", "b", "c"], "any of a, b, c")],
+    ids=["none", "one", "each"],
+)
+def test_status_view_says_whose_death_is_survived(tolerates: list[str], told: str) -> None:
+    """A ready cluster names its voters and the nodes of which any one may die."""
+    status = {"ready": True, "voters": ["a", "b", "c"], "tolerates": tolerates, "members": []}
+    _, line, *_ = rendered(status).splitlines()
+    assert line.rstrip() == f"voters a, b, c   survives the death of {told}"
+
+
+@pytest.mark.parametrize(
+    ("others", "word"),
+    [
+        ({}, "alive"),
+        ({"hung": True, "draining": True}, "hung"),
+        ({"draining": True}, "draining"),
+        ({"witness": True, "numeric_class": "", "kv": {"limit_bytes": 1}}, "witness"),
+        ({"numeric_class": ""}, "starting"),
+        ({"numeric_class": "0123"}, "alive"),
+        ({"state": "suspect", "hung": True}, "suspect"),
+        ({"state": "left", "draining": True}, "left"),
+    ],
+)
+def test_status_view_has_one_word_for_a_members_state(others: dict[str, Any], word: str) -> None:
+    """What is wrong with a member wins over what is right; a witness has no KV to show."""
+    line = rendered({"ready": True, "members": [member("a", **others)]}).splitlines()[-1]
+    assert line.split()[1] == word
+    assert (line.split()[-1] == "-") == (word in ("witness", "left"))
+
+
+PLAN: dict[str, Any] = {
+    "model": "m",
+    "layout": "heads",
+    "leader": "a",
+    "term": 2,
+    "epoch": 5,
+    "kv_positions": 4096,
+    "members": [
+        {
+            **member("a"),
+            "voter": True,
+            "witness": False,
+            "weight_bytes": 3 << 20,
+            "memory_bytes": None,
+            "kv_room_bytes": 7 << 20,
+        },
+        {
+            **member("w", owned=[]),
+            "voter": True,
+            "witness": True,
+            "weight_bytes": 0,
+            "memory_bytes": 9 << 20,
+            "kv_room_bytes": 9 << 20,
+        },
+    ],
+}
 
 
 class FakeClient:
@@ -243,6 +306,7 @@ class FakeClient:
         self.events = events
         self.asked: tuple[Any, SamplingParams] | None = None
         self.addresses: tuple[str, ...] = ()
+        self.drained: str | None = None
 
     def __call__(self, addresses: tuple[str, ...]) -> FakeClient:
         self.addresses = addresses
@@ -266,15 +330,34 @@ class FakeClient:
         return {"error": None, "text": "whole"}
 
     def status(self) -> dict[str, Any]:
-        for event in self.events:
-            if isinstance(event, BaseException):
-                raise event
+        self._fail()
         members = [member("a")]
         return {"model": {"name": "m"}, "leader": "a", "ready": True, "members": members}
 
+    def plan(self, without: str = "") -> dict[str, Any]:
+        self._fail()
+        if not without:
+            return PLAN
+        moved = {"head": [0, 1], "mlp": [], "vocab": [2]}
+        found = {"without": without, "survives": True, "why": "", "moved": moved}
+        found |= {"exact": False, "plan": PLAN}
+        if without == "a":
+            found |= {"survives": False, "why": "of 2 voters 1 would be left: w"}
+            found |= {"moved": None, "exact": None, "plan": None}
+        return found
+
+    def drain(self, name: str) -> None:
+        self._fail()
+        self.drained = name
+
+    def _fail(self) -> None:
+        for event in self.events:
+            if isinstance(event, BaseException):
+                raise event
+
 
 REPLY: tuple[Event, ...] = (
-    Accepted(request_id=1, served_by="a", prompt_ids=(1,), waiting="waiting for 1 more node"),
+    Accepted(request_id=1, served_by="a", prompt_ids=(1,), waiting="1 of 2 nodes"),
     Chunk(request_id=1, start=0, tokens=(1,), text="a fox"),
     Finished(request_id=1, reason="stop", total_tokens=2, text=" ran"),
 )
@@ -299,7 +382,7 @@ def test_submit_prints_the_reply(
 ) -> None:
     """The reply's text is all that stdout gets; what it waited for goes to stderr."""
     client = ask("submit", "prompt", "hi", how, "--to", "h:1", "--to", "h:2")
-    assert capsys.readouterr() == ("a fox ran\n", "waiting for 1 more node ...\n")
+    assert capsys.readouterr() == ("a fox ran\n", "waiting: 1 of 2 nodes ...\n")
     assert client.addresses == ("h:1", "h:2")
 
 
@@ -369,11 +452,75 @@ def test_ctrl_c_says_how_far_the_reply_was(
     assert seen.out == "a fox\n" and seen.err.endswith(" ...\ncancelled after 1 token\n")
 
 
-def test_status_json_of_a_failure_is_an_object(
+def test_in_a_terminal_a_wait_has_a_line_of_its_own(
+    ask: Callable[..., FakeClient],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where a reply has begun, what it waits for does not go on in the middle of its text, and
+    the summary says what it survived."""
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    _, chunk, finished = REPLY
+    assert isinstance(finished, Finished)
+    lost = Failover(position=1, lost=("b", "c"), rung="replay", detect_s=0.1, stall_s=0.25)
+    waits = replace(REPLY[0], waiting="the election of a leader")
+    ask("submit", "prompt", "hi", events=(chunk, waits, replace(finished, failovers=(lost,))))
+    seen = capsys.readouterr()
+    assert seen.out == "a fox ran\n"
+    waited, summary = seen.err.split("...\n")
+    assert waited == "\nwaiting: the election of a leader "
+    assert "went on 0.2 s after losing b, c" in summary
+
+
+def test_plan_shows_who_holds_what(
+    ask: Callable[..., FakeClient],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`plan` prints a line per member; `--json` prints what the node said, unchanged."""
+    monkeypatch.setenv("COLUMNS", "120")
+    ask("plan")
+    head, room, titles, first, second = capsys.readouterr().out.splitlines()
+    assert head.split() == ["m", "heads", "leader", "a", "term", "2", "epoch", "5"]
+    assert "4096 positions" in room and titles.split()[:2] == ["node", "votes"]
+    assert first.split()[:2] == ["a", "yes"] and first.split()[-3:] == ["3", "-", "7"]
+    assert second.split() == ["w", "yes", *"-------"]
+    ask("plan", "--json")
+    assert json.loads(capsys.readouterr().out) == PLAN
+
+
+def test_plan_without_a_node_says_what_would_become_of_it(
     ask: Callable[..., FakeClient], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`status --json` says on stdout why there is none, with exit code 1."""
-    ask("status", "--json", events=(ClusterError("not_ready", "nobody"),), code=1)
+    """It says whether the cluster would go on, what would move, and why it would not go on."""
+    ask("plan", "--without", "b")
+    goes_on, moved, other_class, *_ = capsys.readouterr().out.splitlines()
+    assert goes_on == "without b the cluster goes on"
+    assert moved == "other nodes would take over: heads 0-1, vocabulary units 2"
+    assert "another numeric class" in other_class
+    ask("plan", "--without", "a")
+    told = capsys.readouterr().out
+    assert told == "without a the cluster stands still: of 2 voters 1 would be left: w\n"
+
+
+def test_drain_and_leave_say_when_it_is_done(
+    ask: Callable[..., FakeClient], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`node drain NAME` is about that node, `node leave` about the one that is asked."""
+    assert ask("node", "drain", "b", "--to", "h:1").drained == "b"
+    assert ask("node", "leave").drained == ""
+    assert capsys.readouterr().out == "b has left\nthe node has left its cluster\n"
+    ask("node", "drain", "b", events=(ClusterError("not_ready", "b could not"),), code=1)
+    assert capsys.readouterr() == ("", "error (not_ready): b could not\n")
+
+
+@pytest.mark.parametrize("verb", ["status", "plan"])
+def test_json_of_a_failure_is_an_object(
+    verb: str, ask: Callable[..., FakeClient], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--json` says on stdout why there is nothing to tell, with exit code 1."""
+    ask(verb, "--json", events=(ClusterError("not_ready", "nobody"),), code=1)
     seen = capsys.readouterr()
     assert seen.err == ""
     assert json.loads(seen.out) == {"error": {"code": "not_ready", "message": "nobody"}}

@@ -21,9 +21,12 @@ from p2pinfer.wire.messages import (
     Cancel,
     Chunk,
     ControlMessage,
+    Done,
+    Drain,
     Failed,
     Finished,
     Message,
+    PlanRequest,
     StatusReply,
     StatusRequest,
     Submit,
@@ -112,7 +115,7 @@ def to_submit(*answers: ControlMessage) -> Answer:
 
 def test_a_reply_is_one_object(make_node: MakeNode) -> None:
     """Text and tokens add up; keep-alives and answers to others are not part of it."""
-    lost = Failover(position=2, lost=("b",), rung="replay", detect_s=0.1, stall_s=0.2)
+    lost = Failover(position=2, lost=("b",), rung="replay", detect_s=0.1000000004, stall_s=0.2)
     node = make_node(
         to_submit(
             ACCEPTED,
@@ -223,6 +226,51 @@ def test_the_next_address_is_tried(make_node: MakeNode) -> None:
         closed.bind(("127.0.0.1", 0))
         others = [f"127.0.0.1:{s.getsockname()[1]}" for s in (closed, mute)]
         assert Client([*others, node.address], timeout=0.3).status() == status
+
+
+@pytest.mark.parametrize("without", ["", "b"])
+def test_a_plan_is_asked_for_by_name_of_who_would_be_gone(
+    without: str, make_node: MakeNode
+) -> None:
+    """`plan` returns the object that the node answers with."""
+    found = {"without": without}
+
+    def answer(message: ControlMessage) -> list[ControlMessage]:
+        assert isinstance(message, PlanRequest)
+        body = json.dumps({"without": message.without}).encode()
+        return [StatusReply(request_id=message.request_id, body=body)]
+
+    assert Client([make_node(answer).address]).plan(without) == found
+
+
+def test_a_drain_returns_when_it_is_done(make_node: MakeNode) -> None:
+    """`drain` waits for DONE of its own wish, and passes over what is about others."""
+
+    def answer(message: ControlMessage) -> list[ControlMessage]:
+        assert isinstance(message, Drain)
+        mine, other = message.request_id, message.request_id ^ 1
+        foreign = Failed(request_id=other, code="internal", message="not ours")
+        return [foreign, Done(request_id=other), Done(request_id=mine)]
+
+    node = make_node(answer)
+    Client([node.address]).drain("b")
+    assert [m.name for m in node.got if isinstance(m, Drain)] == ["b"]
+
+
+def test_a_question_that_fails_is_raised_with_its_code(make_node: MakeNode) -> None:
+    """FAILED in answer to `plan` or `drain` is an error with the cluster's code and message."""
+
+    def answer(message: ControlMessage) -> list[ControlMessage]:
+        assert isinstance(message, PlanRequest | Drain)
+        return [
+            Failed(request_id=message.request_id, code="not_ready", message="no", retryable=True)
+        ]
+
+    client = Client([make_node(answer).address])
+    for ask in (client.plan, client.drain):
+        with pytest.raises(ClusterError, match="no") as error:
+            ask("b")
+        assert (error.value.code, error.value.retryable) == ("not_ready", True)
 
 
 def test_what_no_cluster_would_take_is_not_sent() -> None:

@@ -104,6 +104,10 @@ def test_long_host_names_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--min-nodes", {"min_nodes": 17}),
         ("--join-timeout", {"join_timeout": 0.0}),
         ("--wait-for-nodes", {"wait_for_nodes": -1.0}),
+        ("--orphan-timeout", {"orphan_timeout": -1.0}),
+        ("--drain-timeout", {"drain_timeout": 1e9}),
+        ("--quorum", {"quorum": "half"}),
+        ("--timing", {"timing": "wan"}),
         ("--join", {"join": ("0.0.0.0:7720",)}),
         ("--join", {"listen": "h:7720", "join": ("tcp://h",)}),
         ("--advertise", {"advertise": "[::]:7720"}),
@@ -134,6 +138,18 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
     assert settings.kv_memory == 1 << 30
 
 
+def test_what_decides_about_failures_can_stand_in_the_file(tmp_path: Path) -> None:
+    """Quorum, timing, witness and the two time-outs are read from the file."""
+    file = tmp_path / "node.toml"
+    file.write_text(
+        'quorum = "last-man"\ntiming = "test"\nwitness = true\n'
+        "orphan-timeout = 0\ndrain-timeout = 2.5\n"
+    )
+    settings = load_settings({}, file)
+    assert (settings.quorum, settings.timing, settings.witness) == ("last-man", "test", True)
+    assert (settings.orphan_timeout, settings.drain_timeout) == (0, 2.5)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -143,6 +159,9 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
         ("threads = true", "threads must be a whole number"),
         ("weight = '4'", "weight must be a number"),
         ("name = 4", "name must be a text"),
+        ("quorum = 1", "quorum must be a text"),
+        ("witness = 'yes'", "witness must be true or false"),
+        ("drain-timeout = true", "drain-timeout must be a number"),
         ("join = 4", "join must be an address or a list"),
         ("join = [4]", "join must be an address or a list"),
         ("threads =", "not valid TOML"),
@@ -216,3 +235,9 @@ def test_flags_can_be_written_again() -> None:
     """Given values become the command line that gives them: what `cluster start` hands on."""
     values = {"model": "demo", "min_nodes": 2, "join": ("a", "b"), "weight": None}
     assert as_flags(values) == ["--model", "demo", "--min-nodes", "2", "--join", "a", "--join", "b"]
+    assert as_flags({"witness": True, "drain_timeout": 2.5}) == [
+        "--witness",
+        "--drain-timeout",
+        "2.5",
+    ]
+    assert as_flags({"witness": False}) == []

@@ -352,14 +352,11 @@ def test_a_plan_not_known_active_needs_the_voters_before_it_too() -> None:
     assert voter.election.term == 4
 
 
-def test_a_heartbeat_of_who_obeys_the_newest_plan_shows_that_it_is_in_force() -> None:
-    """From then on its own voters are enough."""
+def test_a_heartbeat_does_not_put_the_newest_plan_in_force() -> None:
+    """Only ACTIVATE does: with it come the token logs that the voters before had agreed on."""
     voter = Voter(stored(plan_of(B, C, fence=Fence(3, 8), old=(A, B, D)), active=False))
-    voter.beats(C, 3, fence=Fence(3, 7))
-    assert not voter.durable.state.active
     voter.beats(C, 3, fence=Fence(3, 8))
-    assert voter.durable.state.active
-    voter.stand()
+    assert not voter.durable.state.active
 
 
 def test_a_blank_voter_counts_where_the_plan_names_its_boot() -> None:
@@ -588,16 +585,6 @@ def test_a_higher_term_of_a_third_node_ends_the_leadership() -> None:
     voter.beats(C, 6)
     assert voter.election.leader_id == "" and voter.election.term == 6
     assert voter.election.deadline <= voter.now + LAN.election_max
-
-
-def test_a_node_that_has_left_campaigns_nowhere() -> None:
-    """It knows no leader and wants no time."""
-    voter = Voter()
-    voter.beats(A, 3, leader=A)
-    voter.durable.forget()
-    voter.election.forget()
-    voter.look(10.0)
-    assert voter.election.leader_id == "" and voter.election.deadline == inf
 
 
 # --- leading --------------------------------------------------------------------------------------

@@ -87,6 +87,25 @@ def test_all_links_to_a_member_are_closed() -> None:
     assert links.close_all(PEER) == closed(ALIAS, HERE)
 
 
+def test_a_link_on_which_another_node_answers_is_not_a_lost_members() -> None:
+    """A node that forgot who it was may live at the address of the one that it had been."""
+    links = links_up(HERE)
+    links.answered(HERE, "4" * 16, HERE)
+    assert links.close_all(PEER) == []
+    assert links.to("4" * 16) == HERE
+
+
+def test_hope_ends_with_the_last_refusal() -> None:
+    """While one link is not refused for good somebody may still take this node in."""
+    links = links_up(HERE, ALIAS)
+    links.refused(HERE, for_good=True)
+    assert links.hopeful
+    links.refused(ALIAS, for_good=True)
+    assert not links.hopeful
+    links.went_up(ALIAS)
+    assert links.hopeful
+
+
 def test_a_refusal_for_good_ends_greeting() -> None:
     """After a refusal for good there is no greeting until the connection is a new one."""
     links = links_up(HERE)

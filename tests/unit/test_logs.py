@@ -17,6 +17,7 @@ from p2pinfer.core.events import (
     PeerJoined,
     PlanAdopted,
     RequestFinished,
+    WorkerHung,
 )
 from p2pinfer.types import Fence, Member
 
@@ -59,9 +60,24 @@ def structlog_as_before() -> Iterator[None]:
             },
         ),
         (
-            PlanAdopted(fence=Fence(2, 7), members=("a", "b")),
+            PlanAdopted(
+                fence=Fence(2, 7),
+                members=("a", "b"),
+                leader="a",
+                voters=("a",),
+                owners=("b",),
+                agree_s=0.25,
+            ),
             "plan_adopted",
-            {"term": 2, "epoch": 7, "members": ["a", "b"]},
+            {
+                "term": 2,
+                "epoch": 7,
+                "members": ["a", "b"],
+                "leader": "a",
+                "voters": ["a"],
+                "owners": ["b"],
+                "agree_s": 0.25,
+            },
         ),
         (
             FINISHED,
@@ -117,3 +133,13 @@ def test_dropped_frames_are_no_news() -> None:
     logs.configure(stream)
     logs.log_fact(logs.node_logger("node1"), FrameDropped(reason="unknown sender"))
     assert stream.getvalue() == ""
+
+
+def test_a_worker_that_moves_again_is_no_warning() -> None:
+    """A hang is told as a warning, its end is not."""
+    stream = io.StringIO()
+    logs.configure(stream)
+    for hung in (True, False):
+        logs.log_fact(logs.node_logger("node1"), WorkerHung(hung=hung, silence_s=0.7))
+    levels = [json.loads(line)["level"] for line in stream.getvalue().splitlines()]
+    assert levels == ["warning", "info"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import pytest
+from msgspec.structs import replace
 
 from p2pinfer.core import events as e
 from p2pinfer.core.health import LocalHealth, WorkerWatch
@@ -274,30 +275,18 @@ def test_a_living_member_that_greets_again_is_no_news() -> None:
     assert bench.take() == []
 
 
-@pytest.mark.parametrize("fate", ["cleared", "reborn", "forgotten"])
+@pytest.mark.parametrize("fate", ["cleared", "reborn"])
 def test_an_answer_that_comes_late_kills_nobody(fate: str) -> None:
     """A refused probe of a former doubt, or of a former life at that address, says nothing."""
     bench = Bench()
     bench.near.doubt(bench.near.table[TWO.node_id], "test")
     if fate == "cleared":
         bench.hear(TWO)
-    elif fate == "forgotten":
-        bench.near.table.clear()
     else:
         bench.near.table.join(member(2, boot=1), bench.now, spoke=True)
         bench.near.table.suspect(TWO.node_id)
     bench.near.probe_answered(e.ProbeAnswered(address=TWO.address, refused=True), bench.now)
     assert bench.losses == []
-
-
-def test_doubts_of_forgotten_members_are_dropped() -> None:
-    """A probe for a member that nobody knows any more is not repeated."""
-    bench = Bench()
-    bench.near.doubt(bench.near.table[TWO.node_id], "test")
-    bench.near.table.clear()
-    bench.take()
-    bench.now += 1.0
-    assert bench.look() == []
 
 
 def test_only_the_living_are_doubted() -> None:
@@ -361,13 +350,27 @@ def test_ghosts_disappear_with_their_links() -> None:
 
 
 def test_the_leaders_loss_leaves_the_others() -> None:
-    """The table goes on whoever is lost; leaving the cluster empties it."""
+    """The table goes on whoever is lost."""
     bench = Bench()
     bench.run(1.0, THREE)
     assert bench.near.table.members() == (ME, THREE)
-    bench.near.forget()
-    assert (bench.near.cluster_id, bench.near.table.everybody()) == ("", [])
-    assert [link.address for link in bench.links.due(bench.now)] == [THREE.address]
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_another_node_at_the_address_of_a_lost_one_keeps_its_link(answered: bool) -> None:
+    """A node without its state comes back as another one: the old one's end is not its end."""
+    bench = Bench()
+    heir = replace(member(4), address=TWO.address)
+    bench.near.add(heir, bench.now, spoke=True)
+    bench.links.went_down(TWO.address)
+    bench.links.went_up(TWO.address)
+    if answered:
+        bench.near.put(bench.links.answered(TWO.address, heir.node_id, heir.address))
+    bench.take()
+    bench.near.lose(bench.near.table[TWO.node_id], MemberState.DEAD, "test", bench.now)
+    links = [o for o in bench.take() if isinstance(o, e.OpenLink | e.CloseLink)]
+    anew = [e.CloseLink(address=TWO.address), e.OpenLink(address=TWO.address)]
+    assert links == ([] if answered else anew)
 
 
 # --- the five deaths, told apart ------------------------------------------------------------------

@@ -366,17 +366,6 @@ def test_a_plan_that_is_ready_outlives_a_false_alarm(node: Holding) -> None:
     assert node.holder.obeyed == NEXT.fence
 
 
-def test_a_node_that_left_for_good_forgets_its_plans(node: Holding) -> None:
-    """Neither the plan in force nor the next one is kept."""
-    node.ready(PLAN)
-    node.activate(PLAN)
-    node.propose(NEXT)
-    node.holder.forget()
-    assert (node.holder.active, node.holder.pending) == (None, None)
-    node.load(NEXT)
-    assert len(node.sent(m.Ack)) == 1
-
-
 def test_after_a_restart_nothing_is_in_force() -> None:
     """The accepted plan is known, not loaded; only a newer one is taken."""
     state = e.StoredState(cluster_id=CLUSTER, term=3, plan=PLAN, active=True)

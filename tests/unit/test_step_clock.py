@@ -34,6 +34,16 @@ def test_no_limit_is_too_short_for_a_pause() -> None:
     assert clock(r1=0.001).limit(0) == LEAST_S
 
 
+def test_the_least_limit_may_be_longer() -> None:
+    """On a machine that is too busy for half a second; a minute is the most all the same."""
+    work = StepClock(5.0)
+    work.finished(1, 0.1)
+    assert work.limit(1) == 5.0
+    for _ in range(20):
+        work.overdue()
+    assert work.limit(1) == MOST_S
+
+
 @pytest.mark.parametrize(("rows", "limit"), [(8, 32.0), (2, 8.0), (1, 4.0), (256, MOST_S)])
 def test_steps_of_another_size_are_scaled(rows: int, limit: float) -> None:
     """From the nearest size known, by rows, with a margin; fewer rows are no faster."""

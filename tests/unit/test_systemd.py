@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from p2pinfer.cli import node
+from p2pinfer.config import NodeSettings
 from p2pinfer.notify import READY, STOPPING, notify, watchdog_interval
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,6 +63,13 @@ def test_unit_starts_with_flags_that_exist() -> None:
     assert line is not None and " node start " in line[1]
     known = {name for option in node.start.params for name in option.opts}
     assert set(re.findall(r"--[a-z-]+", line[1])) <= known
+
+
+def test_unit_leaves_time_to_hand_over() -> None:
+    """A node that is stopped is killed only well after its default --drain-timeout."""
+    line = re.search(r"^TimeoutStopSec=(\d+)$", UNIT.read_text(), re.MULTILINE)
+    assert line is not None
+    assert int(line[1]) >= NodeSettings().drain_timeout + 5
 
 
 @pytest.fixture(params=["path", "abstract"])

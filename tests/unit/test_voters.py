@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from p2pinfer.core.voters import next_voters
+from p2pinfer.core.voters import listed_as, next_voters
 from p2pinfer.types import DType, Fence, Member, ModelSpec, Plan, Stage
 
 MODEL = ModelSpec(
@@ -153,3 +153,15 @@ def test_a_sitting_leader_knows_its_plan() -> None:
             lost=frozenset(),
             ready=frozenset(),
         )
+
+
+def test_a_voter_that_forgot_is_listed_by_its_former_life_until_the_base_is_in_force() -> None:
+    """Whoever lost its state cannot be counted for promises that its former life made."""
+    before = member("b")
+    reborn = msgspec.structs.replace(member("b", boot=2), blank=True)
+    whole = member("b", boot=2)
+    assert listed_as(reborn, before, base_active=False) is before
+    assert listed_as(reborn, before, base_active=True) is reborn
+    assert listed_as(whole, before, base_active=False) is whole
+    assert listed_as(None, before, base_active=True) is before
+    assert listed_as(reborn, None, base_active=False) is reborn
