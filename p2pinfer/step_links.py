@@ -72,6 +72,10 @@ class StepBroken(P2pinferError):
         self.broken = broken
 
 
+class LinkBroken(StepBroken):
+    """The step link to or from the member may have lost frames."""
+
+
 class StepOverdue(StepBroken):
     """The member owes its part for longer than any step should take."""
 
@@ -368,7 +372,7 @@ class StepLinks:
             self.deaf.add(member)
         elif active.leads or member in exchanged:
             name = active.plan.members[member]
-            raise StepBroken(name.node_id, f"the step link of {name.name} {what}")
+            raise LinkBroken(name.node_id, f"the step link of {name.name} {what}")
 
     def heard_within(self, seconds: float) -> tuple[str, ...]:
         """Node ids heard on step links lately."""

@@ -47,7 +47,7 @@ from p2pinfer.limits import MAX_BULK_BYTES, MAX_STEP_BYTES
 from p2pinfer.model.numeric_class import numeric_class
 from p2pinfer.pipe import PipeClosed, WorkerConfig, WorkerPipe, worker_side
 from p2pinfer.step_engine import StepEngine
-from p2pinfer.step_links import StepBroken, StepLinks, StepOverdue
+from p2pinfer.step_links import LinkBroken, StepBroken, StepLinks, StepOverdue
 from p2pinfer.transport import PairLimits, SocketPair
 from p2pinfer.unit_holder import UnitHolder
 
@@ -309,8 +309,8 @@ class Worker:
     def _break(self, broken: StepBroken) -> None:
         """Stop at once: what the step would have been is for a new epoch to say.
 
-        A member without units is not missed in a step: should its acknowledgements be, the leader
-        sees that by itself.
+        A member without units that loses its link is not missed in a step: should its
+        acknowledgements be, the leader sees that by itself.
         """
         engine = self._engine
         if engine is None:
@@ -319,17 +319,19 @@ class Worker:
         if isinstance(broken, StepOverdue):
             self._step_clock.overdue()
         mine = engine.topology
-        if mine.leads or mine.me in owners(mine.plan):
-            failed = StepFailed(
+        needed = mine.leads or mine.me in owners(mine.plan)
+        if isinstance(broken, LinkBroken) and not needed:
+            self._links.lost.append(broken.node_id)
+            return
+        self._pipe.send(
+            StepFailed(
                 fence=mine.plan.fence,
                 step=engine.step,
                 node_id=broken.node_id,
                 reason=broken.reason,
                 broken=broken.broken,
             )
-            self._pipe.send(failed)
-        else:
-            self._links.lost.append(broken.node_id)
+        )
 
 
 @click.command()

@@ -41,6 +41,9 @@ EXPECTED = {
     "echo": r"\w+",
     "bin/p2pinfer status --json": r'"ready": true',
     "bin/p2pinfer status": r"node1 .*alive",
+    "bin/p2pinfer plan --without": r"without node2 the cluster goes on",
+    "bin/p2pinfer plan": r"node1 +yes +0-3",
+    "bin/p2pinfer node drain": r"node3 has left",
     "bin/p2pinfer model make": r"/models/tiny: tiny",
     "bin/p2pinfer model inspect": r"LlamaForCausalLM",
     "bin/p2pinfer doctor": r"model .*ok.* tiny: 4 layers",
@@ -52,6 +55,8 @@ OWN_PORT = {
     "cluster start": "--base-port {port}",
     "submit prompt": "--to 127.0.0.1:{port}",
     "status": "--to 127.0.0.1:{port}",
+    "plan": "--to 127.0.0.1:{port}",
+    "node drain": "--to 127.0.0.1:{port}",
     "doctor": "--listen 127.0.0.1:{other}",
 }
 """The flag that replaces the default port, for verbs that have one."""

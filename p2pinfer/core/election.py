@@ -42,12 +42,14 @@ class ElectionView(Struct, frozen=True, kw_only=True):
     """What an election needs to know of the membership.
 
     `members` are the living members as they describe themselves, this node among them; `lost` are
-    the node ids of those known to be dead or to have left. `able` says whether this node may
+    the node ids of those known to be dead or to have left, and `gone` how they once described
+    themselves, for their names. `able` says whether this node may
     campaign: its worker is ready and does not hang, it is no witness and not draining.
     """
 
     members: tuple[Member, ...] = ()
     lost: frozenset[str] = frozenset()
+    gone: tuple[Member, ...] = ()
     able: bool = False
 
 
@@ -367,7 +369,7 @@ class Election:
 
     def _name(self, node_id: str) -> str:
         planned = self._durable.plan.members if self._durable.plan else ()
-        known = (self._own, *self._view.members, *planned)
+        known = (self._own, *self._view.members, *planned, *self._view.gone)
         return next((member.name for member in known if member.node_id == node_id), node_id)
 
     def _wait(self) -> float:

@@ -105,12 +105,16 @@ class Membership:
         return peer is not None and peer.living and peer.member.boot_id == member.boot_id
 
     def join(self, member: Member, now: float, *, spoke: bool) -> bool:
-        """Note a member, alive; true if it is new here. `spoke`: we have it from itself."""
+        """Note a member, alive; true if it is new here. `spoke`: we have it from itself.
+
+        That one says so again is no sign of life: whoever does not hear us greets us for ever.
+        """
         peer = self._peers.get(member.node_id)
         same = peer is not None and peer.member.boot_id == member.boot_id
         if peer and peer.living and same:
             if spoke:
-                peer.member, peer.heard_at, peer.spoke = member, now, True
+                heard_at = peer.heard_at if peer.spoke else now
+                peer.member, peer.heard_at, peer.spoke = member, heard_at, True
             return False
         new = Peer(member=member, heard_at=now, spoke=spoke)
         if peer and same:

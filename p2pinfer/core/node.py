@@ -278,6 +278,7 @@ class Node:
             ElectionView(
                 members=table.members(),
                 lost=table.lost_ids(),
+                gone=tuple(p.member for p in table.everybody() if not p.living),
                 able=self._holder.worker_ready
                 and not self._hung
                 and not draining
@@ -394,7 +395,7 @@ class Node:
         peer = self._near.table.get(report.node_id)
         who = f" ({peer.member.name})" if peer else ""
         why = f"step {report.step} failed{who}: {report.reason}"
-        if report.fence != self._holder.obeyed:
+        if not self._holder.broke_off(report.fence):
             return
         if self._leadership:
             self._leadership.own_step_failed(report, why, now)

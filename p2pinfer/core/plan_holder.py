@@ -68,6 +68,7 @@ class PlanHolder:
     def __init__(self, me: Member, model: ModelSpec | None, durable: Durable, box: Outbox) -> None:
         self.active: Plan | None = None
         self.worker_ready = False
+        self._broken = False
         self._next: _Pending | None = None
         self._refusal: Nack | None = None
         self._me = me
@@ -82,8 +83,11 @@ class PlanHolder:
 
     @property
     def obeyed(self) -> Fence:
-        """The fence of the plan in force, or (0, 0) while there is none or the next one loads."""
-        return self.active.fence if self.active and not self._next else Fence()
+        """The fence of the plan in force; (0, 0) while there is none, the next one loads, or a step
+        has failed here: then the worker obeys it no more."""
+        if self.active is None or self._next or self._broken:
+            return Fence()
+        return self.active.fence
 
     # --- making ready -----------------------------------------------------------------------------
 
@@ -248,7 +252,7 @@ class PlanHolder:
                 return
             logs.append(log)
         plan = pending.plan
-        self.active, self._next = plan, None
+        self.active, self._next, self._broken = plan, None, False
         self._durable.activated(plan.fence)
         self._box.order(ActivatePlan(fence=plan.fence, logs=tuple(logs), listeners=listeners))
         self._box.add(
@@ -264,6 +268,16 @@ class PlanHolder:
 
     def _drop_activate(self, fence: Fence, why: str) -> None:
         self._box.add(FrameDropped(reason=f"ACTIVATE of {_text(fence)}: {why}"))
+
+    def broke_off(self, fence: Fence) -> bool:
+        """A step of the plan in force failed on this node's worker; false: of another plan.
+
+        This node's heartbeats tell it too: what it sends to the leader may be lost.
+        """
+        if fence != self.obeyed:
+            return False
+        self._broken = True
+        return True
 
     def halt(self) -> None:
         """Nobody leads any more, as far as this node knows: steps end, logs and KV stay.

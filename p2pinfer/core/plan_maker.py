@@ -269,8 +269,8 @@ class PlanMaker:
         living = {m.node_id: m for m in view.living}
         others = [m.node_id for m in self._at_hand(view) if boot(m) not in self._useless]
         ids = list(dict.fromkeys((self._me, *voters, *others)))[:MAX_NODES]
-        active = self._base_active
-        return tuple(listed_as(living.get(i), before.get(i), base_active=active) for i in ids)
+        keep = frozenset() if self._base_active else frozenset(voters)
+        return tuple(listed_as(living.get(i), before.get(i), keep=i in keep) for i in ids)
 
     def _recorded(self, members: tuple[Member, ...]) -> tuple[Member, ...]:
         """How a plan lists them: as blank only while that life has not had a vote in force."""

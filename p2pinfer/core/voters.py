@@ -76,14 +76,14 @@ def change_of_votes(plan: Plan, voters: NodeIds, living: Iterable[Member]) -> st
     return ", ".join((*more, *less))
 
 
-def listed_as(member: Member | None, before: Member | None, *, base_active: bool) -> Member:
+def listed_as(member: Member | None, before: Member | None, *, keep: bool) -> Member:
     """How the next plan lists a member that lives (None: it does not), and that the base listed.
 
     A plan that follows one not known to be in force cannot give a voter that forgot what it
-    promised for that plan a new vote: it lists the life that promised.
+    promised for that plan a new vote: with `keep` it lists the life that promised.
     """
     reborn = member is not None and before is not None and member.boot_id != before.boot_id
-    if member is None or (reborn and member.blank and not base_active):
+    if member is None or (reborn and member.blank and keep):
         assert before is not None
         return before
     return member

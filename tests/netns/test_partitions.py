@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from msgspec.structs import replace
 
 from p2pinfer.client import Client, Event
 from p2pinfer.cluster import LocalNode
@@ -41,16 +42,6 @@ def trio(nodes: NamespacedCluster) -> NamespacedCluster:
     return nodes
 
 
-@pytest.fixture(scope="module")
-def undisturbed(nodes: NamespacedCluster) -> list[int]:
-    """The tokens of the long reply when nothing happens."""
-    ask = Client([nodes.nodes[0].address]).submit_json_object
-    reply = nodes.within(lambda: ask(PROMPT, ENDLESS))
-    assert reply["error"] is None, reply
-    tokens: list[int] = reply["token_ids"]
-    return tokens
-
-
 def owners(cluster: NamespacedCluster, node: LocalNode) -> set[str]:
     """The names of the members that own units, as a node sees it."""
     seen = cluster.within(lambda: status(node))
@@ -68,18 +59,26 @@ def read(cluster: NamespacedCluster, node: LocalNode) -> Reading:
     return reading.start().begun()
 
 
-def end(reading: Reading, undisturbed: list[int]) -> None:
-    """Break a reply off; until then it had neither an error, nor a pause, nor another token."""
+def ask(cluster: NamespacedCluster, node: LocalNode, max_tokens: int) -> list[int]:
+    """The tokens of a short reply through a node."""
+    params = replace(ENDLESS, max_tokens=max_tokens)
+    reply = cluster.within(lambda: Client([node.address]).submit_json_object(PROMPT, params))
+    assert reply["error"] is None, reply
+    tokens: list[int] = reply["token_ids"]
+    return tokens
+
+
+def end(cluster: NamespacedCluster, reading: Reading) -> None:
+    """Break a reply off; until then it had neither an error, nor a pause, nor another token than it
+    has when nothing happens."""
     reading.goes_on(time.time())
     reading.stop()
     assert reading.errors == []
     assert reading.longest_gap() < GO_ON_S
-    assert reading.tokens == undisturbed[: len(reading.tokens)]
+    assert reading.tokens == ask(cluster, cluster.nodes[0], len(reading.tokens))
 
 
-def test_the_majority_goes_on_when_the_leader_is_cut_off(
-    trio: NamespacedCluster, undisturbed: list[int]
-) -> None:
+def test_the_majority_goes_on_when_the_leader_is_cut_off(trio: NamespacedCluster) -> None:
     """The leader alone refuses in time, and follows the new one when its cable is back."""
     cut = next(n for n in trio.nodes if n.name == leading(trio, trio.nodes[0]))
     rest = [node for node in trio.nodes if node is not cut]
@@ -94,11 +93,11 @@ def test_the_majority_goes_on_when_the_leader_is_cut_off(
             what="the cut leader's resignation",
         )
 
-        def ask() -> list[Event]:
+        def submit() -> list[Event]:
             return list(Client([cut.address]).submit(PROMPT, SamplingParams(max_tokens=2)))
 
         with pytest.raises(ClusterError) as error:
-            trio.within(ask, minority)
+            trio.within(submit, minority)
         assert (error.value.code, error.value.retryable) == ("no_quorum", True)
         assert all(node.name in error.value.message for node in rest)
         leads = leading(trio, rest[0])
@@ -106,16 +105,14 @@ def test_the_majority_goes_on_when_the_leader_is_cut_off(
         trio.plug(cut)
     until(trio.all_vote, what="its return")
     until(lambda: len(owners(trio, rest[0])) == 3, what="units for everybody")
-    end(reading, undisturbed)
+    end(trio, reading)
     assert leading(trio, cut) == leads
-    few = SamplingParams(max_tokens=20, ignore_eos=True)
-    ask_it = Client([cut.address]).submit_json_object
-    assert trio.within(lambda: ask_it(PROMPT, few))["token_ids"] == undisturbed[:20]
+    assert ask(trio, cut, 20) == reading.tokens[:20]
 
 
 @pytest.mark.parametrize("kind", ["followers", "leader"])
 def test_two_nodes_that_cannot_reach_each_other_do_not_stop_the_rest(
-    trio: NamespacedCluster, undisturbed: list[int], kind: str
+    trio: NamespacedCluster, kind: str
 ) -> None:
     """All others see both: one of the two owns nothing until they can, and the reply goes on."""
     leads = next(n for n in trio.nodes if n.name == leading(trio, trio.nodes[0]))
@@ -132,6 +129,6 @@ def test_two_nodes_that_cannot_reach_each_other_do_not_stop_the_rest(
         trio.join(one, other)
     until(trio.all_vote, what="the cluster with all three")
     until(lambda: len(owners(trio, serving)) == 3, what="units for everybody")
-    end(reading, undisturbed)
+    end(trio, reading)
     assert facts(serving, "peer_dead", since=struck) == []
     assert trio.within(lambda: member(serving, other.name))["state"] == "alive"

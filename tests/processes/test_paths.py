@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from msgspec.structs import replace
 
 from p2pinfer.client import Client
 from p2pinfer.cluster import LocalNode
@@ -50,15 +51,6 @@ def trio(nodes: ProxiedCluster) -> Iterator[ProxiedCluster]:
     nodes.proxy.mend()
 
 
-@pytest.fixture(scope="module")
-def undisturbed(nodes: ProxiedCluster) -> list[int]:
-    """The tokens of the long reply when nothing happens."""
-    reply = Client([nodes.nodes[0].address]).submit_json_object(PROMPT, ENDLESS)
-    assert reply["error"] is None, reply
-    tokens: list[int] = reply["token_ids"]
-    return tokens
-
-
 def owners(node: LocalNode) -> set[str]:
     """The names of the members that own units, as a node sees it."""
     return {m["name"] for m in status(node).get("members", ()) if m["owned"]}
@@ -74,18 +66,19 @@ def read(node: LocalNode) -> Reading:
     return Reading([node.address], PROMPT, ENDLESS).start().begun()
 
 
-def end(reading: Reading, undisturbed: list[int]) -> None:
-    """Break a reply off; until then it had neither an error, nor a pause, nor another token."""
+def end(cluster: ProxiedCluster, reading: Reading) -> None:
+    """Break a reply off; until then it had neither an error, nor a pause, nor another token than it
+    has when nothing happens."""
     reading.goes_on(time.time())
     reading.stop()
     assert reading.errors == []
     assert reading.longest_gap() < GO_ON_S
-    assert reading.tokens == undisturbed[: len(reading.tokens)]
+    params = replace(ENDLESS, max_tokens=len(reading.tokens))
+    again = Client([cluster.nodes[0].address]).submit_json_object(PROMPT, params)
+    assert reading.tokens == again["token_ids"]
 
 
-def test_of_two_followers_one_of_which_is_deaf_one_gives_way(
-    trio: ProxiedCluster, undisturbed: list[int]
-) -> None:
+def test_of_two_followers_one_of_which_is_deaf_one_gives_way(trio: ProxiedCluster) -> None:
     """What one sends does not reach the other: one of them loses its units until it does again."""
     leads = pick(trio, "leader")
     one, other = others(trio, leads)
@@ -97,14 +90,12 @@ def test_of_two_followers_one_of_which_is_deaf_one_gives_way(
     reading.goes_on(time.time())
     trio.proxy.mend()
     until(lambda: all_own(trio), what="units for everybody")
-    end(reading, undisturbed)
+    end(trio, reading)
     assert facts(leads, "peer_dead", "leader_lost", since=struck) == []
     assert leader(trio) == leads.name
 
 
-def test_a_follower_that_does_not_hear_the_leader_gives_way(
-    trio: ProxiedCluster, undisturbed: list[int]
-) -> None:
+def test_a_follower_that_does_not_hear_the_leader_gives_way(trio: ProxiedCluster) -> None:
     """It cannot get itself elected, since the other one hears the leader; the reply goes on."""
     leads = pick(trio, "leader")
     deaf, other = others(trio, leads)
@@ -115,17 +106,15 @@ def test_a_follower_that_does_not_hear_the_leader_gives_way(
     reading.goes_on(time.time())
     trio.proxy.mend()
     until(lambda: all_own(trio), what="units for everybody")
-    end(reading, undisturbed)
+    end(trio, reading)
     assert (leader(trio), status(leads)["term"]) == (leads.name, term)
 
 
 @pytest.mark.parametrize("kind", ["follower", "leader"])
-def test_nobody_is_hurt_by_a_reset(trio: ProxiedCluster, undisturbed: list[int], kind: str) -> None:
+def test_nobody_is_hurt_by_a_reset(trio: ProxiedCluster, kind: str) -> None:
     """All connections of two nodes break at once: both stay, and the reply goes on."""
-    last = pick(trio, "follower")
-    one = pick(trio, "leader") if kind == "leader" else others(trio, last)[-1]
-    if kind == "follower":
-        one = next(n for n in others(trio, last) if n.name != leader(trio))
+    leads, last = pick(trio, "leader"), pick(trio, "follower")
+    one = next(n for n in others(trio, last) if (n is leads) == (kind == "leader"))
     reading = read(trio.nodes[0])
     before = status(trio.nodes[0])
     struck = time.time()
@@ -133,7 +122,7 @@ def test_nobody_is_hurt_by_a_reset(trio: ProxiedCluster, undisturbed: list[int],
     until(lambda: status(trio.nodes[0])["epoch"] > before["epoch"], what="a new epoch")
     reading.goes_on(time.time())
     until(lambda: all_vote(trio, 3) and all_own(trio), what="the cluster as before")
-    end(reading, undisturbed)
+    end(trio, reading)
     for node in trio.nodes:
         assert facts(node, "peer_dead", "leader_lost", since=struck) == []
         adopted = facts(node, "plan_adopted", since=struck)
@@ -141,15 +130,17 @@ def test_nobody_is_hurt_by_a_reset(trio: ProxiedCluster, undisturbed: list[int],
         assert member(node, last.name)["state"] == "alive"
 
 
-def test_a_slow_network_hurts_nobody(trio: ProxiedCluster, undisturbed: list[int]) -> None:
+def test_a_slow_network_hurts_nobody(trio: ProxiedCluster) -> None:
     """Fifty milliseconds each way between all: the same tokens, only later."""
     names = [node.name for node in trio.nodes]
     pairs = [(one, other) for one in names for other in names if one != other]
+    few = SamplingParams(max_tokens=12, ignore_eos=True)
+    client = Client([trio.nodes[1].address])
+    undisturbed = client.submit_json_object(PROMPT, few)
     struck = time.time()
     trio.proxy.delay(*pairs, seconds=0.05)
-    few = SamplingParams(max_tokens=12, ignore_eos=True)
-    reply = Client([trio.nodes[1].address]).submit_json_object(PROMPT, few)
+    reply = client.submit_json_object(PROMPT, few)
     assert reply["error"] is None, reply
-    assert reply["token_ids"] == undisturbed[:12]
+    assert reply["token_ids"] == undisturbed["token_ids"]
     for node in trio.nodes:
         assert facts(node, "peer_dead", "leader_lost", since=struck) == []

@@ -316,8 +316,6 @@ class Clients:
         self.world.tell(machine, f"request {client.request_id} ended: {end}")
 
 
-EXPLAINED = frozenset(
-    ("no_quorum", "not_ready", "leaving", "node_lost", "leader_lost", "internal", "cancelled")
-)
+EXPLAINED = frozenset(("no_quorum", "not_ready", "leaving", "internal"))
 """Errors that a request may end in under faults. `log_conflict` is none: what a client was shown is
 committed, and never contradicted."""

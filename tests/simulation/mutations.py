@@ -172,9 +172,7 @@ def _acked_before_persisted() -> AbstractContextManager[None]:
     """A plan is acknowledged before the disk has it."""
     accept = Durable.accept
 
-    def early(
-        durable: Durable, plan: Any, cluster_id: str, then: Callable[[float], None]
-    ) -> None:
+    def early(durable: Durable, plan: Any, cluster_id: str, then: Callable[[float], None]) -> None:
         accept(durable, plan, cluster_id, lambda _now: None)
         then(0.0)
 
@@ -186,8 +184,7 @@ def _half_elects() -> AbstractContextManager[None]:
 
     def half(plan: Any, granted: Any, *, active: bool, lost: Any = frozenset()) -> bool:
         return all(
-            2 * len(each & granted) >= len(each)
-            for each in quorum.electorate(plan, active=active)
+            2 * len(each & granted) >= len(each) for each in quorum.electorate(plan, active=active)
         )
 
     return _patched((quorum, "elects", half))

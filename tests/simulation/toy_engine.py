@@ -255,7 +255,14 @@ class ToyEngine:
         return [total % toy.PRIME for total in totals]
 
     def _partial(
-        self, step: Step, peer: int, *, layer: int, half: int, parts: tuple[int, ...], tensor: Tensor
+        self,
+        step: Step,
+        peer: int,
+        *,
+        layer: int,
+        half: int,
+        parts: tuple[int, ...],
+        tensor: Tensor,
     ) -> Partial:
         mine = self.topology
         assert mine.holding.stage is not None

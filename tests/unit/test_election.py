@@ -103,6 +103,7 @@ class Voter:
         self.election = Election(self.me, self.durable, LAN, self.box, lambda: self.drawn)
         self.here = [self.me, *(member(each) for each in (A, B, C) if each != self.me.node_id)]
         self.lost: frozenset[str] = frozenset()
+        self.gone: tuple[Member, ...] = ()
         self.able = True
         self.facts: list[Fact] = []
         self.sent: list[tuple[str, ControlMessage]] = []
@@ -111,7 +112,9 @@ class Voter:
     def look(self, after: float = 0.0) -> None:
         """Time goes on, and the node looks at everything."""
         self.now += after
-        view = ElectionView(members=tuple(self.here), lost=self.lost, able=self.able)
+        view = ElectionView(
+            members=tuple(self.here), lost=self.lost, gone=self.gone, able=self.able
+        )
         self.election.look(view, self.now)
         self._collect()
 
@@ -391,6 +394,15 @@ def test_the_vote_of_who_is_gone_by_now_does_not_count() -> None:
     voter.here = [member(B)]
     voter.says(PreVoteReply(term=4, voter_id=C, granted=True))
     assert voter.election.term == 3
+    assert voter.election.waiting == "more of the cluster's voters; missing: A, C"
+
+
+def test_who_is_missing_is_named_though_the_newest_plan_lists_it_no_more() -> None:
+    """A leader that was cut off while it left others out still says whom it lacks."""
+    voter = Voter(stored(plan_of(B, C, old=(A, B, C)), active=False))
+    voter.here = [member(B)]
+    voter.gone = (member(A), member(C))
+    voter.ask()
     assert voter.election.waiting == "more of the cluster's voters; missing: A, C"
 
 

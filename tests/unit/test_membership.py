@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import inf
 
 import pytest
+from msgspec.structs import replace
 
 from p2pinfer.core.membership import FORGET_S, HEARD_PERIODS, Membership
 from p2pinfer.core.timing import LAN
@@ -45,6 +46,16 @@ def test_joining_is_new_once_per_life() -> None:
     assert table.changed_at == 4.0
     assert not table.is_living(member(2))
     assert table.is_living(member(2, boot=1))
+
+
+def test_greeting_again_is_no_sign_of_life() -> None:
+    """Who has lost this node greets it for ever; only heartbeats say that it is there for us."""
+    table = table_of()
+    table.join(member(2), 1.0, spoke=True)
+    better = replace(member(2), numeric_class="known by now")
+    assert not table.join(better, 1.5, spoke=True)
+    assert table[member(2).node_id].member == better
+    assert table.silent(1.0 + LAN.dead_after, LAN.dead_after) == [table[member(2).node_id]]
 
 
 def test_this_node_lives() -> None:

@@ -160,8 +160,8 @@ def test_a_voter_that_forgot_is_listed_by_its_former_life_until_the_base_is_in_f
     before = member("b")
     reborn = msgspec.structs.replace(member("b", boot=2), blank=True)
     whole = member("b", boot=2)
-    assert listed_as(reborn, before, base_active=False) is before
-    assert listed_as(reborn, before, base_active=True) is reborn
-    assert listed_as(whole, before, base_active=False) is whole
-    assert listed_as(None, before, base_active=True) is before
-    assert listed_as(reborn, None, base_active=False) is reborn
+    assert listed_as(reborn, before, keep=True) is before
+    assert listed_as(reborn, before, keep=False) is reborn
+    assert listed_as(whole, before, keep=True) is whole
+    assert listed_as(None, before, keep=False) is before
+    assert listed_as(reborn, None, keep=True) is reborn
