@@ -33,6 +33,7 @@ def _header(plan: Mapping[str, Any]) -> Text:
         (str(plan["model"]), "bold"),
         f"   {plan['layout']}   leader {plan['leader']}   term {plan['term']}"
         f"   epoch {plan['epoch']}",
+        ("   quorum last-man", "yellow") if plan.get("quorum") == "last-man" else "",
     )
 
 

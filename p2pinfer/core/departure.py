@@ -117,9 +117,7 @@ class Departure:
                 reason = f"{member.name} died before it had handed over its part"
                 self._fail(wish, "node_lost", reason)
 
-    def look(
-        self, plan: Plan | None, obeyed: Fence, *, began: bool, led: bool, now: float
-    ) -> bool:
+    def look(self, plan: Plan | None, obeyed: Fence, *, began: bool, led: bool, now: float) -> bool:
         """Whether this node is to leave now.
 
         `plan` is the one in force here, `began` says that this node takes part in plans, be one in

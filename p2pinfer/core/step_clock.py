@@ -42,7 +42,13 @@ class StepClock:
         return min(self._base(_bucket(rows)) * self._patience, MOST_S)
 
     def finished(self, rows: int, seconds: float) -> None:
-        """A step of `rows` positions took that long."""
+        """A step of `rows` positions took that long.
+
+        After one that was overdue, it is the new measure: on a network that became slow, the
+        median of many quick steps would make most of the next ones overdue again.
+        """
+        if self._patience > 1.0:
+            self._took.pop(_bucket(rows), None)
         self._took.setdefault(_bucket(rows), deque(maxlen=MEMORY)).append(seconds)
         self._patience = 1.0
 

@@ -90,7 +90,8 @@ class Proxy:
 
     def reset(self, one: str, other: str) -> int:
         """Break all connections between two nodes with a TCP reset; returns how many."""
-        return self._call(self._reset({one, other}))
+        broken: int = self._call(self._reset({one, other}))
+        return broken
 
     # --- in the thread ----------------------------------------------------------------------------
 

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import pairwise
-from typing import Any
+from math import inf
+from typing import Any, Protocol
 
 from p2pinfer.client import Client, Event, new_request_id
-from p2pinfer.cluster import LocalCluster, LocalNode
+from p2pinfer.cluster import LocalNode
 from p2pinfer.errors import ClusterError
 from p2pinfer.types import Failover, SamplingParams
 from p2pinfer.wire.messages import Chunk, Finished
@@ -38,18 +39,31 @@ def until(holds: Callable[[], object], within: float = DEADLINE_S, what: str = "
     return time.monotonic() - began
 
 
-def facts(node: LocalNode, *events: str, since: float = 0.0) -> list[Fact]:
-    """The facts of these kinds that a node logged after `since` (wall clock, seconds); each gets
-    its moment as `at`."""
-    found = []
-    for line in node.log.read_text(errors="replace").splitlines():
-        if line.startswith("{") and line.endswith("}"):
-            fact = json.loads(line)
-            if fact["event"] in events:
+class Diary:
+    """What a node logs from now on, or with `whole` also what it has logged before."""
+
+    def __init__(self, node: LocalNode, *, whole: bool = False) -> None:
+        self._log = node.log
+        self._read = 0 if whole else node.log.stat().st_size
+        self._facts: list[Fact] = []
+
+    def facts(self, *events: str) -> list[Fact]:
+        """The facts of these kinds so far; each has its moment as `at` (wall clock, seconds)."""
+        with self._log.open("rb") as log:
+            log.seek(self._read)
+            lines, end, _ = log.read().rpartition(b"\n")
+        self._read += len(lines) + len(end)
+        for line in lines.splitlines():
+            if line.startswith(b"{"):
+                fact = json.loads(line)
                 at = datetime.fromisoformat(fact["timestamp"]).timestamp()
-                if at >= since:
-                    found.append(fact | {"at": at})
-    return found
+                self._facts.append(fact | {"at": at})
+        return [fact for fact in self._facts if fact["event"] in events]
+
+
+def facts(node: LocalNode, *events: str, since: float = 0.0) -> list[Fact]:
+    """The facts of these kinds that a node logged after `since` (wall clock, seconds)."""
+    return [fact for fact in Diary(node, whole=True).facts(*events) if fact["at"] >= since]
 
 
 def status(node: LocalNode) -> dict[str, Any]:
@@ -75,12 +89,29 @@ def whole(nodes: Iterable[LocalNode], count: int) -> bool:
     return True
 
 
-def all_vote(cluster: LocalCluster, nodes: int) -> bool:
+class Cluster(Protocol):
+    """Nodes that run as processes of ours."""
+
+    nodes: list[LocalNode]
+
+
+def all_vote(cluster: Cluster, nodes: int) -> bool:
     """Whether every running node says that the cluster is ready and has that many voters."""
     return whole([node for node in cluster.nodes if not node.ending], nodes)
 
 
-def leader(cluster: LocalCluster) -> str:
+def all_own(cluster: Cluster) -> bool:
+    """Whether every running node says that all of them own units."""
+    running = [node for node in cluster.nodes if not node.ending]
+    return all(owners(node) == {each.name for each in running} for node in running)
+
+
+def owners(node: LocalNode) -> set[str]:
+    """The names of the members that own units, as a node sees it."""
+    return {m["name"] for m in status(node).get("members", ()) if m["owned"]}
+
+
+def leader(cluster: Cluster) -> str:
     """The name of who leads, as the first running node that knows one says."""
     for node in cluster.nodes:
         if not node.ending and (name := status(node).get("leader")):
@@ -88,13 +119,13 @@ def leader(cluster: LocalCluster) -> str:
     return ""
 
 
-def pick(cluster: LocalCluster, kind: str) -> LocalNode:
+def pick(cluster: Cluster, kind: str) -> LocalNode:
     """The node that leads (`leader`), or the last one that does not."""
     name = leader(cluster)
     return [node for node in cluster.nodes if (node.name == name) == (kind == "leader")][-1]
 
 
-def others(cluster: LocalCluster, victim: LocalNode) -> list[LocalNode]:
+def others(cluster: Cluster, victim: LocalNode) -> list[LocalNode]:
     """All nodes but one."""
     return [node for node in cluster.nodes if node is not victim]
 
@@ -154,9 +185,17 @@ class Reading:
         """Wait for a token that came later than `since` (wall clock), or the reply's end."""
         until(lambda: self.times[-1] > since or self.finish_reason, within, "another token")
 
-    def longest_gap(self) -> float:
-        """The longest time in seconds between two tokens."""
-        return max((later - earlier for earlier, later in pairwise(self.times)), default=0.0)
+    def longest_gap(self, since: float = 0.0, until: float = inf) -> float:
+        """The longest time in seconds between two tokens; or only of those between which some of
+        the time from `since` to `until` (wall clock) lies."""
+        return max(
+            (
+                later - earlier
+                for earlier, later in pairwise(self.times)
+                if later > since and earlier < until
+            ),
+            default=0.0,
+        )
 
     def lost(self) -> set[str]:
         """The names of the nodes that interrupted the reply, as its end says."""

@@ -18,11 +18,13 @@ from tests.faults.proxy import ProxiedCluster
 from tests.faults.watching import (
     GO_ON_S,
     Reading,
+    all_own,
     all_vote,
     facts,
     leader,
     member,
     others,
+    owners,
     pick,
     status,
     until,
@@ -49,16 +51,6 @@ def trio(nodes: ProxiedCluster) -> Iterator[ProxiedCluster]:
     until(lambda: all_own(nodes), what="units for everybody")
     yield nodes
     nodes.proxy.mend()
-
-
-def owners(node: LocalNode) -> set[str]:
-    """The names of the members that own units, as a node sees it."""
-    return {m["name"] for m in status(node).get("members", ()) if m["owned"]}
-
-
-def all_own(cluster: ProxiedCluster) -> bool:
-    """Whether every node has its part."""
-    return all(len(owners(node)) == len(cluster.nodes) for node in cluster.nodes)
 
 
 def read(node: LocalNode) -> Reading:
@@ -144,3 +136,5 @@ def test_a_slow_network_hurts_nobody(trio: ProxiedCluster) -> None:
     assert reply["token_ids"] == undisturbed["token_ids"]
     for node in trio.nodes:
         assert facts(node, "peer_dead", "leader_lost", since=struck) == []
+    # A step or two are overdue on each node; then all know how long a step takes now.
+    assert len(facts(pick(trio, "leader"), "plan_proposed", since=struck)) <= 4

@@ -2,7 +2,7 @@
 
 Each class has random numbers of its own, so that a seed with one class left out keeps the others as
 they were. Half of the faults come at a random time; the others wait for a moment (a plan proposed,
-a vote asked for) and strike then, which is how two of them meet. `ledger.py` counts what really met.
+a vote asked for) and strike then, which is how two of them meet. `ledger.py` counts what met.
 """
 
 from __future__ import annotations

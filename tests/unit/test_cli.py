@@ -277,6 +277,7 @@ PLAN: dict[str, Any] = {
     "leader": "a",
     "term": 2,
     "epoch": 5,
+    "quorum": "last-man",
     "kv_positions": 4096,
     "members": [
         {
@@ -482,7 +483,7 @@ def test_plan_shows_who_holds_what(
     monkeypatch.setenv("COLUMNS", "120")
     ask("plan")
     head, room, titles, first, second = capsys.readouterr().out.splitlines()
-    assert head.split() == ["m", "heads", "leader", "a", "term", "2", "epoch", "5"]
+    assert " ".join(head.split()) == "m heads leader a term 2 epoch 5 quorum last-man"
     assert "4096 positions" in room and titles.split()[:2] == ["node", "votes"]
     assert first.split()[:2] == ["a", "yes"] and first.split()[-3:] == ["3", "-", "7"]
     assert second.split() == ["w", "yes", *"-------"]

@@ -74,6 +74,20 @@ def test_patience_doubles_until_a_step_succeeds() -> None:
     assert work.limit(1) == pytest.approx(1.0)
 
 
+def test_the_first_step_after_one_that_was_overdue_is_the_new_measure() -> None:
+    """A network that became slow makes one step overdue, not every other one."""
+    work = clock(r1=0.01, r100=0.01)
+    for _ in range(MEMORY):
+        work.finished(1, 0.01)
+    work.overdue()
+    work.finished(1, 0.7)
+    assert work.limit(1) == pytest.approx(7.0)
+    assert work.limit(100) == LEAST_S
+    work.finished(1, 0.01)
+    work.finished(1, 0.01)
+    assert work.limit(1) == LEAST_S
+
+
 def test_only_the_last_steps_count() -> None:
     """What was long ago is forgotten."""
     work = clock(r1=3.0)
