@@ -274,6 +274,7 @@ def _submitted(reply: _Reply, prompt_ids: tuple[int, ...]) -> ClientSubmitted:
         prompt_ids=prompt_ids,
         received=message.received,
         params=message.params,
+        attempt=message.attempt,
     )
 
 

@@ -129,8 +129,11 @@ class Member(Struct, frozen=True, kw_only=True):
     kv_bytes: U63 = 0
     witness: bool = False
     blank: bool = False
-    """This boot began without the node's state of before: what it promised then is forgotten, so
-    it has a vote only where a plan names this very boot a voter."""
+    """No plan in force has named its `memory` a voter yet: it has a say only where one names it."""
+
+    memory: Annotated[str, Meta(pattern=r"\A([0-9a-f]{16})?\Z")] = ""
+    """Drawn when the node's stored state began, and kept with it over restarts: who lost its state
+    is another voter."""
 
 
 Owners = Annotated[tuple[MemberIndex, ...], Meta(max_length=MAX_UNITS)]

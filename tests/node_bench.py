@@ -13,7 +13,7 @@ from p2pinfer.types import Fence, Member, Plan, SamplingParams
 from p2pinfer.wire import messages as m
 from tests.plan_bench import CLUSTER, MODEL, member
 
-__all__ = ["CLUSTER", "MODEL", "Bench", "hello", "heartbeat", "member", "plan_of"]
+__all__ = ["CLUSTER", "MODEL", "Bench", "heartbeat", "hello", "member", "plan_of"]
 
 T = TypeVar("T")
 ME = 5
@@ -60,24 +60,27 @@ def is_load(output: e.TellWorker) -> bool:
 
 
 class Bench:
-    """One node, number 5 unless told otherwise, and what it wanted done since the last look.
+    """One node, number 5, and what it wanted done since the last look.
 
     Its disk writes at once, unless `slow_disk`.
     """
 
-    def __init__(self, *, join: tuple[int, ...] = (), number: int = ME, **settings: Any) -> None:
+    def __init__(
+        self, *, join: tuple[int, ...] = (), slow_disk: bool = False, **settings: Any
+    ) -> None:
         values: dict[str, Any] = {
-            "member": member(number),
+            "member": member(ME),
             "model": MODEL,
             "cluster_id": CLUSTER,
             "join": tuple(member(n).address for n in join),
             **settings,
         }
         self.me: Member = values["member"]
+        """As it last described itself to others."""
         self.node = Node(e.NodeConfig(**values), lambda: 0.5)
         self.now = 100.0
         self.outputs: list[e.Output] = []
-        self.slow_disk = False
+        self.slow_disk = slow_disk
         self.stats: e.WorkerStats | None = None
         """What its worker says every now and then; None: it has not started, or says nothing."""
         self.said: dict[Member, dict[str, Any]] = {}
@@ -91,6 +94,10 @@ class Bench:
         """Give one input, and what the disk says of it; returns all outputs."""
         found = self.node.handle(event, self.now)
         self.outputs += found
+        for output in found:
+            message = output.message if isinstance(output, e.Send | e.ReplyTo) else None
+            if isinstance(message, m.Hello | m.Welcome):
+                self.me = message.member
         writes = [o for o in found if isinstance(o, e.Persist)]
         if writes:
             self.stored = writes[-1].state
@@ -110,7 +117,7 @@ class Bench:
                 if self.stats is not None:
                     self.worker(self.stats)
                 for who in speakers:
-                    self.beat(who, sent_at_ms=round(self.now * 1000), **values)
+                    self.beat(who, **values)
             wanted = max(self.node.deadline, self.now + 0.001)
             self.now = min(wanted, beat_at, end)
             self.take(e.Ticked())
@@ -124,8 +131,13 @@ class Bench:
         return self.take(e.Received(message=message, link=sender.address))
 
     def beat(self, who: Member, **values: Any) -> None:
-        """A heartbeat of a member, saying what it said last but for `values`."""
-        self.hear(who, heartbeat(who, **{**self.said.get(who, {}), **values}))
+        """A heartbeat of a member, which hears everybody, but for `values` as it said last."""
+        said = {
+            "sent_at_ms": round(self.now * 1000),
+            "hears_control": tuple(f"{n:016x}" for n in range(1, 17) if member(n) != who),
+            **self.said.get(who, {}),
+        }
+        self.hear(who, heartbeat(who, **{**said, **values}))
 
     def worker(self, report: e.AnyReport) -> list[e.Output]:
         """The worker says something."""

@@ -18,18 +18,22 @@ from msgspec.structs import replace
 
 from p2pinfer.core.events import Persist, StoredState
 from p2pinfer.core.outbox import Outbox
+from p2pinfer.limits import MAX_NODES
 from p2pinfer.types import Fence, Plan
 
 Then = Callable[[float], None]
 """What to do, at a time in seconds, once something is on the disk."""
 
 
+MAX_ADDRESSES = 4 * MAX_NODES
+"""Of members of plans before, kept as hints."""
+
+
 class Durable:
     """The stored state as this node now has it, which the disk may lag behind."""
 
     def __init__(self, stored: StoredState | None, boot_id: str, box: Outbox) -> None:
-        self.state = stored or StoredState(cluster_id="", blank=True)
-        self._boot_id = boot_id
+        self.state = stored or StoredState(cluster_id="", blank=True, memory=boot_id)
         self._box = box
         self._number = 0
         self._waiting: deque[tuple[int, Then]] = deque()
@@ -51,7 +55,8 @@ class Durable:
 
     def found(self, cluster_id: str, term: int, node_id: str, then: Then | None = None) -> None:
         """This node founds a cluster: it is its only voter, and has voted for itself."""
-        self._write(StoredState(cluster_id=cluster_id, term=term, voted_for=node_id), then)
+        state = replace(self.state, cluster_id=cluster_id, term=term, voted_for=node_id)
+        self._write(replace(state, blank=False), then)
 
     def vote(self, term: int, candidate_id: str, then: Then) -> None:
         """Vote in `term`; `then` may say so."""
@@ -74,8 +79,17 @@ class Durable:
         state, term = self.state, plan.fence.term
         assert plan.fence > self.fence and term >= state.term, "fences and terms only grow"
         voted_for = state.voted_for if term == state.term else ""
-        changed = StoredState(
-            cluster_id=cluster_id, term=term, voted_for=voted_for, plan=plan, blank=state.blank
+        before = state.plan.members if state.plan else ()
+        # Of a plan that was not in force the voters before it may be needed still.
+        known = (*(member.address for member in before), *(() if state.active else state.addresses))
+        changed = replace(
+            state,
+            cluster_id=cluster_id,
+            term=term,
+            voted_for=voted_for,
+            plan=plan,
+            active=False,
+            addresses=tuple(dict.fromkeys(known))[:MAX_ADDRESSES],
         )
         self._write(changed, then)
 
@@ -84,14 +98,15 @@ class Durable:
         plan, state = self.state.plan, self.state
         if plan is None or fence != plan.fence:
             return
-        voters = (plan.members[index].boot_id for index in plan.voters)
-        blank = state.blank and self._boot_id not in voters
+        voters = (plan.members[index].memory for index in plan.voters)
+        blank = state.blank and state.memory not in voters
         if not state.active or blank != state.blank:
             self._write(replace(state, active=True, blank=blank), None)
 
     def forget(self) -> None:
         """This node has left its cluster for good."""
-        self.state, self._waiting = StoredState(cluster_id="", blank=True), deque()
+        self.state = StoredState(cluster_id="", blank=True, memory=self.state.memory)
+        self._waiting = deque()
         self._number += 1
         self._box.add(Persist(number=self._number, state=None))
 

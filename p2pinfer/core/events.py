@@ -92,6 +92,7 @@ class ClientSubmitted(Input, frozen=True, kw_only=True):
     prompt_ids: tuple[int, ...]
     received: tuple[int, ...]
     params: SamplingParams
+    attempt: int = 0
 
 
 class ClientCancelled(Input, frozen=True, kw_only=True):
@@ -165,7 +166,9 @@ class StoredState(Struct, frozen=True, kw_only=True):
 
     `voted_for` is whom it voted for in `term`. `plan` is the newest that it acknowledged (None:
     there was none since it founded the cluster); `active`: that plan is known to be in force.
-    `blank`: what it promised before this began is lost, and no plan in force has healed that yet.
+    `memory` is drawn when the state begins, `blank` until a plan in force names that a voter: what
+    the node promised before is forgotten. `addresses` are those of the members of plans before that
+    may still be needed for a quorum.
     """
 
     cluster_id: str
@@ -174,6 +177,8 @@ class StoredState(Struct, frozen=True, kw_only=True):
     plan: Plan | None = None
     active: bool = False
     blank: bool = False
+    memory: str = ""
+    addresses: tuple[str, ...] = ()
 
 
 class Persist(Output, frozen=True, kw_only=True):

@@ -19,6 +19,7 @@ from p2pinfer.core.election import Election
 from p2pinfer.core.events import JoinWaiting, NodeConfig, PeerRefused, ReplyTo, Send
 from p2pinfer.core.neighbours import Neighbours
 from p2pinfer.core.outbox import Outbox
+from p2pinfer.core.plan_rules import may_work
 from p2pinfer.wire.codec import VERSIONS
 from p2pinfer.wire.messages import Hello, MemberState, Refused, Welcome
 
@@ -110,11 +111,17 @@ class Greeter:
             return
         self._knock_at = now + self._config.timing.hello_retry
         links = self._near.links
-        here = {peer.member.address for peer in self._near.table.living()}
+        living = self._near.table.living()
+        here = {peer.member.address for peer in living}
         for address in self._host.known_addresses():
             if address not in here:
                 self._near.open(address)
                 links.greet_again_after_a_while(address, now)
+        for peer in living:
+            # It will say more of itself one day, and that word may be lost.
+            link = links.to(peer.member.node_id)
+            if link and (peer.member.blank or not may_work(peer.member)):
+                self.greet(link, now)
 
     # --- greeting ---------------------------------------------------------------------------------
 
@@ -178,6 +185,7 @@ class Greeter:
             return
         near.put(near.links.answered(address, theirs.node_id, theirs.address))
         near.add(theirs, now, spoke=False)
+        near.table.describe(theirs)
         for member in welcome.members:
             if near.table.get(member.node_id) is None and member.node_id != near.table.me.node_id:
                 near.add(member, now, spoke=False)

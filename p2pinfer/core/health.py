@@ -21,6 +21,9 @@ PAUSE_CAP = 4.0
 """A worker hangs after 3 times its longest pause of late. Pauses beyond 4 * hang_after count as
 that: after a true hang the next one must be found too."""
 
+LOADING_FACTOR = 5.0
+"""Reading and repacking one tensor may take seconds on a busy machine, before any pause is known."""
+
 PAUSE_HALVES_S = 30.0
 """The longest pause is forgotten by half in that time: prompts come at least so often where pauses
 are long because prompts are."""
@@ -99,6 +102,8 @@ class WorkerWatch:
 
     def __init__(self, timing: Timing) -> None:
         self._timing = timing
+        self.loading = False
+        """It loads weights: what it does between two reports takes longer then."""
         self._said_at = inf
         self._pause = 0.0
         self._seen_hung = False
@@ -131,7 +136,8 @@ class WorkerWatch:
 
     @property
     def _patience(self) -> float:
-        return max(self._timing.hang_after, PAUSE_FACTOR * self._pause)
+        least = self._timing.hang_after * (LOADING_FACTOR if self.loading else 1.0)
+        return max(least, PAUSE_FACTOR * self._pause)
 
     @property
     def _hangs_at(self) -> float:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from p2pinfer.core.durable import Durable
 from p2pinfer.core.events import (
-    AnyReport,
     FenceSettled,
     MemberSlow,
     NodeConfig,
@@ -124,7 +123,7 @@ class Leadership:
                 return False
         return True
 
-    def reported(self, report: AnyReport, now: float) -> None:
+    def reported(self, report: TokensCommitted | FenceSettled | RequestEnded, now: float) -> None:
         """The leader's own worker: tokens are committed, replies end."""
         match report:
             case TokensCommitted():
@@ -132,10 +131,8 @@ class Leadership:
                 self._log.committed(report)
             case FenceSettled():
                 self._log.settled(report)
-            case RequestEnded():
-                self._log.ended(report, now)
             case _:
-                raise AssertionError(f"not for the leader: {report}")
+                self._log.ended(report, now)
 
     def step_failed(
         self, fence: Fence, reporter: str, why: str, about: str, now: float, *, broken: bool = False

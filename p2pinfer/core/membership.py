@@ -123,6 +123,12 @@ class Membership:
         self.changed_at = now
         return True
 
+    def describe(self, member: Member) -> None:
+        """A living member describes itself anew, in the same boot."""
+        peer = self._peers.get(member.node_id)
+        if peer and peer.living and peer.member.boot_id == member.boot_id:
+            peer.member = member
+
     def heard(self, heartbeat: Heartbeat, now: float) -> None:
         """A heartbeat of a living peer: it is alive, whatever was suspected."""
         peer = self._peers[heartbeat.node_id]

@@ -86,13 +86,14 @@ class Node:
     """
 
     def __init__(self, config: NodeConfig, draw: Callable[[], float]) -> None:
-        me = config.member
         links = Links(config.timing)
-        self._config = config
-        self._me = me.node_id
+        self._me = config.member.node_id
         self._started = self._stopped = False
-        self._box = Outbox(me.node_id, links.to)
-        self._durable = Durable(config.stored, me.boot_id, self._box)
+        self._box = Outbox(self._me, links.to)
+        self._durable = Durable(config.stored, config.member.boot_id, self._box)
+        state, founds = self._durable.state, config.stored is None and not config.join
+        me = replace(config.member, memory=state.memory, blank=state.blank and not founds)
+        self._config = config = replace(config, member=me)
         self._election = Election(me, self._durable, config.timing, self._box, draw)
         self._near = Neighbours(config, links, self._election, self._box, self._lost)
         self._greeter = Greeter(config, self._near, self._election, self._box, self)
@@ -171,8 +172,6 @@ class Node:
         stored, config = self._config.stored, self._config
         table = self._near.table
         table.changed_at = now
-        founds = stored is None and not config.join
-        table.me = replace(table.me, blank=self._durable.blank and not founds)
         if stored is not None:
             self._near.cluster_id = stored.cluster_id
             self._election.resume(now)
@@ -260,6 +259,7 @@ class Node:
         self._greeter.look(now)
 
     def _look_at_worker(self, now: float) -> None:
+        self._watch.loading = self._holder.loading
         hung, silence = self._watch.hung(now), self._watch.silence(now)
         if hung != self._hung:
             self._hung = hung
@@ -273,6 +273,8 @@ class Node:
     def _look(self, _event: Input, now: float) -> None:
         """What time, or what just happened, brings about for elections, plans and requests."""
         table = self._near.table
+        if table.me.blank and not self._durable.blank and self._durable.state.cluster_id:
+            table.me = replace(table.me, blank=False)
         draining = self._departure.draining
         self._election.look(
             ElectionView(
@@ -327,7 +329,8 @@ class Node:
         gone = (p.member.address for p in table.everybody() if p.state is MemberState.DEAD)
         planned = (m.address for m in plan.members if m.node_id != self._me) if plan else ()
         alone = () if table.living() else self._config.join
-        return tuple(dict.fromkeys((*gone, *planned, *alone)))
+        before = () if self._durable.state.active else self._durable.state.addresses
+        return tuple(dict.fromkeys((*gone, *planned, *before, *alone)))
 
     # --- joining, leaving, losing -----------------------------------------------------------------
 
@@ -399,7 +402,8 @@ class Node:
             return
         if self._leadership:
             self._leadership.own_step_failed(report, why, now)
-        elif self._election.leader_id:
+        else:
+            assert self._election.leader_id, "a plan ends with its leader's office"
             nack = Nack(
                 fence=report.fence,
                 node_id=self._me,

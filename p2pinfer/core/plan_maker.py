@@ -28,7 +28,7 @@ from p2pinfer.core.plan_rules import (
 )
 from p2pinfer.core.planner import PlacementError, may_own
 from p2pinfer.core.proposal import Proposal, owners
-from p2pinfer.core.quorum import voter_ids
+from p2pinfer.core.quorum import credible, voter_ids
 from p2pinfer.core.replan import next_plan
 from p2pinfer.core.request_log import RequestLog
 from p2pinfer.core.voters import NodeIds, change_of_votes, listed_as, next_voters
@@ -250,6 +250,7 @@ class PlanMaker:
             living=view.living,
             lost=view.lost,
             ready=ready,
+            leaving=view.draining,
         )
 
     def _acked(self, view: View) -> set[str]:
@@ -277,9 +278,9 @@ class PlanMaker:
         if self._base is None:
             return members
         voted = voter_ids(self._base) if self._base_active else frozenset()
-        blanks = {boot(m): m.blank and m.node_id not in voted for m in self._base.members}
+        blanks = {m.memory: m.blank and m.node_id not in voted for m in self._base.members}
         return tuple(
-            msgspec.structs.replace(m, blank=blanks.get(boot(m), m.blank)) for m in members
+            msgspec.structs.replace(m, blank=blanks.get(m.memory, m.blank)) for m in members
         )
 
     def _propose(self, view: View, decision: Decision, now: float) -> None:
@@ -294,13 +295,13 @@ class PlanMaker:
                 members=members,
                 able=frozenset(member.node_id for member in able),
                 model=self._model,
-                layout=self._config.layout,
+                layout=previous.layout if previous else self._config.layout,
                 fence=fence,
                 cluster_id=self._cluster_id,
                 leader_id=self._me,
                 voters=voters,
                 old_voters=old_voters,
-                quorum=self._config.quorum,
+                quorum=previous.quorum if previous else self._config.quorum,
                 replicas=self._config.replicas,
                 rebalance=decision.rebalance,
             )
@@ -314,6 +315,7 @@ class PlanMaker:
             first=self._first,
             offered=self._offered(plan, boots(able), decision.rebalance),
             gone=boots(members) - boots(view.living),
+            heard=credible(plan, view.living),
             timing=self._timing,
             box=self._box,
         )

@@ -42,7 +42,8 @@ class Proposal:
     """The newest plan of a leader. Times in seconds.
 
     `first`: the leader has activated none before. `offered` are the members that could have got
-    units, `gone` those that are listed only because of their votes.
+    units, `gone` those that are listed only because of their votes. `heard` are the node ids of
+    those whose word counts (`quorum.credible`).
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Proposal:
         first: bool,
         offered: frozenset[Boot],
         gone: frozenset[Boot],
+        heard: frozenset[str],
         timing: Timing,
         box: Outbox,
     ) -> None:
@@ -59,6 +61,7 @@ class Proposal:
         self.owners = owners(plan)
         self.offered = offered
         self.gone = gone
+        self._heard = heard
         self.activated = False
         self.activated_at = inf
         self.listeners: tuple[int, ...] = ()
@@ -133,7 +136,7 @@ class Proposal:
         needed = {member.node_id for member in (*self.owners, plan.members[plan.leader])}
         forgot = frozenset(member.node_id for member in plan.members if member.blank)
         if not needed <= acked or not quorum.adopts(
-            plan, acked, first=self._first, forgot=forgot, lost=lost
+            plan, acked & self._heard, first=self._first, forgot=forgot, lost=lost
         ):
             self._alone_since = inf
             return False

@@ -42,8 +42,8 @@ def electorate(plan: Plan, *, active: bool) -> tuple[Voters, ...]:
 
 def credible(plan: Plan, members: Iterable[Member]) -> Voters:
     """Those of `members`, as they describe themselves now, whose word counts under `plan`."""
-    named = frozenset(plan.members[index].boot_id for index in plan.voters)
-    return frozenset(m.node_id for m in members if not m.blank or m.boot_id in named)
+    named = frozenset(plan.members[index].memory for index in plan.voters)
+    return frozenset(m.node_id for m in members if not m.blank or m.memory in named)
 
 
 def elects(

@@ -63,6 +63,8 @@ class Entry:
     """When it will have had no serving node for too long."""
 
     fixed_until: float = -inf
+    attempt: int = 0
+    """The latest submission of the client's that is known: an earlier one moves nothing."""
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:

@@ -96,13 +96,18 @@ class RequestLog:
         if entry is None:
             self._enter(message)
             return
-        if entry.serving_id not in ("", message.serving_id) and now < entry.fixed_until:
+        if message.serving_id != entry.serving_id and message.attempt < entry.attempt:
+            self._box.send(message.serving_id, _moved(entry))
+            return
+        held = entry.serving_id not in ("", message.serving_id) and now < entry.fixed_until
+        if held and message.attempt == entry.attempt:
             return
         if conflict := conflict_of(message, entry):
             self._refuse(message, "log_conflict", conflict)
             return
         if message.serving_id != entry.serving_id:
             self._move(entry, message, now)
+        entry.attempt = max(entry.attempt, message.attempt)
         if len(message.received) > len(entry.tokens):
             self._extend(entry, message.received)
         entry.committed = max(entry.committed, len(message.received))
@@ -129,19 +134,13 @@ class RequestLog:
             serving_id=message.serving_id,
             sent=len(message.received),
             claimed=True,
+            attempt=message.attempt,
         )
 
     def _move(self, entry: Entry, message: Forward, now: float) -> None:
         """The client came back through another node, or its node has found this leader."""
         if entry.serving_id and entry.ended is None:
-            moved = Ended(
-                request_id=entry.request_id,
-                reason="cancelled",
-                total_tokens=entry.sent,
-                code="cancelled",
-                message="the client continues this reply through another node",
-            )
-            self._box.send(entry.serving_id, moved)
+            self._box.send(entry.serving_id, _moved(entry))
         if not entry.claimed:
             # Only now is it known which tokens the client had when the old leader was lost.
             entry.prompt_ids = message.prompt_ids
@@ -431,3 +430,14 @@ class RequestLog:
                 )
                 tokens = tuple(token for token, _ in part)
                 self._box.send(node_id, Drawn(tokens=tokens, interruptions=interruptions))
+
+
+def _moved(entry: Entry) -> Ended:
+    """What a node is told that does not serve a request any more."""
+    return Ended(
+        request_id=entry.request_id,
+        reason="cancelled",
+        total_tokens=entry.sent,
+        code="cancelled",
+        message="the client continues this reply through another node",
+    )

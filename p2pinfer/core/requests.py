@@ -69,6 +69,9 @@ class Reply:
     waiting: bool
     """The cluster has not been ready since this was submitted."""
 
+    attempt: int = 0
+    """That of the client's last submission here."""
+
     told: str = ""
     """What its client knows that it waits for."""
 
@@ -164,6 +167,7 @@ class Serving:
             tokens=list(request.received),
             submitted_at=now,
             waiting=bool(waiting),
+            attempt=request.attempt,
             told=waiting,
             stalled_at=now if waiting else inf,
         )
@@ -178,6 +182,9 @@ class Serving:
 
     def _attach(self, reply: Reply, request: ClientSubmitted, waiting: str) -> None:
         reply.route = request.route
+        if request.attempt > reply.attempt:
+            # Another node may have served it meanwhile: the leader must know that we do again.
+            reply.attempt, reply.forward_at = request.attempt, -inf
         reply.told = waiting if reply.waiting else ""
         self._answer(reply)
         held, known = len(request.received), len(reply.tokens)
@@ -372,6 +379,7 @@ class Serving:
             prompt_ids=reply.prompt_ids,
             received=tuple(reply.tokens),
             params=reply.params,
+            attempt=reply.attempt,
         )
         self._box.send(self.leader_id, forward)
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 
+from msgspec.structs import replace
+
 from p2pinfer.core.quorum import voter_ids
 from p2pinfer.types import Member, Plan
 
@@ -26,6 +28,7 @@ def next_voters(
     living: Iterable[Member],
     lost: AbstractSet[str],
     ready: AbstractSet[str],
+    leaving: AbstractSet[str] = frozenset(),
 ) -> tuple[NodeIds, NodeIds]:
     """Node ids of the next plan's voters, and of its old voters.
 
@@ -33,8 +36,8 @@ def next_voters(
     has accepted; None before the cluster's first plan, when the founder is its only voter.
     `base_active` says that `base` is known to be in force. `lost` are the node ids of members known
     to be dead or to have left; a voter that is neither living nor lost keeps its vote. `ready` are
-    those that may become voters: they have acknowledged a plan in force. A member that is draining
-    votes until it leaves.
+    those that may become voters: they have acknowledged a plan in force. Those that are `leaving`
+    vote no more, where another one that may lead still does.
     """
     assert base_active or first, "the sitting leader's base is a plan that it activated"
     if base is not None and not base_active:
@@ -48,6 +51,8 @@ def next_voters(
         for node_id in before
         if (_keeps_its_vote(here[node_id], lives) if node_id in here else node_id not in lost)
     }
+    if any(not here[node_id].witness for node_id in stay - leaving if node_id in here):
+        stay -= leaving
     learners = sorted(
         (member for member in here.values() if member.node_id in ready - stay),
         key=lambda member: (member.blank, member.name, member.node_id),
@@ -57,14 +62,14 @@ def next_voters(
 
 
 def _voting_lives(base: Plan | None) -> frozenset[tuple[str, str]]:
-    """Node and boot ids of the voters of a plan."""
+    """Node ids of the voters of a plan, with their memories."""
     members = (base.members[index] for index in base.voters) if base is not None else ()
-    return frozenset((member.node_id, member.boot_id) for member in members)
+    return frozenset((member.node_id, member.memory) for member in members)
 
 
 def _keeps_its_vote(member: Member, lives: AbstractSet[tuple[str, str]]) -> bool:
     """A voter that forgot what it promised is a voter no more, but a learner like others."""
-    return not member.blank or (member.node_id, member.boot_id) in lives
+    return not member.blank or (member.node_id, member.memory) in lives
 
 
 def change_of_votes(plan: Plan, voters: NodeIds, living: Iterable[Member]) -> str:
@@ -80,10 +85,12 @@ def listed_as(member: Member | None, before: Member | None, *, keep: bool) -> Me
     """How the next plan lists a member that lives (None: it does not), and that the base listed.
 
     A plan that follows one not known to be in force cannot give a voter that forgot what it
-    promised for that plan a new vote: with `keep` it lists the life that promised.
+    promised for that plan a new vote: with `keep` it lists the memory that promised, and so nobody
+    has a say there.
     """
-    reborn = member is not None and before is not None and member.boot_id != before.boot_id
-    if member is None or (reborn and member.blank and keep):
+    if member is None:
         assert before is not None
         return before
+    if before is not None and member.blank and keep:
+        return replace(member, memory=before.memory)
     return member

@@ -172,7 +172,8 @@ class Submit(ControlMessage, frozen=True, kw_only=True):
     """A client submits or resumes a request, idempotently: the id is its own choice.
 
     At most one of `text` and `prompt_ids` is given (neither is an empty prompt); `received` are
-    reply tokens the client already has (forced, never drawn again).
+    reply tokens the client already has (forced, never drawn again). `attempt` grows with each
+    submission of the same request: of two nodes that serve it the later one's counts.
     """
 
     request_id: U63
@@ -180,6 +181,7 @@ class Submit(ControlMessage, frozen=True, kw_only=True):
     prompt_ids: Tokens = ()
     params: SamplingParams
     received: Tokens = ()
+    attempt: U63 = 0
 
 
 class Accepted(ControlMessage, frozen=True, kw_only=True):
@@ -229,13 +231,17 @@ class Cancel(ControlMessage, frozen=True, kw_only=True):
 
 
 class Forward(ControlMessage, frozen=True, kw_only=True):
-    """Serving node to leader: enter this request into the log (idempotent)."""
+    """Serving node to leader: enter this request into the log (idempotent).
+
+    `attempt` is that of the client's submission.
+    """
 
     request_id: U63
     serving_id: Identity
     prompt_ids: Tokens
     received: Tokens = ()
     params: SamplingParams
+    attempt: U63 = 0
 
 
 class DrawnToken(Struct, frozen=True, kw_only=True):

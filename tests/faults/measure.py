@@ -34,6 +34,7 @@ from p2pinfer.types import SamplingParams
 from tests.faults.namespaces import NamespacedCluster, enter, why_not
 from tests.faults.proxy import ProxiedCluster
 from tests.faults.watching import (
+    GO_ON_S,
     Diary,
     Fact,
     Reading,
@@ -48,10 +49,10 @@ from tests.faults.watching import (
 TARGETS: dict[str, dict[str, float]] = {
     "follower": {"suspected_s": 0.1, "adopted_s": 0.3},
     "leader": {"suspected_s": 0.1, "adopted_s": 0.8},
-    "hang": {"noticed_s": 1.0},
-    "compute-hang": {"noticed_s": 1.0},
-    "cut": {"noticed_s": 1.0},
-    "reset": {},
+    "hang": {"noticed_s": 1.0, "stall_s": GO_ON_S},
+    "compute-hang": {"noticed_s": 1.0, "stall_s": GO_ON_S},
+    "cut": {"noticed_s": 1.0, "stall_s": GO_ON_S},
+    "reset": {"stall_s": GO_ON_S},
 }
 """By kind of fault, what 99 of 100 runs are to keep to, in seconds."""
 

@@ -120,6 +120,7 @@ class Clients:
             prompt_ids=client.prompt,
             received=tuple(received),
             params=client.params,
+            attempt=client.attempts,
         )
         self.world.later(self._random.uniform(0.0005, 0.003), process.take, submitted)
         return attempt

@@ -151,14 +151,15 @@ class Judge:
         return True
 
     def _has_a_say(self, process: Process) -> bool:
-        """Whether a process remembers what it promised, or was made a voter as it is."""
-        member = process.config.member
+        """Whether a process remembers what it promised, or was made a voter with what it does."""
+        stored = process.config.stored
+        memory = stored.memory if stored else process.config.member.boot_id
         mark = self._accepted.get(process.number)
         plan = self._valid[mark] if mark is not None else None
         named = plan is not None and any(
-            plan.members[index].boot_id == member.boot_id for index in plan.voters
+            plan.members[index].memory == memory for index in plan.voters
         )
-        return plan is not None and (named or not member.blank)
+        return plan is not None and (named or not (stored is None or stored.blank))
 
     # --- workers ----------------------------------------------------------------------------------
 

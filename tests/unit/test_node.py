@@ -39,7 +39,10 @@ def test_without_join_a_node_founds_a_cluster_and_leads_it() -> None:
     assert bench.told(e.LeaderElected) == [
         e.LeaderElected(name="node5", node_id=bench.me.node_id, term=1)
     ]
-    assert bench.stored == e.StoredState(cluster_id=CLUSTER, term=1, voted_for=bench.me.node_id)
+    state = bench.stored
+    assert state is not None
+    assert (state.cluster_id, state.term, state.voted_for) == (CLUSTER, 1, bench.me.node_id)
+    assert (state.plan, state.blank) == (None, False)
     status = bench.node.status(bench.now)
     assert (status["cluster_id"], status["leader"], status["term"]) == (CLUSTER, "node5", 1)
     assert bench.node.waiting == "this node's worker to start"
@@ -49,10 +52,7 @@ def test_without_join_a_node_founds_a_cluster_and_leads_it() -> None:
 
 def test_a_founder_leads_when_its_disk_knows() -> None:
     """Nobody leads before the founding is written."""
-    bench = Bench.__new__(Bench)
-    config = e.NodeConfig(member=member(5), model=MODEL, cluster_id=CLUSTER)
-    bench.node, bench.now, bench.outputs, bench.slow_disk = Node(config, lambda: 0.5), 1.0, [], True
-    bench.take(e.Ticked())
+    bench = Bench(slow_disk=True)
     assert not bench.told(e.LeaderElected)
     assert bench.node.waiting == "this node's worker to start"
     bench.worker_ready()
@@ -307,7 +307,8 @@ def test_a_broken_step_link_makes_this_node_look() -> None:
 def test_heartbeats_carry_what_the_worker_says() -> None:
     """Counters, and whom it hears on step links."""
     bench = Bench.leader(TWO)
-    bench.worker(e.WorkerStats(steps=4, tokens_per_s=2.5, hears_steps=(TWO.node_id, "f" * 16)))
+    heard = (TWO.node_id, "f" * 16)
+    bench.stats = e.WorkerStats(steps=4, tokens_per_s=2.5, hears_steps=heard)
     bench.worker(e.LoadProgress(done_bytes=1, total_bytes=2))
     bench.run(0.15, TWO)
     word = bench.sent(m.Heartbeat)[-1][1]
