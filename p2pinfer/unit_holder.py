@@ -87,6 +87,7 @@ class UnitHolder:
         model, holding = mine.plan.model, mine.holding
         total = weight_bytes(model, holding)
         done, told = 0, time.monotonic()
+        self._progress(0, total)
 
         def progress(more: int) -> None:
             nonlocal done, told

@@ -8,6 +8,7 @@ control plane see a compute loop that hangs. Token logs and KV outlive plans.
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import signal
@@ -103,6 +104,9 @@ class Worker:
         config = self._config
         self._steps.bind(config.listen_host, config.step_port)
         self._bulk.bind(config.listen_host, config.bulk_port)
+        # So that the collection after loading walks what was loaded, and not all of torch.
+        gc.collect()
+        gc.freeze()
         self._pipe.send(
             WorkerReady(
                 numeric_class=numeric_class(config.model.dtype, self._device)

@@ -36,13 +36,14 @@ MODEL = ModelSpec(
 
 
 def member(number: int, *, boot: int = 0, **values: Any) -> Member:
-    """Member `number`, in one of its lives."""
+    """Member `number`, in one of its lives; its memory is kept over them, unless said otherwise."""
     fields = {
         "node_id": f"{number:016x}",
         "boot_id": f"{number * 256 + boot:016x}",
         "name": f"node{number}",
         "address": f"tcp://h{number}:7720",
         "numeric_class": "n",
+        "memory": f"{number * 256:016x}",
         **values,
     }
     return Member(**fields)

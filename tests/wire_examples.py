@@ -63,6 +63,7 @@ def tensor(dtype: WireDType, *shape: int) -> Tensor:
 
 ANNA, BERT = "00000000000000aa", "00000000000000bb"
 BOOT, CLUSTER = "0123456789abcdef", "fedcba9876543210"
+MEMORY = "00112233445566ff"
 MODEL_ID = "5f" * 32
 FENCE = Fence(3, 7)
 HUGE = (1 << 63) - 1
@@ -78,6 +79,7 @@ MEMBER = Member(
     weight=1.5,
     memory_bytes=16 << 30,
     kv_bytes=4 << 30,
+    memory=MEMORY,
 )
 WITNESS = Member(
     node_id=BERT,
@@ -213,7 +215,11 @@ EXAMPLES: dict[str, m.Message] = {
     "activate without requests": m.Activate(fence=FENCE),
     "submit of text": m.Submit(request_id=HUGE, text="Es war einmal …", params=SamplingParams()),
     "submit of tokens": m.Submit(
-        request_id=1, prompt_ids=(1, 2000, (1 << 31) - 1), params=PARAMS, received=(7, 8)
+        request_id=1,
+        prompt_ids=(1, 2000, (1 << 31) - 1),
+        params=PARAMS,
+        received=(7, 8),
+        attempt=HUGE,
     ),
     "accepted": m.Accepted(
         request_id=1, served_by="anna", prompt_ids=(1, 2), waiting="1 more node"
@@ -233,7 +239,7 @@ EXAMPLES: dict[str, m.Message] = {
     ),
     "cancel": m.Cancel(request_id=1, reason="stop"),
     "forward": m.Forward(
-        request_id=1, serving_id=BERT, prompt_ids=(1, 2), received=(3,), params=PARAMS
+        request_id=1, serving_id=BERT, prompt_ids=(1, 2), received=(3,), params=PARAMS, attempt=2
     ),
     "drawn": m.Drawn(
         tokens=(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
-from p2pinfer.core.events import NodeConfig, Output, ReplyTo
+from p2pinfer.core.events import Draining, NodeConfig, Output, ReplyTo
 from p2pinfer.core.membership import Peer
 from p2pinfer.core.neighbours import Neighbours
 from p2pinfer.core.outbox import Outbox
@@ -103,6 +103,7 @@ class Departure:
     def _drain(self, now: float) -> None:
         if not self.draining:
             self.draining, self._until = True, now + self._timeout
+            self._box.add(Draining(for_good=self.for_good, timeout_s=self._timeout))
             self._leaderless_until = inf
             self._near.speak_soon(now)
 
@@ -134,6 +135,8 @@ class Departure:
             return True
         if self._anyway and (now >= self._leaderless_until or not self._others()):
             return True
+        if self.for_good and not self._near.table.living():
+            return True
         if now < self._until:
             return False
         if self._anyway:
@@ -163,14 +166,16 @@ class Departure:
         return found
 
     def _holds_nothing(self, plan: Plan | None, obeyed: Fence, began: bool) -> bool:
-        """Whether the plan in force gives this node no unit. Who has never taken part in one has
-        nothing to hand over, and may go if it was told to end."""
+        """Whether the plan in force gives this node no unit and no vote. Who has never taken part
+        in one has nothing to hand over, and may go if it was told to end."""
         if plan is None:
             return self._anyway and not began
         ids = [member.node_id for member in plan.members]
         if obeyed != plan.fence or self._me.node_id not in ids:
             return False
-        return holding(plan, ids.index(self._me.node_id)).stage is None
+        index = ids.index(self._me.node_id)
+        # Whoever goes with a vote that the others need leaves them unable to elect anybody.
+        return holding(plan, index).stage is None and index not in plan.voters
 
     def _others(self) -> list[Peer]:
         """Members that could take over: not going themselves."""

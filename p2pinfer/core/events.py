@@ -301,6 +301,13 @@ class WorkerHung(Fact, frozen=True, kw_only=True):
     silence_s: float
 
 
+class Draining(Fact, frozen=True, kw_only=True):
+    """This node is to hand over what it holds, and leave."""
+
+    for_good: bool
+    timeout_s: float
+
+
 class PairBroken(Fact, frozen=True, kw_only=True):
     """Two members do not hear each other, as one of them says; `loses` is to own nothing."""
 
@@ -405,6 +412,7 @@ __all__ = [
     "Conclude",
     "Covered",
     "Deliver",
+    "Draining",
     "ElectionStarted",
     "Exit",
     "Fact",

@@ -17,12 +17,11 @@ RECOVERY_PERIODS = 5
 one for each probe that went well, and its probes are as far apart as five of our heartbeats."""
 
 PAUSE_FACTOR = 3.0
-PAUSE_CAP = 4.0
-"""A worker hangs after 3 times its longest pause of late. Pauses beyond 4 * hang_after count as
-that: after a true hang the next one must be found too."""
+"""A worker hangs after 3 times its longest pause of late, which counts as hang_after at most. A
+pause of 3 * hang_after or more was a hang, and teaches nothing: the next is to be found as soon."""
 
 LOADING_FACTOR = 5.0
-"""Reading and repacking one tensor may take seconds on a busy machine, before any pause is known."""
+"""Reading and repacking one tensor may take seconds on a busy machine: no pause is known yet."""
 
 PAUSE_HALVES_S = 30.0
 """The longest pause is forgotten by half in that time: prompts come at least so often where pauses
@@ -112,8 +111,9 @@ class WorkerWatch:
         """Any report came."""
         if self._said_at < inf:
             pause = now - self._said_at
-            faded = self._pause * 0.5 ** (pause / PAUSE_HALVES_S)
-            self._pause = min(max(pause, faded), PAUSE_CAP * self._timing.hang_after)
+            self._pause *= 0.5 ** (pause / PAUSE_HALVES_S)
+            if not self.loading and pause < PAUSE_FACTOR * self._timing.hang_after:
+                self._pause = min(max(pause, self._pause), self._timing.hang_after)
         self._said_at, self._seen_hung = now, False
 
     @property

@@ -26,6 +26,7 @@ from p2pinfer.core.events import (
     LinkDown,
     LinkLost,
     LinkUp,
+    LoadProgress,
     NodeConfig,
     Output,
     Persisted,
@@ -259,7 +260,6 @@ class Node:
         self._greeter.look(now)
 
     def _look_at_worker(self, now: float) -> None:
-        self._watch.loading = self._holder.loading
         hung, silence = self._watch.hung(now), self._watch.silence(now)
         if hung != self._hung:
             self._hung = hung
@@ -365,7 +365,10 @@ class Node:
                 self._worker_started(report, now)
             case WorkerFailed() as report:
                 self.fail(report.message, 2 if report.usage else 1, now)
+            case LoadProgress():
+                self._watch.loading = True
             case PlanLoaded() as report:
+                self._watch.loading = False
                 self._holder.loaded(report, now)
             case TokensCommitted() | FenceSettled() | RequestEnded() as report:
                 if self._leadership:

@@ -81,7 +81,7 @@ class Outlook:
         plan = self._holder.active
         if plan is None:
             waiting = self.waiting(leadership)
-            message = f"there is no plan yet; the cluster waits for {waiting}"
+            message = f"no plan is in force; the cluster waits for {waiting}"
             raise ClusterError("not_ready", message, retryable=True)
         if not without:
             return plan_object(plan)

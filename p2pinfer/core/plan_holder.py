@@ -269,11 +269,6 @@ class PlanHolder:
     def _drop_activate(self, fence: Fence, why: str) -> None:
         self._box.add(FrameDropped(reason=f"ACTIVATE of {_text(fence)}: {why}"))
 
-    @property
-    def loading(self) -> bool:
-        """Whether the worker is making a plan ready."""
-        return self._next is not None and self._next.report is None
-
     def broke_off(self, fence: Fence) -> bool:
         """A step of the plan in force failed on this node's worker; false: of another plan.
 

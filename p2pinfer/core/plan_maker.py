@@ -437,7 +437,8 @@ class PlanMaker:
         current, view = self._current, self._view
         if current is None or view is None or current.activated:
             return
-        here = boots(view.living) - self._broken
+        # Who hangs will not answer, and is not waited for.
+        here = boots(m for m in view.living if m.node_id not in view.hung) - self._broken
         if not current.enough(here, view.lost, now):
             return
         agreed = current.collect(self._log.wants)

@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 
 from p2pinfer.core import events as e
 from p2pinfer.core.agreement import digest
+from p2pinfer.core.planner import PlacementError
 from p2pinfer.errors import ClusterError
 from p2pinfer.limits import MAX_POSITIONS
 from p2pinfer.types import Failover, Fence, Member, Plan, SamplingParams
 from p2pinfer.wire import messages as m
 from p2pinfer.wire.codec import encode
-from tests.node_bench import CLUSTER, MODEL, Bench, member, plan_of
+from tests.node_bench import CLUSTER, MODEL, Bench, heartbeat, member, plan_of
 
 ONE, TWO = member(1), member(2)
 MEMBERS = (
@@ -116,13 +117,13 @@ class Story:
     def plan(self) -> Plan:
         members = list({m.node_id: m for m in self.draw.sample(MEMBERS, 4)}.values())
         mine = [*(m for m in members if m.node_id != self.bench.me.node_id), self.bench.me]
-        able = [m for m in mine if m.weight and not m.witness and m.numeric_class]
-        mine.sort(key=lambda m: m not in able)
         fence = Fence(self.term(), self.plans[-1].fence.epoch + self.draw.randrange(3))
         old = tuple(sorted(m.node_id for m in self.draw.sample(mine, 1)))
-        if not able:
+        self.draw.shuffle(mine)
+        try:
+            return plan_of(*mine, fence=fence, old_voters=self.one((), old))
+        except PlacementError:
             return self.plans[-1]
-        return plan_of(*mine, fence=fence, old_voters=self.one((), old), model=MODEL)
 
     def message(self, sender: Member) -> m.ControlMessage:
         """Any message of the control plane, mostly in the sender's own name."""
@@ -132,7 +133,7 @@ class Story:
         return message
 
     def _membership(self, who: Member) -> m.ControlMessage:
-        ids = tuple({other.node_id for other in MEMBERS})
+        ids = tuple(sorted({other.node_id for other in MEMBERS}))
         rumours = tuple(
             m.Rumour(
                 node_id=other.node_id,
@@ -199,7 +200,8 @@ class Story:
         )
         log, fence = logs[0], self.fence()
         propose = m.Propose(plan=self.one(self.plan(), self.plans[-1]))
-        self.plans.append(propose.plan)
+        if self.draw.random() < 0.3:
+            self.plans.append(propose.plan)
         start = self.draw.randrange(len(log.tokens) + 1)
         return self.one(
             propose,
@@ -315,7 +317,7 @@ class Story:
                 e.Persisted(number=self.number),
                 e.Received(message=self.message(who), route=b"client"),
             )
-        if kind < 0.99:
+        if kind < 0.995:
             return self.one(
                 e.ClientSubmitted(
                     route=b"client",
@@ -348,10 +350,32 @@ class Story:
         message = self.one(welcome, welcome, welcome, refused, self.message(who))
         return e.Received(message=message, link=who.address)
 
+    def expected(self) -> list[e.Input]:
+        """What would bring the newest plan that this node loads into force."""
+        plan = self.plans[-1]
+        inputs: list[e.Input] = [
+            e.Persisted(number=self.number),
+            e.WorkerSaid(report=e.PlanLoaded(fence=plan.fence, logs=(self.log(),))),
+        ]
+        for who in plan.members:
+            for message in (
+                m.Ack(fence=plan.fence, node_id=who.node_id),
+                m.Activate(fence=plan.fence),
+                heartbeat(who, term=plan.fence.term, fence=plan.fence),
+            ):
+                inputs.append(e.Received(message=message, route=who.name.encode()))
+        return inputs
+
     def step(self) -> None:
         """One thing happens, and then the time that the node asked for may come."""
         self.bench.now += self.one(0.0, 0.001, 0.04)
-        self.check(self.bench.take(self.event()))
+        inputs = [self.event()]
+        if self.draw.random() < 0.8:
+            inputs.append(e.WorkerSaid(report=e.WorkerStats()))
+        if self.draw.random() < 0.1:
+            inputs += self.expected()
+        for event in inputs:
+            self.check(self.bench.take(event))
         wait = self.bench.node.deadline - self.bench.now
         if not self.over and wait < 2.0 and self.draw.random() < 0.4:
             self.bench.now += max(0.0, wait) + self.one(0.0, 0.0, 0.3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from p2pinfer.core.durable import Durable
+from p2pinfer.core.durable import MAX_ADDRESSES, Durable
 from p2pinfer.core.events import Persist, StoredState
 from p2pinfer.core.outbox import Outbox
 from p2pinfer.types import DType, Fence, Member, ModelSpec, Plan, Stage
@@ -27,18 +27,30 @@ MODEL = ModelSpec(
 )
 
 
-def member(node_id: str, boot_id: str) -> Member:
+def member(node_id: str, memory: str, address: str = "tcp://h:1") -> Member:
     """A member of a plan."""
-    return Member(node_id=node_id, boot_id=boot_id, name=node_id[0], address="tcp://h:1")
+    return Member(
+        node_id=node_id, boot_id="9" * 16, name=node_id[0], address=address, memory=memory
+    )
 
 
-def plan_of(term: int, epoch: int, *, voters: tuple[int, ...] = (0, 1), boot: str = BOOT) -> Plan:
-    """A plan of this node (member 0, in life `boot`) and another."""
+def plan_of(
+    term: int,
+    epoch: int,
+    *,
+    voters: tuple[int, ...] = (0, 1),
+    memory: str = BOOT,
+    addresses: tuple[str, str] = ("tcp://h:1", "tcp://h:1"),
+) -> Plan:
+    """A plan of this node (member 0, with that memory) and another."""
     return Plan(
         fence=Fence(term, epoch),
         cluster_id=CLUSTER,
         leader=1,
-        members=(member(ME, boot), member(OTHER, "2" * 16)),
+        members=(
+            member(ME, memory, addresses[0]),
+            member(OTHER, "2" * 16, addresses[1]),
+        ),
         voters=voters,
         model=MODEL,
         stages=(Stage(start=0, end=1, head_owners=(0,), mlp_owners=(1,)),),
@@ -147,11 +159,12 @@ def test_a_plan_is_noted_as_in_force_once() -> None:
     assert not empty.writes()
 
 
-def test_a_node_without_state_is_blank_until_a_plan_in_force_names_its_boot_a_voter() -> None:
-    """Acceptance alone does not heal it, nor does a plan that names an earlier boot or no vote."""
-    for voters, boot, healed in (((0, 1), BOOT, True), ((1,), BOOT, False), ((0, 1), OTHER, False)):
+def test_a_node_without_state_is_blank_until_a_plan_in_force_names_its_memory_a_voter() -> None:
+    """Acceptance alone does not heal it, nor does a plan that names a lost memory or no vote."""
+    cases = (((0, 1), BOOT, True), ((1,), BOOT, False), ((0, 1), OTHER, False))
+    for voters, memory, healed in cases:
         story = Story()
-        story.durable.accept(plan_of(1, 1, voters=voters, boot=boot), CLUSTER, lambda _: None)
+        story.durable.accept(plan_of(1, 1, voters=voters, memory=memory), CLUSTER, lambda _: None)
         assert story.durable.blank
         story.durable.activated(Fence(1, 1))
         assert story.durable.blank is not healed
@@ -159,12 +172,55 @@ def test_a_node_without_state_is_blank_until_a_plan_in_force_names_its_boot_a_vo
 
 
 def test_a_blank_node_is_still_blank_after_a_restart() -> None:
-    """What a vote of it wrote says that it is blank."""
+    """What a vote of it wrote says that it is blank, and with which memory it began."""
     story = Story()
     story.durable.vote(4, OTHER, lambda _: None)
     (write,) = story.writes()
-    assert Story(write.state).durable.blank
+    later = Durable(write.state, "8" * 16, Story().box)
+    assert later.blank and later.state.memory == BOOT
     assert not Story(MEMBER).durable.blank
+
+
+def test_a_restart_between_acceptance_and_activation_keeps_the_vote() -> None:
+    """The plan names the memory, and that is kept: the later boot is healed by the same plan."""
+    story = Story()
+    story.durable.accept(plan_of(1, 1), CLUSTER, lambda _: None)
+    (write,) = story.writes()
+    later = Durable(write.state, "8" * 16, story.box)
+    later.activated(Fence(1, 1))
+    assert not later.blank and later.state.active
+
+
+def test_who_lost_its_state_is_another_voter() -> None:
+    """It begins another memory, and a plan that names the one before does not heal it."""
+    later = Durable(None, "8" * 16, Story().box)
+    later.accept(plan_of(1, 1), CLUSTER, lambda _: None)
+    later.activated(Fence(1, 1))
+    assert later.state.memory == "8" * 16
+    assert later.blank and later.state.active
+
+
+def test_addresses_of_plans_before_are_kept_until_one_is_in_force() -> None:
+    """Voters before a plan that may not be in force may be needed for a quorum still."""
+    story = Story(MEMBER)
+    plans = [plan_of(3, n, addresses=("tcp://h:1", f"tcp://h:{n}")) for n in range(3, 6)]
+    for plan in plans:
+        story.durable.accept(plan, CLUSTER, lambda _: None)
+    assert story.durable.state.addresses == ("tcp://h:1", "tcp://h:4", "tcp://h:3")
+    story.durable.activated(plans[-1].fence)
+    story.durable.accept(plan_of(3, 6), CLUSTER, lambda _: None)
+    assert story.durable.state.addresses == ("tcp://h:1", "tcp://h:5")
+
+
+def test_kept_addresses_are_bounded() -> None:
+    """The newest are kept, however many plans come to nothing."""
+    story = Story(MEMBER)
+    for n in range(3, 3 * MAX_ADDRESSES):
+        plan = plan_of(3, n, addresses=(f"tcp://g:{n}", f"tcp://h:{n}"))
+        story.durable.accept(plan, CLUSTER, lambda _: None)
+    addresses = story.durable.state.addresses
+    assert len(addresses) == MAX_ADDRESSES
+    assert addresses[0] == f"tcp://g:{3 * MAX_ADDRESSES - 2}"
 
 
 def test_a_node_that_is_no_member_yet_does_not_write_terms() -> None:
@@ -180,7 +236,7 @@ def test_a_founder_is_not_blank() -> None:
     story = Story()
     story.durable.found(CLUSTER, 1, ME, lambda _: story.say("founded"))
     (write,) = story.writes()
-    assert write.state == StoredState(cluster_id=CLUSTER, term=1, voted_for=ME)
+    assert write.state == StoredState(cluster_id=CLUSTER, term=1, voted_for=ME, memory=BOOT)
     assert not story.durable.blank and story.durable.fence == Fence()
     story.durable.persisted(write.number, 0.0)
     assert story.told == ["founded"]

@@ -46,14 +46,17 @@ MODEL = ModelSpec(
 )
 
 
-def member(node_id: str, boot: str = "1", *, blank: bool = False) -> Member:
-    """A node in its life number `boot`."""
+def member(
+    node_id: str, boot: str = "1", *, memory: str = "1", blank: bool = False
+) -> Member:
+    """A node in its life number `boot`, with its memory of that number."""
     return Member(
         node_id=node_id,
         boot_id=boot * 16,
         name=node_id[0].upper(),
         address="tcp://h:1",
         blank=blank,
+        memory=memory * 16,
     )
 
 
@@ -362,13 +365,13 @@ def test_a_heartbeat_does_not_put_the_newest_plan_in_force() -> None:
     assert not voter.durable.state.active
 
 
-def test_a_blank_voter_counts_where_the_plan_names_its_boot() -> None:
-    """As a new voter of this plan it counts; come back without its state it does not."""
+def test_a_blank_voter_counts_where_the_plan_names_its_memory() -> None:
+    """As a new voter of this plan it counts, restarted too; without its state it does not."""
     joined = (member(A), member(B), member(C), member(D, blank=True))
     plan = plan_of(A, B, C, D, fence=Fence(3, 8), old=(A, B, C), listed=joined)
-    for boot, elected in (("1", True), ("2", False)):
+    for boot, memory, elected in (("1", "1", True), ("2", "1", True), ("2", "2", False)):
         voter = Voter(stored(plan, active=False))
-        voter.here = [member(B), member(C), member(D, boot, blank=True)]
+        voter.here = [member(B), member(C), member(D, boot, memory=memory, blank=True)]
         voter.ask()
         voter.says(PreVoteReply(term=4, voter_id=C, granted=True))
         voter.says(PreVoteReply(term=4, voter_id=D, granted=True))
@@ -377,7 +380,7 @@ def test_a_blank_voter_counts_where_the_plan_names_its_boot() -> None:
 
 def test_who_forgot_has_no_word_among_the_voters_before() -> None:
     """A voter that came back without its state cannot decide before that plan is in force."""
-    back = (member(A), member(B), member(C, "2", blank=True))
+    back = (member(A), member(B), member(C, "2", memory="2", blank=True))
     plan = plan_of(A, B, C, fence=Fence(3, 8), listed=back)
     for active in (False, True):
         voter = Voter(stored(plan, active=active))

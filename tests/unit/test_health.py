@@ -6,7 +6,7 @@ from math import inf
 
 import pytest
 
-from p2pinfer.core.health import PAUSE_CAP, PAUSE_FACTOR, LocalHealth, WorkerWatch
+from p2pinfer.core.health import LOADING_FACTOR, PAUSE_FACTOR, LocalHealth, WorkerWatch
 from p2pinfer.core.timing import LAN
 
 
@@ -98,8 +98,24 @@ def test_long_pauses_lengthen_patience_for_a_while() -> None:
 
 
 def test_a_true_hang_does_not_hide_the_next() -> None:
-    """A pause counts up to a bound, so that a worker that hung is watched again afterwards."""
+    """A long pause teaches patience up to a bound; one beyond was a hang, and teaches none."""
     watch = WorkerWatch(LAN)
     watch.said(0.0)
-    watch.said(50.0)
-    assert watch.deadline == pytest.approx(50.0 + PAUSE_FACTOR * PAUSE_CAP * LAN.hang_after)
+    watch.said(1.5)
+    assert watch.deadline == pytest.approx(1.5 + PAUSE_FACTOR * LAN.hang_after)
+    hung = WorkerWatch(LAN)
+    hung.said(0.0)
+    hung.said(50.0)
+    assert hung.deadline == pytest.approx(50.0 + LAN.hang_after)
+
+
+def test_a_worker_that_loads_may_be_silent_for_longer() -> None:
+    """And what it does then teaches nothing about its steps."""
+    watch = WorkerWatch(LAN)
+    watch.said(0.0)
+    watch.loading = True
+    assert not watch.hung(LOADING_FACTOR * LAN.hang_after - 0.01)
+    assert watch.hung(LOADING_FACTOR * LAN.hang_after)
+    watch.said(1.5)
+    watch.loading = False
+    assert watch.deadline == pytest.approx(1.5 + LAN.hang_after)

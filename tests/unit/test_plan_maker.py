@@ -272,7 +272,30 @@ def test_a_newcomer_overtakes_a_plan_that_is_being_loaded() -> None:
     assert bench.proposed() == ["a new leader", "node3 joined"]
 
 
-@pytest.mark.parametrize("sense", ["hung", "outcasts", "slow", "draining"])
+def test_a_draining_member_loses_its_units_and_its_vote() -> None:
+    """In one plan, so that it may leave when that is in force; it is told to no client."""
+    bench = serving()
+    bench.look(draining={2})
+    assert bench.proposed()[0].startswith("node2 to own nothing")
+    assert (bench.owners(), bench.voters(), len(bench.plan.members)) == ({1, 3}, {1, 3}, 3)
+    bench.adopt(1, 2, 3)
+    assert bench.requests.adopted[-1][1] == ()
+    bench.look(1.0)
+    assert bench.proposed() == []
+
+
+def test_a_draining_voter_that_owns_nothing_loses_its_vote() -> None:
+    """Nothing moves by that plan; a voter that goes must not be missed by the others."""
+    bench = Office(2)
+    bench.members[3] = member(3, weight=0.0)
+    bench.served()
+    bench.proposed()
+    bench.look(draining={3})
+    assert bench.proposed() == ["node3 to vote no more"]
+    assert bench.voters() == {1, 2}
+
+
+@pytest.mark.parametrize("sense", ["hung", "outcasts", "slow"])
 def test_an_unfit_owner_loses_its_units(sense: str) -> None:
     """It stays a member and a voter, and only the failure of a member is told to clients."""
     bench = serving()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import combinations
 
+from msgspec.structs import replace
+
 from p2pinfer.core import quorum
 from p2pinfer.types import DType, Fence, Member, ModelSpec, Plan, Stage
 
@@ -47,6 +49,7 @@ def plan_of(
                 boot_id=f"boot {name}",
                 name=f"node {name}",
                 address="tcp://h:1",
+                memory=f"memory {name}",
                 blank=name in blank,
                 witness=name in witness,
             )
@@ -142,13 +145,15 @@ def test_a_change_of_voters_meets_the_elections_of_before_and_after() -> None:
                 assert all(a & b for a in adopting for b in electing)
 
 
-def test_the_word_of_a_blank_member_counts_where_its_boot_is_named() -> None:
-    """It counts among the plan's own voters, in the boot that the plan names, and not before."""
+def test_the_word_of_a_blank_member_counts_where_its_memory_is_named() -> None:
+    """It counts among the plan's own voters, by the memory that the plan names, and not before."""
     plan = plan_of("ABD", "AB", others="E", blank="DE")
     by_id = {member.node_id: member for member in plan.members}
     assert quorum.credible(plan, plan.members) == ids("ABD")
-    reborn = Member(node_id="D", boot_id="later", name="D", address="tcp://h:1", blank=True)
-    assert quorum.credible(plan, (by_id["A"], reborn)) == ids("A")
+    again = replace(by_id["D"], boot_id="later")
+    assert quorum.credible(plan, (by_id["A"], again)) == ids("AD")
+    assert quorum.credible(plan, (by_id["A"], replace(again, memory="new"))) == ids("A")
+    assert quorum.credible(plan, (replace(by_id["A"], memory="new"),)) == ids("A")
     assert quorum.elects(plan, ids("ABD"), active=False)
     assert quorum.adopts(plan, ids("AD"), first=False)
     # Among the same voters as before, a forgotten word is no word.

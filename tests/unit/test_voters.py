@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from p2pinfer.core.voters import listed_as, next_voters
+from p2pinfer.core.voters import change_of_votes, listed_as, next_voters
 from p2pinfer.types import DType, Fence, Member, ModelSpec, Plan, Stage
 
 MODEL = ModelSpec(
@@ -24,13 +24,14 @@ MODEL = ModelSpec(
 )
 
 
-def member(letter: str, boot: int = 1, **changes: bool) -> Member:
-    """Node `letter` (a to f), in its boot of that number."""
+def member(letter: str, boot: int = 1, memory: int = 1, **changes: bool) -> Member:
+    """Node `letter` (a to f), in its boot and with its memory of those numbers."""
     return Member(
         node_id=letter * 16,
         boot_id=f"{boot:016x}",
         name=letter,
         address="tcp://host:7720",
+        memory=f"{memory:016x}",
         **changes,
     )
 
@@ -61,6 +62,7 @@ def voters(
     *,
     lost: str = "",
     ready: str = "",
+    leaving: str = "",
     active: bool = True,
 ) -> tuple[str, str]:
     """Letters of the next plan's voters and old voters, under leader `a`."""
@@ -72,6 +74,7 @@ def voters(
         living=living,
         lost=frozenset(ids(lost)),
         ready=frozenset(ids(ready)),
+        leaving=frozenset(ids(leaving)),
     )
     return "".join(i[0] for i in chosen[0]), "".join(i[0] for i in chosen[1])
 
@@ -118,15 +121,44 @@ def test_a_voter_that_came_back_is_not_lost() -> None:
 
 def test_a_voter_without_its_state_is_a_learner() -> None:
     """It is no voter by its name alone; when it is ready it may be the one that is added."""
-    here = [*all_of("ab"), member("c", 2, blank=True)]
+    here = [*all_of("ab"), member("c", 2, 2, blank=True)]
     assert voters(plan("abc"), here) == ("ab", "abc")
     assert voters(plan("abc"), here, ready="c") == ("abc", "abc")
     assert voters(plan("abc"), [*here, member("d")], ready="cd") == ("abd", "abc")
 
 
-def test_a_blank_member_votes_once_a_plan_named_its_boot() -> None:
-    """It calls itself blank for as long as it runs; the plan before knows better."""
-    assert voters(plan("abc"), [*all_of("ab"), member("c", blank=True)]) == ("abc", "abc")
+def test_a_blank_member_votes_once_a_plan_named_its_memory() -> None:
+    """It may not know yet that it is blank no more, in this boot or the next; the plan does."""
+    for boot in (1, 2):
+        here = [*all_of("ab"), member("c", boot, blank=True)]
+        assert voters(plan("abc"), here) == ("abc", "abc")
+
+
+def test_who_leaves_votes_no_more() -> None:
+    """Its vote goes with its units, so that those who stay can decide without it."""
+    assert voters(plan("abc"), all_of("abc"), leaving="b") == ("ac", "abc")
+    assert voters(plan("abc"), all_of("abcd"), leaving="bc", ready="d") == ("ad", "abc")
+    assert voters(plan("abc"), all_of("abc"), leaving="a") == ("bc", "abc")
+
+
+def test_somebody_who_may_lead_keeps_its_vote() -> None:
+    """Where all leave, or nobody stays but witnesses and those who are not here, all vote on."""
+    assert voters(plan("ab"), all_of("ab"), leaving="ab") == ("ab", "ab")
+    witnesses = [member("a"), *(member(name, witness=True) for name in "bc")]
+    assert voters(plan("abc"), witnesses, leaving="a") == ("abc", "abc")
+    assert voters(plan("ab"), all_of("a"), leaving="a") == ("ab", "ab")
+
+
+def test_a_plan_that_may_be_in_force_keeps_the_votes_of_those_who_leave() -> None:
+    """They lose them by the plan after."""
+    assert voters(plan("abc"), all_of("abc"), leaving="b", active=False) == ("abc", "")
+
+
+def test_a_change_of_votes_is_told_by_names() -> None:
+    """Who is to vote, then who no more; a voter that is gone is named by the plan."""
+    told = change_of_votes(plan("abc"), ids("ad"), all_of("ad"))
+    assert told == "d to vote, b to vote no more, c to vote no more"
+    assert change_of_votes(plan("abc"), ids("abc"), all_of("abc")) == ""
 
 
 def test_a_plan_that_may_be_in_force_keeps_its_quorums() -> None:
@@ -155,12 +187,12 @@ def test_a_sitting_leader_knows_its_plan() -> None:
         )
 
 
-def test_a_voter_that_forgot_is_listed_by_its_former_life_until_the_base_is_in_force() -> None:
-    """Whoever lost its state cannot be counted for promises that its former life made."""
+def test_a_voter_that_forgot_is_listed_by_its_former_memory_until_the_base_is_in_force() -> None:
+    """It takes part as it is now, but nobody is counted for what the former memory promised."""
     before = member("b")
-    reborn = msgspec.structs.replace(member("b", boot=2), blank=True)
-    whole = member("b", boot=2)
-    assert listed_as(reborn, before, keep=True) is before
+    reborn = member("b", 2, 2, blank=True)
+    whole = member("b", 2)
+    assert listed_as(reborn, before, keep=True) == member("b", 2, 1, blank=True)
     assert listed_as(reborn, before, keep=False) is reborn
     assert listed_as(whole, before, keep=True) is whole
     assert listed_as(None, before, keep=False) is before
