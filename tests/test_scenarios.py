@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.scenarios.play import played
+from tests.scenarios.play import COMMANDS, Command, played
 
 FOLDER = Path(__file__).resolve().parent / "scenarios"
 WRITE = "P2PINFER_WRITE_SCENARIOS"
@@ -41,3 +41,10 @@ def test_a_play_is_the_same_each_time() -> None:
     """Nothing of a play is left to chance."""
     text = "nodes a b c\nform a b c\nsubmit r1 through b: 9 tokens\nkill a\nuntil r1 ends\n"
     assert played(text) == played(played(text))
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.pattern.pattern)
+def test_every_command_is_played(command: Command) -> None:
+    """No command is there for a play that may come."""
+    plays = "\n".join(path.read_text(encoding="utf-8") for path in FOLDER.glob("*.txt"))
+    assert any(command.pattern.fullmatch(line) for line in plays.splitlines())

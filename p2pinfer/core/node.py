@@ -378,7 +378,7 @@ class Node:
             case LinkLost() as report:
                 if peer := self._near.table.get(report.node_id):
                     self._near.doubt(peer, "its step link broke")
-            case WorkerStats() as report:
+            case report:
                 self._stats = report
 
     def _worker_started(self, report: WorkerReady, now: float) -> None:

@@ -20,7 +20,7 @@ from p2pinfer.core.election import Election, ElectionView
 from p2pinfer.core.events import Persist, Send, StoredState
 from p2pinfer.core.outbox import Outbox
 from p2pinfer.core.timing import LAN
-from p2pinfer.core.voters import next_voters
+from p2pinfer.core.voters import listed_as, next_voters
 from p2pinfer.types import DType, Fence, Member, ModelSpec, Plan, Stage
 from p2pinfer.wire.messages import (
     Ack,
@@ -62,6 +62,8 @@ class Office:
     target: Plan | None = None
     acked: dict[str, str] = field(default_factory=dict)
     """Boot ids of those that acknowledged the target, by node id."""
+    heard: frozenset[str] = frozenset()
+    """Those whose word counts under the target, as they described themselves when it was made."""
 
 
 class Process:
@@ -71,7 +73,8 @@ class Process:
         self.world = world
         self.box = Outbox(member.node_id, lambda node_id: node_id)
         self.durable = Durable(stored, member.boot_id, self.box)
-        self.member = replace(member, blank=self.durable.blank)
+        memory = self.durable.state.memory
+        self.member = replace(member, blank=self.durable.blank, memory=memory)
         self.election = Election(self.member, self.durable, LAN, self.box, world.random.random)
         self.known: dict[str, Member] = {}
         self.office: Office | None = None
@@ -139,16 +142,9 @@ class Process:
             living=living,
             lost=frozenset(self.world.ids) - ids,
             ready=frozenset(i for i in ids if rand.random() < 0.7),
+            leaving=frozenset(i for i in ids if rand.random() < 0.1),
         )
-        here = {member.node_id: member for member in living}
-        for old in office.base.members if office.base else ():
-            now = here.get(old.node_id)
-            if old.node_id in voters and (now is None or (now.blank and not office.active)):
-                # Gone or, by a plan that may be in force already, not who that plan relies on.
-                here[old.node_id] = old
-            elif now is not None and office.active and self.proven(old, now, office.base):
-                here[old.node_id] = replace(now, blank=False)
-        members = tuple(here[node_id] for node_id in sorted(here))
+        members = self.listed(office, living, voters)
         index = {member.node_id: number for number, member in enumerate(members)}
         newest = office.target.fence if office.target else Fence()
         fence = Fence(self.election.term, max(newest.epoch, self.durable.fence.epoch) + 1)
@@ -163,12 +159,26 @@ class Process:
             model=MODEL,
             stages=(STAGE,),
         )
+        office.heard = quorum.credible(office.target, living)
         for member in members:
             self.box.send(member.node_id, Propose(plan=office.target))
 
-    def proven(self, old: Member, now: Member, base: Plan) -> bool:
-        """Whether this very life of a member had a vote by a plan in force."""
-        return old.boot_id == now.boot_id and old.node_id in quorum.voter_ids(base)
+    def listed(
+        self, office: Office, living: list[Member], voters: tuple[str, ...]
+    ) -> tuple[Member, ...]:
+        """The next plan's members: blank only while no plan in force has named their memory."""
+        here = {member.node_id: member for member in living}
+        before = {member.node_id: member for member in (office.base.members if office.base else ())}
+        keep = frozenset() if office.active else frozenset(voters)
+        members = [
+            listed_as(here.get(i), before.get(i), keep=i in keep)
+            for i in sorted(here.keys() | frozenset(voters))
+        ]
+        if office.base is None:
+            return tuple(members)
+        voted = quorum.voter_ids(office.base) if office.active else frozenset()
+        blanks = {m.memory: m.blank and m.node_id not in voted for m in office.base.members}
+        return tuple(replace(m, blank=blanks.get(m.memory, m.blank)) for m in members)
 
     def adopt(self, office: Office) -> None:
         """Put the target in force when enough have acknowledged it."""
@@ -177,7 +187,8 @@ class Process:
             return
         listed = {member.node_id: member for member in plan.members}
         acked = frozenset(i for i, boot in office.acked.items() if listed[i].boot_id == boot)
-        if self.id in acked and quorum.adopts(plan, acked, first=office.first):
+        heard = acked & office.heard
+        if self.id in acked and quorum.adopts(plan, heard, first=office.first):
             self.world.adopted(plan)
             office.base, office.active, office.first, office.target = plan, True, False, None
             for member in plan.members:

@@ -92,7 +92,7 @@ def played(text: str) -> str:
 # --- the cluster ----------------------------------------------------------------------------------
 
 
-@command(r"with (replicas|min nodes|layout|quorum|orphan timeout|wait for nodes) (\S+)")
+@command(r"with (min nodes|layout|quorum|orphan timeout) (\S+)")
 def _with(play: Play, what: str, value: str) -> None:
     field = what.replace(" ", "_")
     kind = type(getattr(play.setting, field))
@@ -111,6 +111,15 @@ def _nodes(play: Play, names: str) -> None:
         play.stage.machine(play.witness).witness = True
 
 
+@command(r"start (\w+) with the identity of (\w+)")
+def _start_impostor(play: Play, name: str, other: str) -> None:
+    stage = play.stage
+    machine = stage.machine(name)
+    machine.node_id = stage.machine(other).node_id
+    machine.join = tuple(m.address for m in stage.cluster.machines if m is not machine)
+    stage.cluster.boot(machine)
+
+
 @command(r"start ([\w ]+?)(?: asking (\w+))?")
 def _start(play: Play, names: str, asked: str | None) -> None:
     stage = play.stage
@@ -118,14 +127,14 @@ def _start(play: Play, names: str, asked: str | None) -> None:
     for name in names.split():
         machine = stage.machine(name)
         other = stage.machine(asked) if asked else known[0] if known else None
-        if not machine.boots and other is not None:
+        if other is not None and (asked or not machine.boots):
             machine.join = (other.address,)
         known = known or [machine]
         stage.cluster.boot(machine)
 
 
 @command(r"form ([\w ]+)")
-def _form(play: Play, names: str) -> str:
+def _form(play: Play, names: str) -> str | None:
     cluster = play.stage.cluster
     cluster.setting = msgspec.structs.replace(
         cluster.setting, min_nodes=sum(not play.stage.machine(n).witness for n in names.split())
@@ -136,15 +145,6 @@ def _form(play: Play, names: str) -> str:
     cluster.setting = play.setting
     play.stage.take()
     return _show_plan(play)
-
-
-@command(r"start (\w+) with the identity of (\w+)")
-def _start_impostor(play: Play, name: str, other: str) -> None:
-    stage = play.stage
-    machine = stage.machine(name)
-    machine.node_id = stage.machine(other).node_id
-    machine.join = tuple(m.address for m in stage.cluster.machines if m is not machine)
-    stage.cluster.boot(machine)
 
 
 @command(r"(kill|power off|wipe) ([\w ]+)")
@@ -217,27 +217,30 @@ def _heal(play: Play) -> None:
     play.cuts = []
 
 
-@command(r"reset (control|steps) between (\w+) and (\w+)")
-def _reset(play: Play, plane: str, one: str, other: str) -> None:
+@command(
+    r"reset (control|steps) between (\w+) and (\w+)"
+    r"(?:, frames in flight come within ([\d.]+)s)?"
+)
+def _reset(play: Play, plane: str, one: str, other: str, late: str | None) -> None:
     stage = play.stage
     pair = {stage.machine(one).number, stage.machine(other).number}
     for connection in stage.network.connections(*pair):
         ends = {connection.forth.sender.number, connection.forth.receiver.number}
         if ends == pair and connection.plane in _PLANES[plane]:
-            stage.network.break_connection(connection)
+            stage.network.break_connection(connection, late_s=float(late or 0))
 
 
 @command(r"lose next(?: (\d+))? ([A-Z_]+) from (\w+) to (\w+)")
 def _lose(play: Play, count: str | None, kind: str, source: str, target: str) -> None:
-    play.stage.network.losing[kind, source, target] += int(count or 1)
+    play.stage.network.to_lose[kind, source, target] += int(count or 1)
 
 
-@command(r"delay (\w+) > (\w+) by ([\d.]+)s")
-def _delay(play: Play, source: str, target: str, seconds: str) -> None:
+@command(r"delay(?: (control|steps))? (\w+) > (\w+) by ([\d.]+)s")
+def _delay(play: Play, plane: str | None, source: str, target: str, seconds: str) -> None:
     stage = play.stage
     a, b = stage.machine(source).number, stage.machine(target).number
-    for plane in BOTH:
-        stage.network.slow[a, b, plane] = float(seconds)
+    for each in _PLANES[plane]:
+        stage.network.slow[a, b, each] = float(seconds)
 
 
 # --- clients --------------------------------------------------------------------------------------
@@ -269,6 +272,11 @@ def _advance(play: Play, seconds: str) -> None:
 @command(r"until at rest")
 def _until_rest(play: Play) -> None:
     play.stage.until(play.stage.cluster.agreed, 20.0)
+
+
+@command(r"until all vote")
+def _until_all_vote(play: Play) -> None:
+    play.stage.until(play.stage.at_rest, 20.0)
 
 
 @command(r"until plan in force")
@@ -328,8 +336,9 @@ def _plans(play: Play) -> Iterator[tuple[str, Plan | None]]:
 @command(r"show plan")
 def _show_plan(play: Play) -> str:
     plans: dict[str, list[str]] = {}
+    ids = {m.node_id: m.name for m in reversed(play.stage.cluster.machines)}
     for name, plan in _plans(play):
-        plans.setdefault(plan_in_words(plan) if plan else "no plan", []).append(name)
+        plans.setdefault(plan_in_words(plan, ids) if plan else "no plan", []).append(name)
     return "\n".join(f"{' '.join(names)}: {text}" for text, names in plans.items())
 
 
@@ -375,6 +384,14 @@ def _show_status(play: Play, name: str) -> str:
         f"{name}: ready; voters {names_in_words(voters)}; "
         f"survives the death of {names_in_words(tolerates)}"
     )
+
+
+@command(r"show members of (\w+)")
+def _show_members(play: Play, name: str) -> str:
+    members = _status(play, name)["members"]
+    assert isinstance(members, list)
+    others = [f"{m['name']} {m['state']}" for m in members if m["name"] != name]
+    return f"{name}: {', '.join(others)}"
 
 
 @command(r"show disk of (\w+)")

@@ -77,7 +77,7 @@ class WatchedNetwork(Network):
     def __init__(self, world: World, seen: Callable[[Where, Message], None]) -> None:
         super().__init__(world)
         self.names: dict[int, str] = {}
-        self.losing: Counter[Where] = Counter()
+        self.to_lose: Counter[Where] = Counter()
         self._seen = seen
 
     def send(self, process: Peer, plane: Plane, address: str, frame: bytes) -> bool:
@@ -89,8 +89,8 @@ class WatchedNetwork(Network):
 
     def reply(self, process: Peer, route: bytes, frame: bytes) -> bool:
         """The same, for an answer on the connection that a message came from."""
-        connection = self._connections.get(route)
-        target = connection.back.receiver.number if connection else 0
+        receivers = (c.back.receiver for c in self.connections() if c.route == route)
+        target = next((receiver.number for receiver in receivers), 0)
         return self._lost(process.number, target, Plane.CONTROL, frame) or super().reply(
             process, route, frame
         )
@@ -100,8 +100,8 @@ class WatchedNetwork(Network):
         kind = BY_KIND[type(message)].name
         where = (kind, self.names.get(source, "?"), self.names.get(target, "?"))
         self._seen(where, message)
-        if self.losing[where] > 0:
-            self.losing[where] -= 1
+        if self.to_lose[where] > 0:
+            self.to_lose[where] -= 1
             return True
         return False
 
@@ -182,7 +182,7 @@ class Stage:
     def _seen(self, where: Where, message: Message) -> None:
         kind, source, target = where
         self.recent[where] += 1
-        lost = self.network.losing[where] > 0
+        lost = self.network.to_lose[where] > 0
         if lost or kind in self.told_kinds:
             text = message_in_words(message, self.request_name)
             self._line(f"{source} > {target}", f"{text}{' is lost' if lost else ''}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from p2pinfer.core import events as e
 from p2pinfer.types import Failover, Fence, Plan
@@ -43,13 +43,13 @@ def names_in_words(names: Iterable[str]) -> str:
     return " ".join(names) or "nobody"
 
 
-def plan_in_words(plan: Plan) -> str:
-    """Who leads, who votes (and who voted before), and who owns which head units."""
+def plan_in_words(plan: Plan, ids: Mapping[str, str]) -> str:
+    """Who leads, who votes (and who voted before), and who owns which head units; `ids` are the
+    names of all nodes by their ids."""
     names = [member.name for member in plan.members]
     voters = sorted(names[index] for index in plan.voters)
     text = f"plan {fence_in_words(plan.fence)} of {names[plan.leader]}: voters {' '.join(voters)}"
-    ids = {member.node_id: member.name for member in plan.members}
-    before = sorted(ids.get(node_id, "another") for node_id in plan.old_voters)
+    before = sorted(ids[node_id] for node_id in plan.old_voters)
     if before != voters:
         text += f" (before: {' '.join(before)})"
     for stage in plan.stages:
@@ -57,16 +57,17 @@ def plan_in_words(plan: Plan) -> str:
             names[index]: [unit for unit, owner in enumerate(stage.head_owners) if owner == index]
             for index in sorted(set(stage.head_owners))
         }
-        parts = ", ".join(f"{name} {_run(units)}" for name, units in sorted(owned.items()))
-        text += f"; heads {parts}"
+        parts = ", ".join(f"{name} {_units(units)}" for name, units in sorted(owned.items()))
+        layers = f"layers {stage.start}-{stage.end - 1} " if len(plan.stages) > 1 else ""
+        text += f"; {layers}heads {parts}"
         idle = [name for index, name in enumerate(names) if index not in stage.head_owners]
         if idle and len(plan.stages) == 1:
             text += f"; nothing {' '.join(sorted(idle))}"
     return text
 
 
-def _run(units: list[int]) -> str:
-    return f"{units[0]}-{units[-1]}" if len(units) > 1 else str(units[0])
+def _units(units: list[int]) -> str:
+    return "+".join(map(str, units))
 
 
 def failover_in_words(failover: Failover, prompt_tokens: int) -> str:
@@ -121,7 +122,7 @@ def fact_in_words(fact: e.Fact, own_name: str, name: Name) -> str:  # noqa: PLR0
             return ""
 
 
-def message_in_words(message: Message, name: Name) -> str:  # noqa: PLR0911, PLR0912
+def message_in_words(message: Message, name: Name) -> str:  # noqa: PLR0911
     """A message with what matters of it in a play."""
     kind = BY_KIND[type(message)].name
     match message:

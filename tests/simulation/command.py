@@ -19,6 +19,9 @@ from tests.simulation.mutations import MUTATIONS, mutated
 from tests.simulation.run import Outcome, shrink, simulate
 
 BATCH = 8
+ALL = "all"
+"""For `--mutation`: look for each of them, one after the other, until a seed finds it."""
+
 SHRUNK = 3
 """So many violations are shrunk at the end."""
 
@@ -53,6 +56,36 @@ def run_all(
             yield from future.result()
 
 
+def hunt(name: str, seeds: range) -> Outcome | None:
+    """The first seed in which a mutation is a violation, and the core as it is has none."""
+    gc.disable()
+    for seed in seeds:
+        with mutated(name):
+            outcome = simulate(seed)
+        if outcome.violation and not simulate(seed).violation:
+            return outcome
+        if seed % BATCH == 0:
+            gc.collect()
+    return None
+
+
+def _hunt_all(seeds: range, jobs: int) -> int:
+    """Look for each mutation; 1 if one is not found."""
+    lacking = []
+    with ProcessPoolExecutor(jobs) as pool:
+        hunts = {name: pool.submit(hunt, name, seeds) for name in MUTATIONS}
+        for name, future in hunts.items():
+            outcome = future.result()
+            if outcome is None:
+                lacking.append(name)
+                click.echo(f"{name}: not found")
+            else:
+                click.echo(f"{name}: seed {outcome.seed}: {outcome.violation}")
+    found = len(MUTATIONS) - len(lacking)
+    click.echo(f"seeds {seeds[0]} to {seeds[-1]}: {found} of {len(MUTATIONS)} mutations found")
+    return 1 if lacking else 0
+
+
 def _range(_context: click.Context, _parameter: click.Parameter, text: str | None) -> range:
     if text is None:
         return range(0)
@@ -75,7 +108,11 @@ def _names(_context: click.Context, _parameter: click.Parameter, text: str) -> t
 @click.option("--jobs", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--replay", type=int, help="Run one seed and tell its story.")
 @click.option("--without", callback=_names, default="", help="Leave out these classes of faults.")
-@click.option("--mutation", type=click.Choice(list(MUTATIONS)), default=None)
+@click.option(
+    "--mutation",
+    type=click.Choice([*MUTATIONS, ALL]),
+    help="Put this defect in; `all`: for each, look for the first seed that finds it.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one object with all counters.")
 def main(  # noqa: PLR0917 - click passes them by name
     seeds: range,
@@ -86,10 +123,14 @@ def main(  # noqa: PLR0917 - click passes them by name
     as_json: bool,
 ) -> None:
     """Simulate whole clusters under faults, and look for what may not happen."""
+    if mutation == ALL and (replay is not None or without or as_json):
+        raise click.UsageError("--mutation all goes with --seeds and --jobs only")
     if replay is not None:
         raise SystemExit(_replay(replay, without, mutation or "", as_json))
     if not seeds:
         raise click.UsageError("give --seeds A..B, or --replay SEED")
+    if mutation == ALL:
+        raise SystemExit(_hunt_all(seeds, jobs))
     raise SystemExit(_run(seeds, jobs, without, mutation or "", as_json))
 
 

@@ -2,7 +2,8 @@
 
 Each class has random numbers of its own, so that a seed with one class left out keeps the others as
 they were. Half of the faults come at a random time; the others wait for a moment (a plan proposed,
-a vote asked for) and strike then, which is how two of them meet. `ledger.py` counts what met.
+a vote asked for) and strike then, which is how two of them meet. `ledger.py` counts what met. The
+classes themselves are in `network_faults.py`, `machine_faults.py` and `people_faults.py`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from functools import partial
 from random import Random
 from typing import TYPE_CHECKING
 
-from p2pinfer.core import events as e
-from p2pinfer.wire.messages import Drain, Plane
+from p2pinfer.wire.messages import Plane
+from tests.simulation import machine_faults, network_faults, people_faults
 from tests.simulation.judge import electorates
 from tests.simulation.ledger import Ledger
 
@@ -43,9 +44,6 @@ MOMENTS = (
     "Shown",
 )
 """What triggered faults wait for; the first ones open the narrow windows."""
-
-BOTH = (Plane.CONTROL, Plane.STEPS)
-MAX_MACHINES = 6
 
 
 class Faults:
@@ -117,6 +115,7 @@ class Faults:
 
     def stop(self) -> None:
         """No more faults: whatever is wrong still is put right."""
+        self.network.losing.clear()
         undo, self._undo = self._undo, []
         for each in undo:
             each()
@@ -164,374 +163,48 @@ class Faults:
         self.until(seconds, heal)
 
 
-# --- the network ----------------------------------------------------------------------------------
-
-
-def delay(faults: Faults, rng: Random) -> None:
-    """Some ways take long for a while."""
-    for _ in range(rng.randint(1, 4)):
-        faults.sometime(rng, partial(_delay, faults, rng))
-
-
-def _delay(faults: Faults, rng: Random, machine: Machine) -> None:
-    extra = rng.choice((0.02, 0.1, 0.3, 0.6))
-    numbers = [m.number for m in faults.cluster.machines if m is not machine]
-    chosen = [n for n in numbers if rng.random() < 0.7]
-    slow = faults.network.slow
-    keys = [
-        key
-        for number in chosen
-        for plane in BOTH
-        for key in ((machine.number, number, plane), (number, machine.number, plane))
-        if rng.random() < 0.8
-    ]
-    faults.world.count("frames were delayed")
-    faults.world.tell(machine.number, f"frames take {extra} s longer")
-    for key in keys:
-        slow[key] = extra
-
-    def undo() -> None:
-        for key in keys:
-            slow.pop(key, None)
-
-    faults.until(rng.uniform(0.2, 3.0), undo)
-
-
-def reset(faults: Faults, rng: Random) -> None:
-    """Connections break and lose what they hold."""
-    for _ in range(rng.randint(2, 6)):
-        faults.sometime(rng, partial(_reset, faults, rng, False))
-
-
-def reorder(faults: Faults, rng: Random) -> None:
-    """Connections break; their last frames come late, and some twice, over two connections."""
-    for _ in range(rng.randint(2, 6)):
-        faults.sometime(rng, partial(_reset, faults, rng, True))
-
-
-def _reset(faults: Faults, rng: Random, late: bool, machine: Machine) -> None:
-    connections = faults.network.connections(machine.number)
-    for connection in rng.sample(connections, min(len(connections), rng.choice((1, 1, 2, 8)))):
-        faults.ledger.reset()
-        faults.world.count("a connection was reset")
-        pair = (connection.dial.process.number, connection.dial.address)
-        faults.world.tell(pair[0], f"its {connection.plane} link to {pair[1]} is reset")
-        late_s = rng.uniform(0.05, 0.4) if late else 0.0
-        faults.network.break_connection(connection, late_s=late_s, twice=late)
-
-
-def queues(faults: Faults, rng: Random) -> None:
-    """Queues take only a few frames for a while."""
-    for _ in range(rng.randint(1, 3)):
-        faults.sometime(rng, partial(_queues, faults, rng))
-
-
-def _queues(faults: Faults, rng: Random, machine: Machine) -> None:
-    number = machine.number
-    faults.network.hwm[number] = rng.choice((0, 1, 2, 4))
-    faults.world.count("queues were full")
-    faults.world.tell(number, f"its queues take {faults.network.hwm[number]} frames")
-    faults.until(rng.uniform(0.1, 2.0), partial(_normal_queues, faults, number))
-
-
-def _normal_queues(faults: Faults, number: int) -> None:
-    faults.network.hwm.pop(number, None)
-
-
-def oneway(faults: Faults, rng: Random) -> None:
-    """One machine does not reach another, which reaches it."""
-    for _ in range(rng.randint(1, 3)):
-        faults.sometime(rng, partial(_oneway, faults, rng))
-
-
-def _oneway(faults: Faults, rng: Random, machine: Machine) -> None:
-    other = rng.choice([m for m in faults.cluster.machines if m is not machine])
-    pair = (machine.number, other.number)
-    planes = rng.choice((BOTH, BOTH, (Plane.CONTROL,), (Plane.STEPS,)))
-    faults.cut([pair if rng.random() < 0.5 else pair[::-1]], planes, rng)
-
-
-def pairs(faults: Faults, rng: Random) -> None:
-    """Two machines do not reach each other."""
-    for _ in range(rng.randint(1, 3)):
-        faults.sometime(rng, partial(_pairs, faults, rng))
-
-
-def _pairs(faults: Faults, rng: Random, machine: Machine) -> None:
-    other = rng.choice([m for m in faults.cluster.machines if m is not machine])
-    one, two = machine.number, other.number
-    planes = rng.choice((BOTH, BOTH, (Plane.CONTROL,), (Plane.STEPS,)))
-    faults.cut([(one, two), (two, one)], planes, rng)
-
-
-def halves(faults: Faults, rng: Random) -> None:
-    """The machines fall into two parts."""
-    for _ in range(rng.randint(1, 2)):
-        faults.sometime(rng, partial(_halves, faults, rng))
-
-
-def _halves(faults: Faults, rng: Random, machine: Machine) -> None:
-    numbers = [m.number for m in faults.cluster.machines]
-    ours = {machine.number, *(n for n in numbers if rng.random() < 0.4)}
-    ways = [(a, b) for a in numbers for b in numbers if (a in ours) != (b in ours)]
-    if ways:
-        faults.cut(ways, BOTH, rng)
-
-
-# --- machines -------------------------------------------------------------------------------------
-
-
-def crash(faults: Faults, rng: Random) -> None:
-    """Processes are killed and come back with their state."""
-    for _ in range(rng.choice((1, 1, 2, 3))):
-        faults.sometime(rng, lambda machine: faults.kill(machine, _down(rng)))
-
-
-def power(faults: Faults, rng: Random) -> None:
-    """Machines lose their power: nobody is told, and nothing refuses."""
-    for _ in range(rng.choice((1, 1, 2))):
-        faults.sometime(rng, lambda machine: faults.kill(machine, _down(rng), silent=True))
-
-
-def amnesia(faults: Faults, rng: Random) -> None:
-    """Processes are killed and come back without their state."""
-    for _ in range(rng.choice((1, 1, 2))):
-        faults.sometime(rng, partial(_amnesia, faults, rng))
-
-
-def _amnesia(faults: Faults, rng: Random, machine: Machine) -> None:
-    faults.kill(machine, _down(rng), wipe=faults.may_forget(machine))
-
-
-def blackout(faults: Faults, rng: Random) -> None:
-    """All machines lose their power at once."""
-    faults.sometime(rng, partial(_blackout, faults, rng))
-
-
-def _blackout(faults: Faults, rng: Random, _machine: Machine) -> None:
-    faults.world.count("power cut")
-    if faults.cluster.changing() or faults.cluster.activating():
-        faults.world.count("power cut during an epoch change")
-    for machine in faults.cluster.machines:
-        if machine.running:
-            faults.kill(machine, rng.uniform(0.1, 2.5), silent=True)
-
-
-def _down(rng: Random) -> float:
-    return rng.choice((rng.uniform(0.0, 0.1), rng.uniform(0.1, 1.0), rng.uniform(0.5, 4.0)))
-
-
-def pause(faults: Faults, rng: Random) -> None:
-    """Whole processes stand still, and go on as if nothing had been."""
-    for _ in range(rng.choice((1, 2, 3))):
-        faults.sometime(rng, partial(_pause, faults, rng, True))
-
-
-def stall(faults: Faults, rng: Random) -> None:
-    """A control plane does not get to run, while its worker goes on."""
-    for _ in range(rng.choice((1, 2, 3))):
-        faults.sometime(rng, partial(_pause, faults, rng, False))
-
-
-def _pause(faults: Faults, rng: Random, frozen: bool, machine: Machine) -> None:
-    process = machine.process
-    assert process is not None
-    if process.stalled or process.worker.hung:
-        return
-    faults.ledger.standstill(machine)
-    faults.world.count("a process stood still" if frozen else "a control plane stood still")
-    faults.world.tell(
-        machine.number, "stands still" if frozen else "its control plane stands still"
-    )
-    term = process.leads_in
-    process.stall(frozen=frozen)
-
-    def undo() -> None:
-        if process.alive:
-            faults.world.tell(machine.number, "goes on")
-            if term:
-                faults.ledger.zombie(machine, term)
-            process.go_on()
-
-    faults.until(rng.choice((rng.uniform(0.1, 1.0), rng.uniform(1.0, 5.0))), undo)
-
-
-def hang(faults: Faults, rng: Random) -> None:
-    """Workers stand still while their control planes go on."""
-    for _ in range(rng.choice((1, 1, 2))):
-        faults.sometime(rng, partial(_hang, faults, rng))
-
-
-def _hang(faults: Faults, rng: Random, machine: Machine) -> None:
-    process = machine.process
-    assert process is not None
-    worker = process.worker
-    if worker.hung or process.stalled:
-        return
-    faults.ledger.standstill(machine)
-    faults.world.count("a worker hung")
-    faults.world.tell(machine.number, "its worker hangs")
-    worker.hang()
-
-    def undo() -> None:
-        if not process.frozen:
-            faults.world.tell(machine.number, "its worker moves again")
-            worker.move()
-
-    faults.until(rng.choice((rng.uniform(0.1, 1.0), rng.uniform(1.0, 5.0))), undo)
-
-
-def slow(faults: Faults, rng: Random) -> None:
-    """A machine computes much slower for a while."""
-    faults.sometime(rng, partial(_slow, faults, rng))
-
-
-def _slow(faults: Faults, rng: Random, machine: Machine) -> None:
-    machine.pace = rng.choice((3.0, 8.0, 20.0))
-    faults.world.count("a machine was slow")
-    faults.world.tell(machine.number, f"computes {machine.pace:g} times slower")
-    faults.until(rng.uniform(0.5, 6.0), lambda: setattr(machine, "pace", 1.0))
-
-
-def clock(faults: Faults, rng: Random) -> None:
-    """Clocks jump ahead, as that of a machine that slept does."""
-    for _ in range(rng.choice((1, 2, 3))):
-        faults.sometime(rng, partial(_clock, faults, rng))
-
-
-def _clock(faults: Faults, rng: Random, machine: Machine) -> None:
-    seconds = rng.choice((0.3, 1.0, 3.0, 20.0))
-    machine.jumped += seconds
-    faults.world.count("a clock jumped")
-    faults.world.tell(machine.number, f"its clock jumps by {seconds} s")
-
-
-def disk(faults: Faults, rng: Random) -> None:
-    """Disks are slow, or fail."""
-    for _ in range(rng.choice((1, 2, 3))):
-        faults.sometime(rng, partial(_disk, faults, rng))
-
-
-def _disk(faults: Faults, rng: Random, machine: Machine) -> None:
-    faults.ledger.disk()
-    if rng.random() < 0.25:
-        machine.disk.failures += 1
-        faults.until(rng.uniform(0.2, 3.0), lambda: setattr(machine.disk, "failures", 0))
-        return
-    machine.disk.slow_s = rng.choice((0.05, 0.3, 1.0))
-    faults.world.count("a disk was slow")
-    faults.world.tell(machine.number, f"its disk takes {machine.disk.slow_s} s longer")
-    faults.until(rng.uniform(0.2, 3.0), lambda: setattr(machine.disk, "slow_s", 0.0))
-
-
-# --- people ---------------------------------------------------------------------------------------
-
-
-def clients(faults: Faults, rng: Random) -> None:
-    """Clients go away; most come back through another node with the tokens they have."""
-    for _ in range(rng.randint(1, 4)):
-        faults.sometime(rng, partial(_client, faults, rng))
-
-
-def _client(faults: Faults, rng: Random, _machine: Machine) -> None:
-    waiting = [client for client in faults.cluster.clients.waiting if client.attempt is not None]
-    if waiting:
-        client = rng.choice(waiting)
-        if faults.cluster.changing():
-            faults.world.count("a client vanished during an epoch change")
-        faults.cluster.clients.vanish(client, for_good=rng.random() < 0.25)
-
-
-def liars(faults: Faults, rng: Random) -> None:
-    """Somebody resumes a client's request with a token that it never had."""
-    for _ in range(rng.randint(1, 2)):
-        faults.sometime(rng, partial(_liar, faults, rng))
-
-
-def _liar(faults: Faults, rng: Random, _machine: Machine) -> None:
-    waiting = [client for client in faults.cluster.clients.waiting if client.shown]
-    if waiting:
-        faults.cluster.clients.lie(rng.choice(waiting))
-
-
-def join(faults: Faults, rng: Random) -> None:
-    """Machines join under load."""
-    for _ in range(rng.choice((1, 1, 2))):
-        faults.sometime(rng, partial(_join, faults, rng))
-
-
-def _join(faults: Faults, rng: Random, _machine: Machine) -> None:
-    cluster = faults.cluster
-    if len(cluster.machines) >= MAX_MACHINES:
-        return
-    known = [m for m in cluster.machines if not m.gone]
-    asked = rng.sample(known, min(len(known), 3))
-    faults.ledger.change("join")
-    faults.world.count("a machine joined")
-    cluster.boot(cluster.add_machine(tuple(asked)))
-
-
-def drain(faults: Faults, rng: Random) -> None:
-    """Members are drained: they hand over what they hold, and leave for good."""
-    faults.sometime(rng, partial(_drain, faults, rng))
-
-
-def _drain(faults: Faults, rng: Random, machine: Machine) -> None:
-    running = [m for m in faults.cluster.machines if m.running]
-    asked = rng.choice(running).process
-    if len(running) < 3 or asked is None:
-        return
-    faults.ledger.change("drain")
-    faults.world.count("a member was to be drained")
-    message = Drain(request_id=9_000_000 + machine.number, name=machine.name)
-    asked.take(e.Received(message=message, route=b"cdrain%d" % machine.number))
-
-
-def leave(faults: Faults, rng: Random) -> None:
-    """Nodes are told to end, and are started again."""
-    for _ in range(rng.choice((1, 1, 2))):
-        faults.sometime(rng, partial(_leave, faults, rng))
-
-
-def _leave(faults: Faults, rng: Random, machine: Machine) -> None:
-    process = machine.process
-    assert process is not None
-    faults.ledger.change("leave")
-    faults.world.count("a node was told to end")
-    machine.returns = True
-    process.take(e.ShutdownAsked())
-
-
 CLASSES: dict[str, Callable[[Faults, Random], None]] = {
     each.__name__: each
     for each in (
-        delay,
-        reset,
-        reorder,
-        queues,
-        oneway,
-        pairs,
-        halves,
-        crash,
-        power,
-        amnesia,
-        blackout,
-        pause,
-        stall,
-        hang,
-        slow,
-        clock,
-        disk,
-        clients,
-        liars,
-        join,
-        drain,
-        leave,
+        network_faults.delay,
+        network_faults.reset,
+        network_faults.reorder,
+        network_faults.queues,
+        network_faults.loss,
+        network_faults.oneway,
+        network_faults.pairs,
+        network_faults.halves,
+        machine_faults.crash,
+        machine_faults.power,
+        machine_faults.amnesia,
+        machine_faults.blackout,
+        machine_faults.succession,
+        machine_faults.pause,
+        machine_faults.stall,
+        machine_faults.hang,
+        machine_faults.slow,
+        machine_faults.clock,
+        machine_faults.disk,
+        people_faults.clients,
+        people_faults.liars,
+        people_faults.join,
+        people_faults.drain,
+        people_faults.leave,
     )
 }
 """By the name that `--without` takes."""
 
-WEIGHTS = {"crash": 4, "power": 2, "reset": 2, "pause": 2, "clients": 4, "halves": 2, "hang": 2}
+WEIGHTS = {
+    "clients": 4,
+    "crash": 4,
+    "halves": 2,
+    "hang": 2,
+    "loss": 2,
+    "pause": 2,
+    "power": 2,
+    "reset": 2,
+    "succession": 2,
+}
 """How often a class is drawn; 1 where nothing is said."""
 
 

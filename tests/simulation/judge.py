@@ -82,9 +82,20 @@ class Judge:
     def _leads(self, process: Process, term: int) -> None:
         """Only one process ever leads in a term (a later run of the same node is another one)."""
         cluster_id = process.cluster_id or process.config.cluster_id
+        if (cluster_id, term) not in self._leaders:
+            self._complete(process, cluster_id, term)
         first = self._leaders.setdefault((cluster_id, term), process.boot_id)
         check(first == process.boot_id, f"{process.boot_id} and {first} both lead in term {term}")
         process.leads_in = term
+
+    def _complete(self, process: Process, cluster_id: str, term: int) -> None:
+        """A new leader knows every plan that was in force before its term (Raft's leader
+        completeness): otherwise it would build on voters who are none any more."""
+        of_before = (f for c, f in self._in_force if c == cluster_id and f.term < term)
+        newest = max(of_before, default=Fence())
+        accepted = self._accepted.get(process.number)
+        known = accepted[1] if accepted is not None else Fence()
+        check(known >= newest, f"{process.boot_id} leads in term {term} and lacks {newest}")
 
     def _plan(self, plan: Plan) -> Mark:
         """All that name a fence mean the same, valid plan; it adds one voter at most."""

@@ -11,12 +11,16 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from p2pinfer.core import agreement, plan_maker, proposal, quorum, request_entry, voters
+from p2pinfer.core import plan_maker, proposal, quorum, request_entry, request_log, voters
 from p2pinfer.core.commits import Commits
 from p2pinfer.core.durable import Durable
 from p2pinfer.core.election import Election
-from p2pinfer.core.step_gate import Drop, File, Hold, StepGate
+from p2pinfer.core.step_checks import StepMessage, check_frame
+from p2pinfer.core.step_gate import Drop, File, Gap, Hold, StepGate
 from p2pinfer.core.token_log import TokenLogs
+from p2pinfer.errors import RemoteProtocolError
+from p2pinfer.wire.messages import Forward, Slot
+from tests.simulation.toy_engine import Row, ToyEngine
 
 Mutation = Callable[[], AbstractContextManager[None]]
 
@@ -37,58 +41,81 @@ def _patched(*patches: tuple[Any, str, Any]) -> Iterator[None]:
 # --- the data plane -------------------------------------------------------------------------------
 
 
+def _as_a_member(gate: StepGate, route: bytes) -> int | None:
+    """Which member of the plan in force a route is of."""
+    opening, active = gate._routes.get(route), gate.active
+    if opening is None or active is None:
+        return None
+    lives = [(member.node_id, member.boot_id) for member in active.plan.members]
+    life = (opening.node_id, opening.boot_id)
+    return lives.index(life) if life in lives else None
+
+
 def _fence_unchecked() -> AbstractContextManager[None]:
-    """Frames of any fence count as those of the plan in force."""
+    """Fence check removed: a frame of a plan that is over is filed with those of this one.
+
+    To leave out the comparison alone shows nothing: numbers begin anew with each fence, so that a
+    late frame is taken for a gap, and the cure of a gap is right. So it is not numbered either.
+    """
     arrived = StepGate.arrived
 
     def lax(gate: StepGate, route: bytes, nbytes: int, message: Any) -> Any:
-        active = gate.active
-        if active is not None and hasattr(message, "fence"):
-            message = replace(message, fence=active.plan.fence)
-        return arrived(gate, route, nbytes, message)
+        active, sender = gate.active, _as_a_member(gate, route)
+        if active is None or sender is None or not isinstance(message, StepMessage):
+            return arrived(gate, route, nbytes, message)
+        if message.fence == active.plan.fence:
+            return arrived(gate, route, nbytes, message)
+        try:
+            check_frame(active, sender, message)
+        except RemoteProtocolError as error:
+            return Drop(str(error))
+        return File(sender)
 
     return _patched((StepGate, "arrived", lax))
 
 
 def _gap_unchecked() -> AbstractContextManager[None]:
-    """A frame that does not follow the one before it is taken all the same."""
+    """Gap check removed: a frame that does not follow the one before it is taken all the same."""
     arrived = StepGate.arrived
 
     def lax(gate: StepGate, route: bytes, nbytes: int, message: Any) -> Any:
         verdict = arrived(gate, route, nbytes, message)
-        sender = getattr(verdict, "sender", None)
-        if not isinstance(verdict, File | Hold | Drop) and sender is not None:
-            gate._numbers[sender] = message.link_seq
-            return arrived(gate, route, nbytes, message)
-        return verdict
-
-    return _patched((StepGate, "arrived", lax), (StepGate, "opened", _opened_quietly()))
-
-
-def _opened_quietly() -> Any:
-    opened = StepGate.opened
-
-    def quiet(gate: StepGate, route: bytes, message: Any) -> None:
-        opened(gate, route, message)
-
-    return quiet
-
-
-def _held_unchecked() -> AbstractContextManager[None]:
-    """Whatever comes while a plan is loaded is held for it, whatever its fence."""
-    arrived = StepGate.arrived
-
-    def lax(gate: StepGate, route: bytes, nbytes: int, message: Any) -> Any:
-        pending = gate._pending
-        if pending is not None and hasattr(message, "fence"):
-            message = replace(message, fence=pending.plan.fence)
+        if not isinstance(verdict, Gap):
+            return verdict
+        gate._numbers[verdict.sender] = message.link_seq
         return arrived(gate, route, nbytes, message)
 
     return _patched((StepGate, "arrived", lax))
 
 
+def _held_unchecked() -> AbstractContextManager[None]:
+    """Held frames unchecked: whatever comes while a plan is loaded is kept for it, and filed.
+
+    With the numbers checked once it is in force, they would give a late frame away.
+    """
+    arrived = StepGate.arrived
+
+    def lax(gate: StepGate, route: bytes, nbytes: int, message: Any) -> Any:
+        kept = gate.__dict__.setdefault("kept_unchecked", [])
+        if any(message is frame for frame in kept):
+            sender = _as_a_member(gate, route)
+            return Drop("no member") if sender is None else File(sender)
+        pending = gate._pending
+        if (
+            pending is None
+            or not isinstance(message, StepMessage)
+            or message.fence == pending.plan.fence
+        ):
+            return arrived(gate, route, nbytes, message)
+        kept.append(message)
+        gate._held.append((route, message))
+        return Hold()
+
+    return _patched((StepGate, "arrived", lax))
+
+
 def _emitted_before_commit() -> AbstractContextManager[None]:
-    """A token leaves as soon as it was sent to the others."""
+    """Commit-before-emit removed: a token leaves as soon as it was sent to the others."""
     announced = Commits.announced
 
     def early(commits: Commits[Any], step: int, news: Iterable[Any]) -> list[Any]:
@@ -110,36 +137,43 @@ def _owners_not_needed() -> AbstractContextManager[None]:
 
 
 def _watermark_off_by_one() -> AbstractContextManager[None]:
-    """Coverage says one position more than was computed."""
-    covered = TokenLogs.snapshot
+    """Watermark off by one: of each log one position more counts as computed than is."""
+    snapshot, covered = TokenLogs.snapshot, TokenLogs.covered
 
     def more(logs: TokenLogs) -> Any:
-        told, coverage = covered(logs)
+        told, coverage = snapshot(logs)
         return told, tuple(replace(each, positions=each.positions + 1) for each in coverage)
 
-    return _patched((TokenLogs, "snapshot", more))
+    def one_more(logs: TokenLogs, request_id: int) -> int:
+        return covered(logs, request_id) + 1
+
+    return _patched((TokenLogs, "snapshot", more), (TokenLogs, "covered", one_more))
 
 
-def _kv_kept_for_other_units() -> AbstractContextManager[None]:
-    """Coverage stays as it was when a node gets other units."""
+def _stale_coverage_trusted() -> AbstractContextManager[None]:
+    """Stale coverage trusted: what was computed of other units counts for those of a new plan."""
     return _patched((TokenLogs, "lose_kv", lambda _logs: None))
 
 
-def _coverage_of_any_log() -> AbstractContextManager[None]:
-    """KV counts whatever tokens it was written for."""
-    return _patched((agreement.Prefixes, "__contains__", lambda _prefixes, _log: True))
+def _slot_reused() -> AbstractContextManager[None]:
+    """Slot reused: KV is found by the place of its log, which another request has later.
 
+    The core names a request by its id alone, so there is nothing in it to leave out.
+    """
+    rows = ToyEngine._rows
 
-def _logs_kept() -> AbstractContextManager[None]:
-    """Nothing that ended is forgotten, so that an id that comes again finds what was there."""
-    return _patched((TokenLogs, "forget", lambda _logs, _ids: None))
+    def placed(engine: ToyEngine, slot: Slot) -> list[Row]:
+        ids = sorted(engine._logs._logs)
+        return [replace(row, request_id=ids.index(row.request_id)) for row in rows(engine, slot)]
+
+    return _patched((ToyEngine, "_rows", placed))
 
 
 # --- plans and elections --------------------------------------------------------------------------
 
 
 def _vote_not_persisted() -> AbstractContextManager[None]:
-    """A vote is given without being written down."""
+    """Vote not persisted: it is given without being written down."""
 
     def vote(durable: Durable, term: int, candidate_id: str, then: Callable[[float], None]) -> None:
         durable.state = replace(durable.state, term=term, voted_for=candidate_id)
@@ -155,11 +189,14 @@ def _votes_for_all() -> AbstractContextManager[None]:
         state = election._durable.state
         return bool(term >= state.term and plan_fence >= election._durable.fence)
 
-    return _patched((Election, "_would_vote", would))
+    def vote(durable: Durable, term: int, candidate_id: str, then: Callable[[float], None]) -> None:
+        durable._write(replace(durable.state, term=term, voted_for=candidate_id), then)
+
+    return _patched((Election, "_would_vote", would), (Durable, "vote", vote))
 
 
 def _older_plan_voted_for() -> AbstractContextManager[None]:
-    """A candidate's plan may be older than the voter's."""
+    """Older plan voted for: a candidate's plan may be older than the voter's."""
 
     def would(election: Election, term: int, candidate: str, _plan_fence: Any) -> bool:
         state = election._durable.state
@@ -191,7 +228,7 @@ def _half_elects() -> AbstractContextManager[None]:
 
 
 def _owner_without_ack() -> AbstractContextManager[None]:
-    """A plan comes into force without the acknowledgement of its owners."""
+    """Owner without ACK activated: a plan is in force before all its owners have loaded it."""
     return _patched(
         (proposal.Proposal, "enough", _enough_without_owners()),
     )
@@ -211,7 +248,7 @@ def _enough_without_owners() -> Any:
 
 
 def _two_voters_added() -> AbstractContextManager[None]:
-    """A plan adds all learners to its voters at once."""
+    """Two voters added at once: a plan gives all learners a vote."""
     next_voters = voters.next_voters
 
     def many(base: Any, **named: Any) -> Any:
@@ -223,9 +260,16 @@ def _two_voters_added() -> AbstractContextManager[None]:
     return _patched((owner, "next_voters", many))
 
 
-def _resume_without_check() -> AbstractContextManager[None]:
-    """What a client says it has is not compared with the log."""
-    return _patched((request_entry, "first_difference", lambda _one, _other: None))
+def _resume_without_hash() -> AbstractContextManager[None]:
+    """Resume without hash: the tokens that a client says it has are not compared with the log.
+
+    (A FORWARD carries the tokens themselves, so there is no need for a hash of them.)
+    """
+
+    def same_request(message: Forward, entry: request_entry.Entry) -> str:
+        return request_entry.conflict_of(replace(message, received=()), entry)
+
+    return _patched((request_log, "conflict_of", same_request))
 
 
 MUTATIONS: dict[str, Mutation] = {
@@ -235,9 +279,8 @@ MUTATIONS: dict[str, Mutation] = {
     "emitted-before-commit": _emitted_before_commit,
     "owners-not-needed": _owners_not_needed,
     "watermark-off-by-one": _watermark_off_by_one,
-    "kv-kept-for-other-units": _kv_kept_for_other_units,
-    "coverage-of-any-log": _coverage_of_any_log,
-    "logs-kept": _logs_kept,
+    "stale-coverage-trusted": _stale_coverage_trusted,
+    "slot-reused": _slot_reused,
     "vote-not-persisted": _vote_not_persisted,
     "votes-for-all": _votes_for_all,
     "older-plan-voted-for": _older_plan_voted_for,
@@ -245,7 +288,7 @@ MUTATIONS: dict[str, Mutation] = {
     "half-elects": _half_elects,
     "owner-without-ack": _owner_without_ack,
     "two-voters-added": _two_voters_added,
-    "resume-without-check": _resume_without_check,
+    "resume-without-hash": _resume_without_hash,
 }
 """By the name that `--mutation` takes."""
 

@@ -8,7 +8,7 @@ twice, frames come only over two connections: the old one's last frames after th
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 from p2pinfer.wire.messages import Plane
@@ -116,6 +116,9 @@ class Network:
         self.hwm: dict[int, int] = {}
         self.slow: dict[Cut, float] = {}
         """Seconds added to each frame's way."""
+
+        self.losing: dict[Cut, Callable[[bytes], bool]] = {}
+        """The next frame like that vanishes; its connection stays."""
 
         self._cuts: dict[Cut, int] = {}
         self._dials: dict[tuple[Process, Plane, str], Dial] = {}
@@ -290,12 +293,22 @@ class Network:
         sender, receiver = lane.sender.number, lane.receiver.number
         if len(lane.queue) >= min(self.hwm.get(sender, HWM), self.hwm.get(receiver, HWM)):
             return False
+        if self.losing and self._loses((sender, receiver, lane.connection.plane), frame):
+            return True
         lane.queue.append(frame)
         latency = self._random.uniform(*LATENCY_S)
         if self.slow:
             latency += self.slow.get((sender, receiver, lane.connection.plane), 0.0)
         lane.arrives = max(lane.arrives, self.world.now + latency)
         self.world.at(lane.arrives, self._arrive, lane)
+        return True
+
+    def _loses(self, key: Cut, frame: bytes) -> bool:
+        loses = self.losing.get(key)
+        if loses is None or not loses(frame):
+            return False
+        del self.losing[key]
+        self.world.count("a frame was lost on a link that stayed")
         return True
 
     def _arrive(self, lane: Lane) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from p2pinfer.core import events as e
 from p2pinfer.core.departure import ELECTIONS, GRACE_S, MAX_WISHES
 from p2pinfer.core.timing import LAN
@@ -36,9 +34,11 @@ def answers(bench: Bench) -> list[str]:
     ]
 
 
-def without(bench: Bench) -> Plan:
+def without(bench: Bench, *, votes: bool = False) -> Plan:
     """The next plan of node 1's, in which node 5 owns nothing."""
-    return plan_of(ONE, TWO, bench.me, fence=Fence(1, 2), stages=plan_of(ONE, TWO).stages)
+    voters = (0, 1, 2) if votes else (0, 1)
+    stages = plan_of(ONE, TWO).stages
+    return plan_of(ONE, TWO, bench.me, fence=Fence(1, 2), stages=stages, voters=voters)
 
 
 # --- told by a signal -----------------------------------------------------------------------------
@@ -98,6 +98,14 @@ def test_a_follower_goes_when_a_plan_without_it_is_in_force() -> None:
     bench.hear(ONE, m.Activate(fence=plan.fence))
     assert bench.ended() == LEFT
     assert {address for address, _ in bench.sent(m.Leave)} == {ONE.address, TWO.address}
+
+
+def test_a_vote_is_handed_over_too() -> None:
+    """The others could elect nobody if it went with a vote that they need."""
+    bench = Bench.follower(ONE, TWO)
+    stop(bench)
+    bench.take_up(without(bench, votes=True))
+    assert bench.ended() is None
 
 
 def test_a_leader_hands_over_its_own_part() -> None:
@@ -160,8 +168,8 @@ def test_the_next_leader_lets_it_go() -> None:
     bench.said[TWO] = {"term": 2, "leader_id": TWO.node_id}
     bench.run(2.0, TWO)
     assert bench.ended() is None
-    [stage] = plan_of(TWO).stages
-    bench.take_up(plan_of(TWO, bench.me, fence=Fence(2, 2), stages=(stage,)))
+    stages = plan_of(TWO).stages
+    bench.take_up(plan_of(TWO, bench.me, fence=Fence(2, 2), stages=stages, voters=(0,)))
     assert bench.ended() == LEFT
 
 
@@ -204,14 +212,13 @@ def test_a_drained_node_keeps_its_state() -> None:
 def test_in_vain_an_operators_node_stays() -> None:
     """After the time to drain it fails, takes part again, and may be asked again."""
     bench = Bench.leader()
-    drain(bench, "")
+    drain(bench, "node5")
     bench.run(DRAIN_S - 0.1)
     assert answers(bench) == []
     bench.run(0.2)
     assert answers(bench) == ["not_ready"]
     assert bench.ended() is None
     assert not bench.node.status(bench.now)["members"][0]["draining"]
-    bench.worker(e.WorkerStats())
     drain(bench, "node5", 2)
     assert bench.node.status(bench.now)["members"][0]["draining"]
 
@@ -291,11 +298,19 @@ def test_of_too_many_wishes_the_oldest_is_turned_away() -> None:
     assert len(bench.replied(m.Done)) == MAX_WISHES
 
 
-@pytest.mark.parametrize("name", ["", "node5"])
-def test_an_operators_wish_does_not_end_a_node_without_a_plan(name: str) -> None:
-    """Only a signal does; the wish fails in the end."""
+def test_who_is_alone_leaves_for_good_at_once() -> None:
+    """Nobody is there to take anything over, and it will not come back."""
+    bench = Bench.leader()
+    drain(bench, "")
+    assert bench.ended() == LEFT
+    assert answers(bench) == ["done"]
+    assert bench.stored is None
+
+
+def test_draining_does_not_end_a_node_without_a_plan() -> None:
+    """Only a signal does, or leaving for good; the wish fails in the end."""
     bench = Bench(join=(1,))
-    drain(bench, name)
+    drain(bench, "node5")
     bench.run(DRAIN_S + 0.1)
     assert answers(bench) == ["not_ready"]
     assert bench.ended() is None

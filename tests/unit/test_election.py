@@ -46,9 +46,7 @@ MODEL = ModelSpec(
 )
 
 
-def member(
-    node_id: str, boot: str = "1", *, memory: str = "1", blank: bool = False
-) -> Member:
+def member(node_id: str, boot: str = "1", *, memory: str = "1", blank: bool = False) -> Member:
     """A node in its life number `boot`, with its memory of that number."""
     return Member(
         node_id=node_id,

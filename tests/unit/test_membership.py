@@ -58,6 +58,21 @@ def test_greeting_again_is_no_sign_of_life() -> None:
     assert table.silent(1.0 + LAN.dead_after, LAN.dead_after) == [table[member(2).node_id]]
 
 
+def test_a_member_describes_itself_anew() -> None:
+    """In the same boot and while it lives; that is neither a join nor a sign of life."""
+    table = table_of(2)
+    better = replace(member(2), numeric_class="known by now")
+    table.describe(better)
+    table.describe(replace(member(2, boot=1), numeric_class="of another life"))
+    table.describe(member(3))
+    peer = table[member(2).node_id]
+    assert (peer.member, peer.heard_at, table.changed_at) == (better, 10.0, 10.0)
+    assert table.get(member(3).node_id) is None
+    table.lose(member(2).node_id, MemberState.DEAD, 11.0)
+    table.describe(member(2))
+    assert peer.member == better
+
+
 def test_this_node_lives() -> None:
     """The table counts its own life, and no other one, among the living."""
     table = table_of(2)

@@ -130,7 +130,7 @@ def test_a_hung_member_loses_its_units_and_gets_them_back() -> None:
     assert proposed.why == "node2 to own nothing"
     bench.load_all(TWO)
     bench.run(0.5, TWO, hung=False)
-    assert [fact.why for fact in bench.told(e.PlanProposed)] == ["node2 fit again"]
+    assert [fact.why for fact in bench.told(e.PlanProposed)][-1] == "node2 fit again"
 
 
 def test_who_cannot_hold_its_part_is_left_out() -> None:
@@ -378,5 +378,5 @@ def test_the_plan_can_be_asked_for() -> None:
     assert bench.node.plan_object("node2")["survives"]
     with pytest.raises(ClusterError, match="no member is called node9"):
         bench.node.plan_object("node9")
-    with pytest.raises(ClusterError, match="there is no plan yet"):
+    with pytest.raises(ClusterError, match="no plan is in force"):
         Bench().node.plan_object()

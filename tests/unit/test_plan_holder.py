@@ -342,6 +342,24 @@ def test_nothing_is_obeyed_while_the_next_plan_loads(node: Holding) -> None:
     assert node.holder.active == PLAN
 
 
+def test_a_step_that_failed_here_ends_obedience(node: Holding) -> None:
+    """Until the next plan is in force heartbeats say so; a failure of another plan is no news."""
+    assert not node.holder.broke_off(Fence())
+    node.ready(PLAN)
+    assert not node.holder.broke_off(PLAN.fence)
+    node.activate(PLAN)
+    assert not node.holder.broke_off(NEXT.fence)
+    assert node.holder.obeyed == PLAN.fence
+    assert node.holder.broke_off(PLAN.fence)
+    assert not node.holder.broke_off(PLAN.fence)
+    assert (node.holder.obeyed, node.holder.active) == (Fence(), PLAN)
+    node.activate(PLAN)
+    assert node.dropped() == ["ACTIVATE of (3, 1): it is not loaded here"]
+    node.ready(NEXT)
+    node.activate(NEXT)
+    assert node.holder.obeyed == NEXT.fence
+
+
 def test_without_a_leader_the_worker_halts(node: Holding) -> None:
     """The plan in force ends with its leader's office; logs and KV stay."""
     node.holder.halt()

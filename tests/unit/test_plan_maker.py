@@ -178,6 +178,42 @@ def test_another_life_of_a_voter_is_listed_as_it_is_now() -> None:
     assert bench.voters() == {1, 2, 3}
 
 
+def test_layout_and_quorum_of_a_cluster_are_those_of_its_plan() -> None:
+    """The first plan takes them from its leader's settings; no later leader changes them."""
+    bench = Office(3, layout="layers", quorum="last-man")
+    plan = bench.served()
+    assert (plan.layout, plan.quorum) == ("layers", "last-man")
+    bench.lose(3)
+    bench.look()
+    assert (bench.plan.layout, bench.plan.quorum) == ("layers", "last-man")
+    later = Office(3, base=plan, term=7)
+    later.look()
+    assert (later.plan.layout, later.plan.quorum) == ("layers", "last-man")
+
+
+def test_a_voter_without_its_state_takes_part_without_a_say() -> None:
+    """Under a plan that may be in force already it has units, and its former memory the vote."""
+    bench = Office(2, base=plan_of(3), base_active=False, term=7)
+    bench.join(3, boot=1, memory="f" * 16, blank=True)
+    bench.look()
+    assert bench.plan.members[2] == member(3, boot=1)
+    assert (bench.owners(), bench.voters()) == ({1, 2, 3}, {1, 2, 3})
+    bench.ack(1, 3)
+    assert not bench.maker.activated
+    bench.ack(2)
+    assert bench.maker.activated
+
+
+def test_a_blank_voter_may_restart_before_it_is_told() -> None:
+    """Its memory is kept: the plan in force that named it made it whole, in whichever boot."""
+    base = plan_of(3)
+    bench = Office(2, base=base, term=7)
+    bench.join(3, boot=1, blank=True)
+    bench.look()
+    assert bench.plan.members[2] == member(3, boot=1)
+    assert bench.voters() == {1, 2, 3}
+
+
 def test_a_vote_in_force_makes_a_blank_member_whole() -> None:
     """Members that joined without state are listed as blank until a plan with their vote is
     in force: then they are voters like others, also for the next leader."""

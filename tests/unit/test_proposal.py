@@ -279,12 +279,14 @@ def test_a_late_ack_is_noted_for_the_next_plan() -> None:
 
 
 def test_blank_members_are_no_quorum_of_voters_before() -> None:
-    """A member that came back without its state forgot what it promised as a voter."""
+    """A member that came back without its state forgot what it promised as a voter; one that only
+    restarted did not."""
     first = Office(3)
     plan = first.served()
-    later = Office(1, base=plan, base_active=False, term=2)
-    later.members[2] = member(2, boot=1, blank=True)
-    later.look(lost={3})
-    assert later.voters() == {1, 2, 3}
-    later.ack(1, 2)
-    assert not later.maker.activated
+    for memory, adopted in (("f" * 16, False), (member(2).memory, True)):
+        later = Office(1, base=plan, base_active=False, term=2)
+        later.members[2] = member(2, boot=1, blank=True, memory=memory)
+        later.look(lost={3})
+        assert later.voters() == {1, 2, 3}
+        later.ack(1, 2)
+        assert later.maker.activated is adopted

@@ -293,6 +293,46 @@ def test_a_moved_request_stays_moved() -> None:
     assert [(to, type(message)) for to, message in sent] == [(OTHER, m.Drawn), (OTHER, m.Ended)]
 
 
+def test_a_later_attempt_moves_a_request_at_once() -> None:
+    """However freshly it has moved: the client itself says which of its submissions is the last."""
+    ledger = Ledger().forward(attempt=1).forward(1.0, serving=THIRD, attempt=2)
+    ledger.take()
+    assert [to for to, _ in ledger.forward(1.01, attempt=3).sent()] == [THIRD]
+    assert [to for to, _ in ledger.forward(1.02, serving=THIRD, attempt=4).sent()] == [OTHER]
+
+
+def test_an_earlier_attempt_moves_nothing() -> None:
+    """Its node is told that the client has gone on, however late it comes."""
+    ledger = Ledger().forward(attempt=2)
+    [(to, ended)] = ledger.forward(99.0, serving=THIRD, attempt=1).sent()
+    assert (to, ended.reason, ended.code) == (THIRD, "cancelled", "cancelled")
+    assert ledger.started().committed(0, 10).drawn() == [(OTHER, [(0, 10)])]
+
+
+def test_an_earlier_attempt_does_not_claim_an_orphan() -> None:
+    """The node of the last one died; the client comes back with a later one still."""
+    ledger = Ledger().forward(attempt=2)
+    ledger.log.serving_lost(OTHER, 1.0)
+    assert [to for to, _ in ledger.forward(2.0, serving=THIRD, attempt=1).sent()] == [THIRD]
+    assert ledger.forward(2.0, serving=THIRD, attempt=3).sent() == []
+    assert ledger.started().committed(0, 10).drawn() == [(THIRD, [(0, 10)])]
+
+
+def test_the_same_node_may_forward_an_earlier_attempt() -> None:
+    """A message of it that was overtaken changes neither who serves nor which attempt is last."""
+    ledger = Ledger().forward(attempt=2).forward(attempt=1)
+    assert [to for to, _ in ledger.forward(9.0, serving=THIRD, attempt=1).sent()] == [THIRD]
+
+
+def test_a_new_leader_believes_the_last_attempt() -> None:
+    """Whichever of two nodes claims a log first, that of the later attempt keeps it."""
+    for first, second in ((1, 2), (2, 1)):
+        ledger = Ledger().adopt(agreed(10)).started()
+        ledger.forward(1.0, serving=OTHER, attempt=first)
+        moved = ledger.forward(1.01, serving=THIRD, attempt=second).sent()
+        assert [to for to, _ in moved] == [OTHER if second > first else THIRD]
+
+
 def test_a_new_request_may_move_at_once() -> None:
     """A client that changes its node early is not held up."""
     assert Ledger().forward().forward(0.1, serving=THIRD).sent()[0][1].code == "cancelled"

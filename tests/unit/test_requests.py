@@ -265,6 +265,16 @@ def test_the_same_id_again_attaches() -> None:
     assert desk.told(e.Deliver) == []
 
 
+def test_a_later_attempt_is_told_to_the_leader_at_once() -> None:
+    """Another node may have served the request meanwhile; the same attempt again is no news."""
+    desk = Desk().submit(attempt=5)
+    assert [f.attempt for f in desk.messages(m.Forward)] == [5]
+    desk.submit(0.1, attempt=5).submit(0.1, attempt=4)
+    assert desk.messages(m.Forward) == []
+    desk.submit(0.2, attempt=6)
+    assert [f.attempt for f in desk.messages(m.Forward)] == [6]
+
+
 def test_a_finished_reply_can_be_asked_for_again() -> None:
     """For a minute a finished reply is delivered and concluded again."""
     desk = Desk().submit().drawn(0, 10, 11, now=0.5).ended(2, now=0.5)
