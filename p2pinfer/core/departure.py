@@ -17,7 +17,7 @@ from p2pinfer.core.neighbours import Neighbours
 from p2pinfer.core.outbox import Outbox
 from p2pinfer.core.planner import holding
 from p2pinfer.limits import MAX_REASON_CHARS
-from p2pinfer.types import Fence, Member, Plan
+from p2pinfer.types import Member, Plan
 from p2pinfer.wire.messages import Done, Drain, Failed, MemberState
 
 GRACE_S = 2.0
@@ -118,11 +118,12 @@ class Departure:
                 reason = f"{member.name} died before it had handed over its part"
                 self._fail(wish, "node_lost", reason)
 
-    def look(self, plan: Plan | None, obeyed: Fence, *, began: bool, led: bool, now: float) -> bool:
+    def look(self, plan: Plan | None, *, ready: bool, began: bool, led: bool, now: float) -> bool:
         """Whether this node is to leave now.
 
-        `plan` is the one in force here, `began` says that this node takes part in plans, be one in
-        force or not; `led`: somebody leads, who could make another.
+        `plan` is the one in force here, and `ready` says that all its owners obey it; `began` that
+        this node takes part in plans, be one in force or not; `led`: somebody leads, who could make
+        another.
         """
         for wish in [wish for wish in self._wishes if now >= wish.until]:
             self._wishes.remove(wish)
@@ -131,7 +132,7 @@ class Departure:
             return False
         patience = min(self._leaderless_until, now + self._election_s)
         self._leaderless_until = inf if led else patience
-        if self._holds_nothing(plan, obeyed, began):
+        if self._holds_nothing(plan, ready, began):
             return True
         if self._anyway and (now >= self._leaderless_until or not self._others()):
             return True
@@ -165,13 +166,14 @@ class Departure:
         self._wishes = [wish for wish in self._wishes if wish.node_id != node_id]
         return found
 
-    def _holds_nothing(self, plan: Plan | None, obeyed: Fence, began: bool) -> bool:
+    def _holds_nothing(self, plan: Plan | None, ready: bool, began: bool) -> bool:
         """Whether the plan in force gives this node no unit and no vote. Who has never taken part
         in one has nothing to hand over, and may go if it was told to end."""
         if plan is None:
             return self._anyway and not began
         ids = [member.node_id for member in plan.members]
-        if obeyed != plan.fence or self._me.node_id not in ids:
+        # The others must know that it is in force: until then they may need this node's vote.
+        if not ready or self._me.node_id not in ids:
             return False
         index = ids.index(self._me.node_id)
         # Whoever goes with a vote that the others need leaves them unable to elect anybody.

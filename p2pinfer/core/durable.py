@@ -4,9 +4,10 @@ Term, vote and newest plan are written before anybody is told of them (Raft, sec
 is an output and its completion an input, so nothing else of the node waits for the disk.
 
 A node that begins without its state is blank: it may have promised, in a life that it has
-forgotten, what it now would contradict. It promises anew and keeps that, but its word is counted
-with care (`core/quorum.py`) until a plan is in force that names this boot a voter: that plan got
-its quorum without the forgotten word, so whoever needed that word can win nothing any more.
+forgotten, what it now would contradict. It begins a new memory, promises anew and keeps that, but
+its word is counted with care (`core/quorum.py`) until a plan is in force that names this memory a
+voter: that plan got its quorum without the forgotten word, so whoever needed that word can win
+nothing any more.
 """
 
 from __future__ import annotations

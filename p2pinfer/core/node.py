@@ -306,7 +306,7 @@ class Node:
         held = self._holder
         began = self._durable.plan is not None and held.worker_ready
         led = bool(self._election.leader_id)
-        if self._departure.look(held.active, held.obeyed, began=began, led=led, now=now):
+        if self._departure.look(held.active, ready=self.ready, began=began, led=led, now=now):
             self.fail("", 0, now)
 
     def _own_heartbeat(self, now: float) -> Heartbeat:

@@ -192,6 +192,7 @@ class PlanMaker:
         assert view is not None
         here, listed = boots(view.living) - self._broken, boots(plan.members)
         voters, _ = self._voters(view)
+        at_hand = boots(self._at_hand(view))
         gone = (m for m in plan.members if boot(m) not in here | current.gone)
         unfit = (
             m
@@ -209,7 +210,7 @@ class PlanMaker:
             lost=_names(gone),
             unfit=_names(unfit),
             astray=_names(current.astray(now)),
-            newcomers=_names(m for m in self._listed(view, voters) if boot(m) not in listed),
+            newcomers=_names(m for m in self._listed(view, voters) if boot(m) in at_hand - listed),
             fit_again=_names(m for m in able if boot(m) in missing),
             votes=change_of_votes(plan, voters, view.living) if current.activated else "",
             stragglers=_names(late),
@@ -437,8 +438,8 @@ class PlanMaker:
         current, view = self._current, self._view
         if current is None or view is None or current.activated:
             return
-        # Who hangs will not answer, and is not waited for.
-        here = boots(m for m in view.living if m.node_id not in view.hung) - self._broken
+        # Who hangs, or has yet to start or to be reached, is not waited for.
+        here = boots(m for m in self._at_hand(view) if m.node_id not in view.hung) - self._broken
         if not current.enough(here, view.lost, now):
             return
         agreed = current.collect(self._log.wants)

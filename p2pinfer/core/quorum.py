@@ -6,10 +6,10 @@ majority meets any such half, since the two together are more than all. While a 
 be in force, all this holds among its own voters and among those before it (joint consensus): the
 first plan of a cluster names its founder as the voter before it.
 
-A member that is blank (`Member.blank`: it began its boot without its state) may have promised
-something else before. Its word counts where the plan names that very boot a voter: a plan does so
-only for a new voter, or for one that a plan in force has named before (then listed as not blank).
-Among the voters before the plan the word of who is listed as blank does not count at all.
+A member that is blank (`Member.blank`: its state began anew) may have promised something else
+before. Its word counts where the plan names its very memory a voter: a plan does so only for a new
+voter, or for one that a plan in force has named before (then listed as not blank). Among the voters
+before the plan the word of who is listed as blank does not count at all.
 
 `last-man` counts only voters that are not lost: it trades safety under partition for going on
 alone.
@@ -42,7 +42,7 @@ def electorate(plan: Plan, *, active: bool) -> tuple[Voters, ...]:
 
 def credible(plan: Plan, members: Iterable[Member]) -> Voters:
     """Those of `members`, as they describe themselves now, whose word counts under `plan`."""
-    named = frozenset(plan.members[index].memory for index in plan.voters)
+    named = frozenset(plan.members[index].memory for index in plan.voters) - {""}
     return frozenset(m.node_id for m in members if not m.blank or m.memory in named)
 
 

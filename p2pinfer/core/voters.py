@@ -73,10 +73,15 @@ def _keeps_its_vote(member: Member, lives: AbstractSet[tuple[str, str]]) -> bool
 
 
 def change_of_votes(plan: Plan, voters: NodeIds, living: Iterable[Member]) -> str:
-    """Who is to become a voter, or to be one no more, as text; empty: all stays as it is."""
-    names = {m.node_id: m.name for m in (*plan.members, *living)}
+    """Who is to become a voter, or to be one no more, as text; empty: all stays as it is.
+
+    A voter that lives with another memory than the plan names is to become one: it has no say yet.
+    """
+    here = {member.node_id: member for member in living}
+    names = {m.node_id: m.name for m in (*plan.members, *here.values())}
     now, then = voter_ids(plan), frozenset(voters)
-    more = (f"{names[node_id]} to vote" for node_id in sorted(then - now))
+    forgot = {i for i, memory in _voting_lives(plan) if i in here and here[i].memory != memory}
+    more = (f"{names[node_id]} to vote" for node_id in sorted(then - (now - forgot)))
     less = (f"{names[node_id]} to vote no more" for node_id in sorted(now - then))
     return ", ".join((*more, *less))
 

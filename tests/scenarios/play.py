@@ -129,6 +129,7 @@ def _start(play: Play, names: str, asked: str | None) -> None:
         other = stage.machine(asked) if asked else known[0] if known else None
         if other is not None and (asked or not machine.boots):
             machine.join = (other.address,)
+        machine.gone = False
         known = known or [machine]
         stage.cluster.boot(machine)
 

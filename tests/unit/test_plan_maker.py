@@ -204,6 +204,20 @@ def test_a_voter_without_its_state_takes_part_without_a_say() -> None:
     assert bench.maker.activated
 
 
+def test_a_voter_without_its_state_is_healed_by_the_plan_after() -> None:
+    """Its new memory gets a vote when the plan that named the former one is in force."""
+    bench = Office(2, base=plan_of(3), base_active=False, term=7)
+    bench.join(3, boot=1, memory="f" * 16, blank=True)
+    bench.look()
+    bench.adopt(1, 2, 3)
+    bench.look()
+    assert bench.proposed()[1:] == ["node3 to vote"]
+    assert bench.plan.members[2] == member(3, boot=1, memory="f" * 16, blank=True)
+    bench.adopt(1, 2, 3)
+    bench.look(1.0)
+    assert bench.proposed() == []
+
+
 def test_a_blank_voter_may_restart_before_it_is_told() -> None:
     """Its memory is kept: the plan in force that named it made it whole, in whichever boot."""
     base = plan_of(3)
