@@ -85,6 +85,14 @@ def test_the_only_node_goes_at_once() -> None:
     assert bench.take(e.ShutdownAsked()) == []
 
 
+def hand_over(bench: Bench) -> None:
+    """A plan without the node comes into force, as it hears from all."""
+    plan = without(bench)
+    bench.take_up(plan)
+    for who in (ONE, TWO):
+        bench.beat(who, fence=plan.fence)
+
+
 def test_a_follower_goes_when_a_plan_without_it_is_in_force() -> None:
     """It says that it drains, loads the plan that gives it nothing, and says goodbye."""
     bench = Bench.follower(ONE, TWO)
@@ -96,6 +104,10 @@ def test_a_follower_goes_when_a_plan_without_it_is_in_force() -> None:
     bench.worker(e.PlanLoaded(fence=plan.fence))
     assert bench.ended() is None
     bench.hear(ONE, m.Activate(fence=plan.fence))
+    assert bench.ended() is None
+    for who in (ONE, TWO):
+        # Only now does it know that the others do without it.
+        bench.beat(who, fence=plan.fence)
     assert bench.ended() == LEFT
     assert {address for address, _ in bench.sent(m.Leave)} == {ONE.address, TWO.address}
 
@@ -120,6 +132,9 @@ def test_a_leader_hands_over_its_own_part() -> None:
     for who in (ONE, TWO):
         assert bench.ended() is None
         bench.hear(who, m.Ack(fence=plan.fence, node_id=who.node_id))
+    for who in (ONE, TWO):
+        assert bench.ended() is None
+        bench.beat(who, fence=plan.fence)
     assert bench.ended() == LEFT
     kinds = [type(o.message) for o in bench.told(e.Send)]
     assert kinds.index(m.Activate) < kinds.index(m.Leave)
@@ -170,6 +185,7 @@ def test_the_next_leader_lets_it_go() -> None:
     assert bench.ended() is None
     stages = plan_of(TWO).stages
     bench.take_up(plan_of(TWO, bench.me, fence=Fence(2, 2), stages=stages, voters=(0,)))
+    bench.beat(TWO, fence=Fence(2, 2))
     assert bench.ended() == LEFT
 
 
@@ -191,7 +207,7 @@ def test_leaving_for_good_forgets_the_cluster() -> None:
     """DRAIN without a name is of the asked node: its client hears that it is done."""
     bench = Bench.follower(ONE, TWO)
     drain(bench, "")
-    bench.take_up(without(bench))
+    hand_over(bench)
     assert bench.ended() == LEFT
     assert answers(bench) == ["done"]
     assert bench.stored is None
@@ -203,7 +219,7 @@ def test_a_drained_node_keeps_its_state() -> None:
     drain(bench, "node5")
     bench.hear(TWO, m.Drain(request_id=9, name="node5"))
     bench.hear(TWO, m.Drain(request_id=9, name="node1"))
-    bench.take_up(without(bench))
+    hand_over(bench)
     assert bench.ended() == LEFT
     assert answers(bench) == ["done"]
     assert bench.stored is not None
