@@ -333,7 +333,7 @@ def check_rules(name: str, m: dict[str, Any]) -> None:
         require(all(start + length <= most for start, length in runs), "end of a slot")
     if name == "KV_REQUEST":
         require(m["start"] < m["end"] <= most, "positions")
-    if name == "PROPOSE":
+    if name in ("PROPOSE", "PRE_VOTE_REPLY") and m["plan"] is not None:
         check_plan(m["plan"])
 
 

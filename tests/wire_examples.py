@@ -183,6 +183,9 @@ EXAMPLES: dict[str, m.Message] = {
     "leave": m.Leave(node_id=ANNA, boot_id=BOOT, reason="told to stop"),
     "pre-vote request": m.PreVoteRequest(term=4, candidate_id=ANNA, plan_fence=FENCE),
     "pre-vote reply": m.PreVoteReply(term=4, voter_id=BERT, granted=True),
+    "pre-vote reply to an older plan": m.PreVoteReply(
+        term=4, voter_id=BERT, granted=False, plan=PLAN
+    ),
     "vote request": m.VoteRequest(term=4, candidate_id=ANNA, plan_fence=FENCE),
     "vote reply": m.VoteReply(term=4, voter_id=BERT, granted=False),
     "propose": m.Propose(plan=PLAN),

@@ -63,6 +63,9 @@ INVALID: dict[str, bytes] = {
     "another magic": patched("credit", 0, b"P2PX"),
     "another major": patched("credit", 4, b"\x02"),
     "major 0": patched("credit", 4, b"\x00"),
+    "a pre-vote reply with a plan led by no member": control(
+        "pre-vote reply to an older plan", plan=plain(EXAMPLES["propose"])["plan"] | {"leader": 9}
+    ),
     "an unknown type": patched("credit", 6, b"\xff\x00"),
     "a length that is too long": patched("credit", 8, b"\xff"),
     "a length that is too short": patched("credit", 8, b"\x01"),

@@ -80,19 +80,14 @@ class Durable:
         state, term = self.state, plan.fence.term
         assert plan.fence > self.fence and term >= state.term, "fences and terms only grow"
         voted_for = state.voted_for if term == state.term else ""
-        before = state.plan.members if state.plan else ()
-        # Of a plan that was not in force the voters before it may be needed still.
-        known = (*(member.address for member in before), *(() if state.active else state.addresses))
-        changed = replace(
-            state,
-            cluster_id=cluster_id,
-            term=term,
-            voted_for=voted_for,
-            plan=plan,
-            active=False,
-            addresses=tuple(dict.fromkeys(known))[:MAX_ADDRESSES],
-        )
-        self._write(changed, then)
+        changed = self._with(plan)
+        self._write(replace(changed, cluster_id=cluster_id, term=term, voted_for=voted_for), then)
+
+    def catch_up(self, plan: Plan) -> None:
+        """Take over a newer plan that another voter has acknowledged. This node acknowledges it to
+        nobody: it only stands no longer for an older one."""
+        assert plan.fence > self.fence, "fences only grow"
+        self._write(self._with(plan), None)
 
     def activated(self, fence: Fence) -> None:
         """The plan of `fence` is known to be in force; of an older one there is nothing to note."""
@@ -115,6 +110,15 @@ class Durable:
         """All up to `number` is on the disk: do what waited for it."""
         while self._waiting and self._waiting[0][0] <= number:
             self._waiting.popleft()[1](now)
+
+    def _with(self, plan: Plan) -> StoredState:
+        """The state with a newer plan, and the addresses of those that may be needed besides."""
+        state = self.state
+        before = state.plan.members if state.plan else ()
+        # Of a plan that was not in force the voters before it may be needed still.
+        known = (*(member.address for member in before), *(() if state.active else state.addresses))
+        addresses = tuple(dict.fromkeys(known))[:MAX_ADDRESSES]
+        return replace(state, plan=plan, active=False, addresses=addresses)
 
     def _write(self, state: StoredState, then: Then | None) -> None:
         self.state = state

@@ -211,8 +211,12 @@ class Election:
         granted = not hears_leader and self._would_vote(
             asked.term, asked.candidate_id, asked.plan_fence
         )
+        newer = self._durable.plan if asked.plan_fence < self._durable.fence else None
         reply = PreVoteReply(
-            term=asked.term if granted else self.term, voter_id=self._me, granted=granted
+            term=asked.term if granted else self.term,
+            voter_id=self._me,
+            granted=granted,
+            plan=None if hears_leader else newer,
         )
         self._box.send(asked.candidate_id, reply)
 
@@ -237,6 +241,8 @@ class Election:
 
     def _answered(self, reply: PreVoteReply | VoteReply, now: float) -> None:
         if not reply.granted:
+            if isinstance(reply, PreVoteReply) and reply.plan:
+                self._catch_up(reply.plan, now)
             if reply.term > self.term:
                 self._enter(reply.term, f"a voter is in term {reply.term}", now)
                 self.deadline = min(self.deadline, now + self._soon())  # ask for a higher one
@@ -245,6 +251,14 @@ class Election:
                 self._allowed.add(reply.voter_id)
         elif reply.term == self._standing:
             self._votes.add(reply.voter_id)
+
+    def _catch_up(self, plan: Plan, now: float) -> None:
+        """A voter denies its vote for want of a plan that it has: take it over and ask again."""
+        ours = plan.cluster_id == self._durable.state.cluster_id
+        if ours and plan.fence > self._durable.fence and not self.leader_id:
+            self._stop()
+            self._durable.catch_up(plan)
+            self.deadline = min(self.deadline, now + self._soon())
 
     # --- campaigning ------------------------------------------------------------------------------
 

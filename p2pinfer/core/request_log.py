@@ -97,7 +97,8 @@ class RequestLog:
             self._enter(message)
             return
         if message.serving_id != entry.serving_id and message.attempt < entry.attempt:
-            self._box.send(message.serving_id, _moved(entry))
+            if entry.begun:  # else the later attempt may yet turn out to contradict the log
+                self._box.send(message.serving_id, _moved(entry))
             return
         held = entry.serving_id not in ("", message.serving_id) and now < entry.fixed_until
         if held and message.attempt == entry.attempt:

@@ -20,6 +20,7 @@ from p2pinfer.wire.messages import (
     Forward,
     KvRequest,
     LogEntry,
+    PreVoteReply,
     Propose,
     Step,
     Submit,
@@ -83,7 +84,15 @@ def _check_kv_request(message: KvRequest) -> None:
 
 
 def _check_propose(message: Propose) -> None:
-    plan = message.plan
+    _check_plan(message.plan)
+
+
+def _check_pre_vote_reply(message: PreVoteReply) -> None:
+    if message.plan is not None:
+        _check_plan(message.plan)
+
+
+def _check_plan(plan: Plan) -> None:
     node_ids = {member.node_id for member in plan.members}
     _require(len(node_ids) == len(plan.members), "two members have the same node_id")
     count = len(plan.members)
@@ -130,4 +139,5 @@ _RULES: dict[type[ControlMessage], Callable[[Any], None]] = {
     Step: _check_step,
     KvRequest: _check_kv_request,
     Propose: _check_propose,
+    PreVoteReply: _check_pre_vote_reply,
 }

@@ -25,11 +25,16 @@ class PreVoteRequest(ControlMessage, frozen=True, kw_only=True):
 
 
 class PreVoteReply(ControlMessage, frozen=True, kw_only=True):
-    """Answer to PRE_VOTE_REQUEST: `term` is the one asked for or, where denied, the voter's own."""
+    """Answer to PRE_VOTE_REQUEST: `term` is the one asked for or, where denied, the voter's own.
+
+    To a candidate whose plan is older goes the voter's own: a witness may be the only one that has
+    it, and never stands for election itself.
+    """
 
     term: U63
     voter_id: Identity
     granted: bool
+    plan: Plan | None = None
 
 
 class VoteRequest(ControlMessage, frozen=True, kw_only=True):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from math import inf
 
+from msgspec.structs import replace
+
 from p2pinfer.core.durable import Durable
 from p2pinfer.core.election import MAX_BACKOFF, Election, ElectionView
 from p2pinfer.core.events import (
@@ -434,10 +436,40 @@ def test_an_older_plan_gets_neither_pre_vote_nor_vote() -> None:
     """The term of such a candidate is entered all the same, so that it can be led again."""
     voter = Voter()
     voter.says(PreVoteRequest(term=9, candidate_id=C, plan_fence=Fence(3, 6)))
-    assert voter.taken() == [(C, PreVoteReply(term=3, voter_id=B, granted=False))]
+    denied = PreVoteReply(term=3, voter_id=B, granted=False, plan=voter.durable.plan)
+    assert voter.taken() == [(C, denied)]
     voter.says(VoteRequest(term=9, candidate_id=C, plan_fence=Fence(2, 9)))
     assert voter.taken() == [(C, VoteReply(term=9, voter_id=B, granted=False))]
     assert voter.election.term == 9
+
+
+def test_a_candidate_takes_over_the_newer_plan_of_a_voter_and_asks_again() -> None:
+    """The only other voter that has it may be a witness, which never stands itself."""
+    voter = Voter()
+    voter.election.resume(0.0)
+    voter.look()
+    voter.ask()
+    voter.taken()
+    newer = plan_of(A, B, C, fence=Fence(3, 8))
+    voter.says(PreVoteReply(term=3, voter_id=C, granted=False, plan=newer))
+    assert voter.durable.plan == newer and not voter.durable.state.active
+    voter.look(LAN.election_first)
+    asked = PreVoteRequest(term=4, candidate_id=B, plan_fence=Fence(3, 8))
+    assert voter.taken() == [(A, asked), (C, asked)]
+
+
+def test_a_plan_of_another_cluster_or_an_older_one_is_not_taken_over() -> None:
+    """Nor one while somebody leads, who proposes what is to be accepted."""
+    voter = Voter()
+    ours = voter.durable.plan
+    assert ours is not None
+    voter.says(PreVoteReply(term=3, voter_id=C, granted=False, plan=ours))
+    foreign = replace(ours, fence=Fence(3, 9), cluster_id="f" * 16)
+    voter.says(PreVoteReply(term=3, voter_id=C, granted=False, plan=foreign))
+    voter.beats(A, 3, leader=A)
+    newer = plan_of(A, B, C, fence=Fence(3, 9))
+    voter.says(PreVoteReply(term=3, voter_id=C, granted=False, plan=newer))
+    assert voter.durable.plan == ours
 
 
 def test_a_vote_is_told_when_written_and_given_once_per_term() -> None:

@@ -303,24 +303,30 @@ def test_a_later_attempt_moves_a_request_at_once() -> None:
 
 def test_an_earlier_attempt_moves_nothing() -> None:
     """Its node is told that the client has gone on, however late it comes."""
-    ledger = Ledger().forward(attempt=2)
+    ledger = Ledger().forward(attempt=2).started()
     [(to, ended)] = ledger.forward(99.0, serving=THIRD, attempt=1).sent()
     assert (to, ended.reason, ended.code) == (THIRD, "cancelled", "cancelled")
-    assert ledger.started().committed(0, 10).drawn() == [(OTHER, [(0, 10)])]
+    assert ledger.committed(0, 10).drawn() == [(OTHER, [(0, 10)])]
+
+
+def test_before_the_logs_are_agreed_on_an_earlier_attempt_is_not_answered() -> None:
+    """The later one may yet contradict the log; who is right forwards again."""
+    ledger = Ledger().forward(attempt=2)
+    assert ledger.forward(1.0, serving=THIRD, attempt=1).sent() == []
 
 
 def test_an_earlier_attempt_does_not_claim_an_orphan() -> None:
     """The node of the last one died; the client comes back with a later one still."""
-    ledger = Ledger().forward(attempt=2)
+    ledger = Ledger().forward(attempt=2).started()
     ledger.log.serving_lost(OTHER, 1.0)
     assert [to for to, _ in ledger.forward(2.0, serving=THIRD, attempt=1).sent()] == [THIRD]
     assert ledger.forward(2.0, serving=THIRD, attempt=3).sent() == []
-    assert ledger.started().committed(0, 10).drawn() == [(THIRD, [(0, 10)])]
+    assert ledger.committed(0, 10).drawn() == [(THIRD, [(0, 10)])]
 
 
 def test_the_same_node_may_forward_an_earlier_attempt() -> None:
     """A message of it that was overtaken changes neither who serves nor which attempt is last."""
-    ledger = Ledger().forward(attempt=2).forward(attempt=1)
+    ledger = Ledger().forward(attempt=2).forward(attempt=1).started()
     assert [to for to, _ in ledger.forward(9.0, serving=THIRD, attempt=1).sent()] == [THIRD]
 
 
