@@ -87,7 +87,10 @@ class Durable:
         """Take over a newer plan that another voter has acknowledged. This node acknowledges it to
         nobody: it only stands no longer for an older one."""
         assert plan.fence > self.fence, "fences only grow"
-        self._write(self._with(plan), None)
+        changed = self._with(plan)
+        if plan.fence.term > self.state.term:
+            changed = replace(changed, term=plan.fence.term, voted_for="")
+        self._write(changed, None)
 
     def activated(self, fence: Fence) -> None:
         """The plan of `fence` is known to be in force; of an older one there is nothing to note."""

@@ -456,6 +456,9 @@ def test_a_candidate_takes_over_the_newer_plan_of_a_voter_and_asks_again() -> No
     voter.look(LAN.election_first)
     asked = PreVoteRequest(term=4, candidate_id=B, plan_fence=Fence(3, 8))
     assert voter.taken() == [(A, asked), (C, asked)]
+    later = plan_of(A, B, C, fence=Fence(5, 9))
+    voter.says(PreVoteReply(term=5, voter_id=C, granted=False, plan=later))
+    assert (voter.durable.plan, voter.election.term) == (later, 5)
 
 
 def test_a_plan_of_another_cluster_or_an_older_one_is_not_taken_over() -> None:
