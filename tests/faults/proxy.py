@@ -214,18 +214,20 @@ class ProxiedCluster(LocalCluster):
     """A local cluster whose nodes reach one another through `proxy`; clients connect directly."""
 
     def __init__(self, nodes: int, *, folder: Path, **options: Any) -> None:
-        self._base = free_base_port(nodes)
+        # All in one piece: none of them is bound yet, so each must know of the others.
+        self._base = free_base_port(2 * nodes)
         super().__init__(nodes, base_port=self._base, folder=folder, **options)
         self._place = folder
         self._ids: dict[str, str] = {}
         self._fronts: dict[int, int] = {}
+        self._first_front = self._base + PORT_STEP * nodes
         self.proxy = Proxy(self._named)
 
     def start_node(self, index: int, **changes: Any) -> LocalNode:
         """Start a node that advertises the proxy's address."""
         for each in (0, index):
             if each not in self._fronts:
-                self._fronts[each] = free_base_port(1)
+                self._fronts[each] = self._first_front + PORT_STEP * each
                 back = self._base + PORT_STEP * each
                 self.proxy.forward(f"node{each + 1}", self._fronts[each], back)
         front = format_address(HOST, self._fronts[index])
