@@ -14,7 +14,7 @@ from tests.simulation.run import simulate
 FOUND_BY = {
     "fence-unchecked": 56,
     "gap-unchecked": 271,
-    "held-unchecked": 157,
+    "held-unchecked": 120,
     "emitted-before-commit": 0,
     "owners-not-needed": 2,
     "watermark-off-by-one": 3,
