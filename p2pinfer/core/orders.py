@@ -108,16 +108,19 @@ class LoadProgress(Report, frozen=True, kw_only=True):
 
 
 class Covered(Struct, frozen=True, kw_only=True):
-    """Leading positions of a request whose KV a worker has for all head units that it owns."""
+    """Leading positions of a request whose KV a worker has of some head units of one stage."""
 
     request_id: int
+    stage: int
+    units: tuple[int, ...]
     positions: int
 
 
 class PlanLoaded(Report, frozen=True, kw_only=True):
     """The units of the plan of `fence` are loaded; `error` is empty when all went well.
 
-    `logs` and `coverage` are as they stood when the worker stopped obeying the plan before.
+    `logs` and `coverage` are as they stood when the worker stopped obeying the plan before; the
+    latter is of all head units whose KV is here, by the stages of this plan.
     """
 
     fence: Fence

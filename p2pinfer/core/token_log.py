@@ -2,35 +2,56 @@
 
 Every STEP carries the tokens that it computes, so every node that hears it has the log; a leader
 may die and any of them can say what was drawn. The logs outlive plans: a new plan's leader collects
-them, and what it then agrees on takes their place everywhere.
+them, and what it then agrees on takes their place everywhere. What is covered goes by the log: KV
+is of use only as far as its tokens are those of the log.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from hashlib import sha256
+from struct import pack
 
+from p2pinfer.core.coverage import Coverage
 from p2pinfer.core.orders import Covered, TokenLog
+from p2pinfer.core.units import Slice
 from p2pinfer.errors import RemoteProtocolError
 from p2pinfer.limits import MAX_REQUESTS
-from p2pinfer.types import Fence, SamplingParams
+from p2pinfer.types import Fence, Plan, SamplingParams
 from p2pinfer.wire.messages import FinalToken, Slot, Step
 
 
 class _Log:
-    """One request's log. `covered` leading positions have their KV, by finished steps."""
+    """One request's log, and the hash of a beginning of it, to go on from."""
 
     def __init__(self, params: SamplingParams, prompt_tokens: int) -> None:
         self.params = params
         self.prompt_tokens = prompt_tokens
         self.tokens: list[int] = []
         self.term = 0
-        self.covered = 0
+        self._hash, self._hashed = sha256(), 0
+
+    def cut(self, length: int) -> None:
+        """Tokens from `length` on are void."""
+        del self.tokens[length:]
+        if self._hashed > length:
+            self._hash, self._hashed = sha256(), 0
+
+    def digest(self, length: int) -> str:
+        """As `agreement.digest` of the first `length` tokens; cheap where `length` only grows."""
+        if self._hashed > length:
+            self._hash, self._hashed = sha256(), 0
+        more = self.tokens[self._hashed : length]
+        self._hash.update(pack(f"<{len(more)}I", *more))
+        self._hashed = length
+        return self._hash.hexdigest()
 
 
 class TokenLogs:
     """All logs of a node, by request. At most `MAX_REQUESTS`, which is what an ACK can tell of."""
 
     def __init__(self) -> None:
+        self.coverage = Coverage()
         self._logs: dict[int, _Log] = {}
 
     def __contains__(self, request_id: int) -> bool:
@@ -47,10 +68,11 @@ class TokenLogs:
         """How the tokens of a request are drawn."""
         return self._logs[request_id].params
 
-    def covered(self, request_id: int) -> int:
-        """Leading positions of a request whose KV is here; 0 for an unknown one."""
+    def digest(self, request_id: int, length: int) -> str | None:
+        """SHA-256 of the first `length` tokens of a request, in hexadecimal; None: they are not
+        here."""
         log = self._logs.get(request_id)
-        return log.covered if log else 0
+        return log.digest(length) if log and length <= len(log.tokens) else None
 
     # --- steps ------------------------------------------------------------------------------------
 
@@ -90,8 +112,9 @@ class TokenLogs:
         if tuple(known) == slot.tokens[: len(known)]:
             log.tokens.extend(slot.tokens[len(known) :])
         else:
-            log.tokens[slot.start :] = slot.tokens
-        log.covered = min(log.covered, slot.start)
+            log.cut(slot.start)
+            log.tokens.extend(slot.tokens)
+        self.coverage.cut(slot.request_id, slot.start)
         log.term = fence.term
 
     def final(self, fence: Fence, final: FinalToken) -> None:
@@ -106,25 +129,21 @@ class TokenLogs:
         """The step of `slots` is computed in every layer here: their positions have their KV."""
         for slot in slots:
             log = self._logs.get(slot.request_id)
-            if log is not None and log.covered >= slot.start:
-                log.covered = min(slot.start + len(slot.tokens), len(log.tokens))
+            if log is not None:
+                end = min(slot.start + len(slot.tokens), len(log.tokens))
+                self.coverage.finish(slot.request_id, slot.start, end)
 
     def forget(self, request_ids: Iterable[int]) -> None:
         """Nothing more is known of these requests; unknown ones are ignored."""
         for request_id in request_ids:
             self._logs.pop(request_id, None)
+            self.coverage.forget(request_id)
 
     # --- plans ------------------------------------------------------------------------------------
 
-    def lose_kv(self) -> None:
-        """This node's head units or layers change: the KV of no position is here any more."""
-        for log in self._logs.values():
-            log.covered = 0
-
-    def snapshot(self) -> tuple[tuple[TokenLog, ...], tuple[Covered, ...]]:
-        """All logs, and how much of each is covered, in the order of the request ids."""
-        ordered = sorted(self._logs.items())
-        logs = tuple(
+    def snapshot(self) -> tuple[TokenLog, ...]:
+        """All logs, in the order of the request ids."""
+        return tuple(
             TokenLog(
                 request_id=request_id,
                 term=log.term,
@@ -132,10 +151,23 @@ class TokenLogs:
                 params=log.params,
                 tokens=tuple(log.tokens),
             )
-            for request_id, log in ordered
+            for request_id, log in sorted(self._logs.items())
         )
-        covered = tuple(Covered(request_id=r, positions=log.covered) for r, log in ordered)
-        return logs, covered
+
+    def covered(self, plan: Plan) -> tuple[Covered, ...]:
+        """What is covered of each log, by the stages of `plan`, in the order of the request ids."""
+        stages = {Slice(stage.start, stage.end): n for n, stage in enumerate(plan.stages)}
+        return tuple(
+            Covered(
+                request_id=request_id,
+                stage=stages[run.span],
+                units=run.units,
+                positions=run.positions,
+            )
+            for request_id in sorted(self._logs)
+            for run in self.coverage.runs(request_id)
+            if run.span in stages
+        )
 
     def adopt(self, agreed: Iterable[TokenLog]) -> tuple[int, ...]:
         """The logs that were agreed on take the place of all others.
@@ -148,9 +180,10 @@ class TokenLogs:
             log = _Log(told.params, told.prompt_tokens)
             log.tokens, log.term = list(told.tokens), told.term
             old = before.pop(told.request_id, None)
-            if old is not None:
-                log.covered = min(old.covered, _common(old.tokens, log.tokens))
+            self.coverage.cut(told.request_id, _common(old.tokens, log.tokens) if old else 0)
             self._logs[told.request_id] = log
+        for request_id in before:
+            self.coverage.forget(request_id)
         return tuple(sorted(before))
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from p2pinfer.limits import MAX_REQUESTS, MAX_UNITS
+from p2pinfer.limits import MAX_NODES, MAX_REQUESTS, MAX_UNITS
 from p2pinfer.types import U63, Digest, Fence, Identity, Length, Plan, SamplingParams, Tokens
 from p2pinfer.wire.fields import Code, ControlMessage, MaybeIdentity, Reason, StageIndex, Unit
 
@@ -86,7 +86,7 @@ class Ack(ControlMessage, frozen=True, kw_only=True):
     fence: Fence
     node_id: Identity
     logs: Annotated[tuple[LogDigest, ...], Meta(max_length=MAX_REQUESTS)] = ()
-    coverage: Annotated[tuple[CoverageRun, ...], Meta(max_length=MAX_REQUESTS * 4)] = ()
+    coverage: Annotated[tuple[CoverageRun, ...], Meta(max_length=MAX_REQUESTS * MAX_NODES)] = ()
 
 
 class Nack(ControlMessage, frozen=True, kw_only=True):

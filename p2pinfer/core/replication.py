@@ -1,0 +1,314 @@
+"""Delta KV: what an owner sends of its units' KV to their standbys, and what these write and ask.
+
+After each step an owner sends the new rows of each of its head units to the unit's standbys, as far
+as these have granted it credit; it waits for nobody. A standby writes only what joins its watermark
+and belongs to its log. What did not reach it, or came before it had the step's tokens, it asks for
+by position: once it has fallen behind for `LAG_S`, or as soon as a frame shows that there is a gap.
+An answer and the frames after it take the same link, so nothing lacks between them.
+
+Bytes are those of K and V; a frame's head is not counted.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import inf
+from typing import NamedTuple
+
+from p2pinfer.core.coverage import KvUnit
+from p2pinfer.core.holdings import holding
+from p2pinfer.core.token_log import TokenLogs
+from p2pinfer.core.units import Slice, kv_bytes_per_position
+from p2pinfer.errors import RemoteProtocolError
+from p2pinfer.limits import MAX_CREDIT_BYTES
+from p2pinfer.types import Plan
+from p2pinfer.wire.messages import Credit, KvDelta, KvRequest, Slot
+
+FRAME_BYTES = 1 << 20
+"""Of one frame: large enough to be rare, small enough to send between two steps."""
+
+WINDOW_BYTES = 16 << 20
+"""What a standby grants each owner (some chunks of a prefill), and asks of it at once at most."""
+
+LAG_S = 0.2
+"""A standby is one step behind by nature; it asks for what lacks when it has been for so long."""
+
+ASK_AGAIN_S = 1.0
+"""An answer that has not come by then was lost with its link."""
+
+
+MORE_ROWS = 64
+"""Positions that may have been computed between a question and its answer."""
+
+
+class Piece(NamedTuple):
+    """Positions `[start, end)` of one of this node's head units, for one standby (index)."""
+
+    member: int
+    request_id: int
+    unit: KvUnit
+    start: int
+    end: int
+
+
+def computed_units(plan: Plan, member: int) -> dict[KvUnit, int]:
+    """The head units that a member owns, with their stage."""
+    held = holding(plan, member)
+    if held.stage is None:
+        return {}
+    return {KvUnit(held.span, unit): held.stage for unit in held.head_units}
+
+
+def fed_units(plan: Plan, member: int) -> dict[KvUnit, int]:
+    """The head units that a member is a standby of, with the index of the owner of each."""
+    return {
+        KvUnit(Slice(stage.start, stage.end), unit): stage.head_owners[unit]
+        for stage in plan.stages
+        for unit, copies in enumerate(stage.head_standbys)
+        if member in copies
+    }
+
+
+def _row_bytes(plan: Plan, unit: KvUnit) -> int:
+    """Bytes of one position."""
+    return kv_bytes_per_position(plan.model, unit.span.end - unit.span.start)
+
+
+def pieces(plan: Plan, member: int, request_id: int, unit: KvUnit, run: Slice) -> Iterator[Piece]:
+    """A run of positions, cut into frames."""
+    rows = max(1, FRAME_BYTES // _row_bytes(plan, unit))
+    for start in range(run.start, run.end, rows):
+        yield Piece(member, request_id, unit, start, min(start + rows, run.end))
+
+
+class Feed:
+    """An owner's side under one plan: which pieces go to whom. `me` is an index into its members.
+
+    A piece that has no credit is left out for good: the standby will ask.
+    """
+
+    def __init__(self, plan: Plan, me: int, logs: TokenLogs) -> None:
+        self._plan = plan
+        self._logs = logs
+        self._stage_of = computed_units(plan, me)
+        self._standbys: dict[KvUnit, tuple[int, ...]] = {}
+        for unit, number in self._stage_of.items():
+            copies = plan.stages[number].head_standbys
+            if copies and copies[unit.unit]:
+                self._standbys[unit] = copies[unit.unit]
+        self._credit: defaultdict[int, int] = defaultdict(int)
+        self._asked: dict[tuple[int, int, KvUnit], KvRequest] = {}
+
+    @property
+    def standbys(self) -> frozenset[int]:
+        """Members (indices) that keep a replica of anything of this node's."""
+        return frozenset(member for each in self._standbys.values() for member in each)
+
+    def stage_of(self, unit: KvUnit) -> int:
+        """The stage that a unit of this node is of."""
+        return self._stage_of[unit]
+
+    def grant(self, member: int, credit: Credit) -> None:
+        """A standby grants bytes; what was granted and not used adds up to a bound."""
+        self._credit[member] = min(self._credit[member] + credit.bytes, MAX_CREDIT_BYTES)
+
+    def finished(self, slots: Sequence[Slot]) -> Iterator[Piece]:
+        """What a finished step of `slots` has written, for each standby that has credit for it."""
+        for slot in slots:
+            run = Slice(slot.start, slot.start + len(slot.tokens))
+            for unit, members in self._standbys.items():
+                if self._logs.coverage.of(slot.request_id, unit) < run.end:
+                    continue  # The request has ended meanwhile.
+                cost = (run.end - run.start) * _row_bytes(self._plan, unit)
+                for member in members:
+                    if self._credit[member] >= cost:
+                        self._credit[member] -= cost
+                        yield from pieces(self._plan, member, slot.request_id, unit, run)
+
+    def ask(self, member: int, request: KvRequest) -> None:
+        """A standby asks for positions; a newer question about the same unit takes its place.
+
+        Raises `RemoteProtocolError` for a unit that this member is no standby of.
+        """
+        stages = self._plan.stages
+        if request.stage >= len(stages):
+            raise RemoteProtocolError("KV of a stage that the plan does not have")
+        stage = stages[request.stage]
+        unit = KvUnit(Slice(stage.start, stage.end), request.unit)
+        if member not in self._standbys.get(unit, ()):
+            raise RemoteProtocolError("KV asked for by a member that is no standby of that unit")
+        self._asked[member, request.request_id, unit] = request
+
+    def answers(self, budget: int) -> Iterator[Piece]:
+        """Pieces that were asked for, oldest question first, until `budget` bytes are reached.
+
+        What is not covered here (yet) is not sent; a question is over when it was looked at.
+        """
+        while self._asked and budget > 0:
+            (member, request_id, unit), request = next(iter(self._asked.items()))
+            row = _row_bytes(self._plan, unit)
+            end = min(
+                request.end,
+                self._logs.coverage.of(request_id, unit),
+                request.start + request.credit // row,
+            )
+            piece = next(
+                pieces(self._plan, member, request_id, unit, Slice(request.start, end)), None
+            )
+            if piece is None:
+                del self._asked[member, request_id, unit]
+                continue
+            yield piece
+            sent = (piece.end - piece.start) * row
+            budget -= sent
+            self._asked[member, request_id, unit] = KvRequest(
+                fence=request.fence,
+                request_id=request_id,
+                stage=request.stage,
+                unit=request.unit,
+                start=piece.end,
+                end=request.end,
+                credit=request.credit - sent,
+            )
+
+
+class _Question(NamedTuple):
+    """What a standby has asked for, and when."""
+
+    end: int
+    at: float
+
+
+class Replicas:
+    """A standby's side under one plan: what it may write, what it grants, what it asks for.
+
+    `expected` positions of a request are known to be computed by all owners. Times in seconds.
+    """
+
+    def __init__(self, plan: Plan, me: int, logs: TokenLogs) -> None:
+        self._plan = plan
+        self._logs = logs
+        self.owner_of: Mapping[KvUnit, int] = fed_units(plan, me)
+        self._stages = {Slice(s.start, s.end): number for number, s in enumerate(plan.stages)}
+        self._expected: dict[int, int] = {}
+        self._behind: dict[tuple[int, KvUnit], float] = {}
+        """Since when a unit lacks what is expected of a request."""
+        self._asked: dict[tuple[int, KvUnit], _Question] = {}
+        self._used: defaultdict[int, int] = defaultdict(int)
+        """Bytes that came from each owner and were not granted again yet."""
+        self._fresh = self.owners
+
+    @property
+    def owners(self) -> frozenset[int]:
+        """Members (indices) whose units this node keeps a replica of."""
+        return frozenset(self.owner_of.values())
+
+    def stepped(self, slots: Iterable[Slot], now: float) -> None:
+        """A step begins: what lies before its slots is computed by all owners."""
+        for slot in slots:
+            self._expected[slot.request_id] = slot.start
+            self._look(slot.request_id, now)
+
+    def forget(self, request_ids: Iterable[int]) -> None:
+        """Requests are over."""
+        for request_id in request_ids:
+            self._expected.pop(request_id, None)
+            for unit in self.owner_of:
+                self._behind.pop((request_id, unit), None)
+                self._asked.pop((request_id, unit), None)
+
+    def unit_of(self, sender: int, frame: KvDelta) -> KvUnit:
+        """The unit that a frame is of. Raises `RemoteProtocolError` for what the plan does not let
+        `sender` send to me: another's unit, or rows of another shape."""
+        stages, model = self._plan.stages, self._plan.model
+        if frame.stage < len(stages):
+            span = Slice(stages[frame.stage].start, stages[frame.stage].end)
+            unit = KvUnit(span, frame.unit)
+            layers, pair, _, width = frame.tensor.shape
+            shape = (layers, pair, width) == (span.end - span.start, 2, model.head_dim)
+            if self.owner_of.get(unit) == sender and shape:
+                return unit
+        raise RemoteProtocolError("KV_DELTA: the plan does not let this member send that")
+
+    def joins(self, unit: KvUnit, frame: KvDelta) -> bool:
+        """Whether a frame is to be written: it joins the watermark, and its tokens are those here.
+
+        Counts its bytes as used, and a frame beyond the watermark as the proof of a gap.
+        """
+        rows = frame.tensor.shape[2]
+        self._used[self.owner_of[unit]] += rows * _row_bytes(self._plan, unit)
+        end = frame.start + rows
+        if self._logs.digest(frame.request_id, end) != frame.log_digest:
+            return False
+        if frame.start > self._logs.coverage.of(frame.request_id, unit):
+            self._behind[frame.request_id, unit] = -inf
+            return False
+        return True
+
+    def wrote(self, unit: KvUnit, frame: KvDelta, now: float) -> None:
+        """A frame's rows are in their place."""
+        request_id, end = frame.request_id, frame.start + frame.tensor.shape[2]
+        self._logs.coverage.join(request_id, unit, frame.start, end)
+        question = self._asked.get((request_id, unit))
+        if question is not None and end >= question.end:
+            del self._asked[request_id, unit]
+        self._look(request_id, now)
+
+    def _look(self, request_id: int, now: float) -> None:
+        """Note since when something of a request lacks."""
+        expected = self._expected.get(request_id, 0)
+        for unit in self.owner_of:
+            key = (request_id, unit)
+            if self._logs.coverage.of(request_id, unit) >= expected:
+                self._behind.pop(key, None)
+            else:
+                self._behind.setdefault(key, now)
+
+    def asks(self, now: float) -> Iterator[tuple[int, KvRequest]]:
+        """What to ask of which owner now, within the window; each thing once at a time."""
+        open_bytes = defaultdict[int, int](int)
+        for (request_id, unit), question in tuple(self._asked.items()):
+            if now >= question.at + ASK_AGAIN_S:
+                del self._asked[request_id, unit]
+                self._used.pop(self.owner_of[unit], None)
+                self._fresh |= {self.owner_of[unit]}
+            else:
+                start = self._logs.coverage.of(request_id, unit)
+                open_bytes[self.owner_of[unit]] += (question.end - start) * _row_bytes(
+                    self._plan, unit
+                )
+        for (request_id, unit), since in tuple(self._behind.items()):
+            owner, row = self.owner_of[unit], _row_bytes(self._plan, unit)
+            room = (WINDOW_BYTES - open_bytes[owner]) // row
+            if (request_id, unit) in self._asked or now < since + LAG_S or room <= 0:
+                continue
+            start = self._logs.coverage.of(request_id, unit)
+            # An answer may go beyond what is known to be there: then nothing lacks between it and
+            # the frames of the next steps, which follow it on the same link.
+            lacking = max(1, self._expected.get(request_id, 0) - start)
+            rows = min(room, lacking + MORE_ROWS)
+            open_bytes[owner] += rows * row
+            self._asked[request_id, unit] = _Question(start + min(rows, lacking), now)
+            yield (
+                owner,
+                KvRequest(
+                    fence=self._plan.fence,
+                    request_id=request_id,
+                    stage=self._stages[unit.span],
+                    unit=unit.unit,
+                    start=start,
+                    end=start + rows,
+                    credit=rows * row,
+                ),
+            )
+
+    def grants(self) -> Iterator[tuple[int, Credit]]:
+        """Credit for owners: a whole window at first and after a silence, then what was used."""
+        for owner in sorted(self._fresh):
+            yield owner, Credit(fence=self._plan.fence, bytes=WINDOW_BYTES)
+        self._fresh = frozenset()
+        for owner, used in sorted(self._used.items()):
+            if used >= WINDOW_BYTES // 4:
+                self._used[owner] = 0
+                yield owner, Credit(fence=self._plan.fence, bytes=used)
