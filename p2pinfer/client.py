@@ -1,7 +1,8 @@
 """A client of a cluster: submits prompts to any node, follows replies, asks for status.
 
 Each call makes its own connection to the first of the given addresses that answers, and closes it;
-a `Client` holds nothing open. Events are the protocol's own messages.
+a `Client` holds nothing open. A reply whose node is lost goes on through another node of the
+cluster. Events are the protocol's own messages, and `Moved`.
 """
 
 from __future__ import annotations
@@ -9,18 +10,18 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Final
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, Final, NamedTuple
 
-import zmq
+from msgspec.structs import replace
 
+from p2pinfer.client_link import ClientLink, client_sockets
 from p2pinfer.config import format_address, parse_address
-from p2pinfer.errors import ClusterError, InvalidRequestError, LocalProtocolError
-from p2pinfer.limits import MAX_CONTROL_BYTES, MAX_TEXT_CHARS
-from p2pinfer.transport import LinkKind, PairLimits, SocketPair
+from p2pinfer.errors import ClusterError, InvalidRequestError, UsageError
+from p2pinfer.limits import MAX_TEXT_CHARS
+from p2pinfer.retries import RETRY_FOR_S, Retries
+from p2pinfer.transport import SocketPair
 from p2pinfer.types import SamplingParams
-from p2pinfer.wire.codec import decode, encode
 from p2pinfer.wire.messages import (
     Accepted,
     Cancel,
@@ -30,43 +31,64 @@ from p2pinfer.wire.messages import (
     Drain,
     Failed,
     Finished,
-    Plane,
     PlanRequest,
     StatusReply,
     StatusRequest,
     Submit,
 )
 
-Event = Accepted | Chunk | Finished
-"""What `submit` yields: the request is known (or waits: see `Accepted.waiting`), more of the reply,
-and its end."""
-
 CONNECT_S: Final = 3.0
 """How long an address may take to answer before the next one is tried."""
 
-SILENCE_S: Final = 10.0
-"""A node that serves us speaks at least every second, if only by an empty CHUNK."""
+RECONNECT_S: Final = 1.0
+"""The same where a reply stands still meanwhile."""
+
+SILENCE_S: Final = 5.0
+"""A node that serves us speaks at least every second, if only by an empty CHUNK. It is dead to the
+others sooner; to leave one that is only late costs a moment, and no token."""
 
 DRAIN_S: Final = 60.0
 """A node answers a DRAIN when it is done with it, or after its own time-out."""
 
-GOODBYE_MS: Final = 300
-"""How long a CANCEL may take to leave when a call is broken off."""
 
-_QUEUE: Final = 65_536
-"""Frames held for a caller that handles events slowly; then the node holds them."""
+class Moved(NamedTuple):
+    """A reply that broke off goes on elsewhere.
+
+    `lost` is the name of the node that it came through (its address, where no name is known), and
+    `error` why it does no more; `through` is who goes on with it: empty while nobody does.
+    """
+
+    lost: str
+    error: ClusterError
+    through: str
+
+
+Event = Accepted | Chunk | Finished | Moved
+"""What `submit` yields: the request is known (or waits: see `Accepted.waiting`), more of the reply,
+its end; and that it goes on elsewhere."""
 
 
 class Client:
     """Speaks to the first of `addresses` (`tcp://host:port` or `host:port`) that answers.
 
-    `timeout` bounds, in seconds, how long a node may be silent. Raises `UsageError` for an address
-    that is none.
+    `timeout` bounds, in seconds, how long a node may be silent. A reply that breaks off, with its
+    node or by an error that may pass, is gone on with through another of `addresses` or of the
+    cluster's members, tried for `retry_for` seconds; 0: not at all. Raises `UsageError` for an
+    address that is none, and for a time that is none.
     """
 
-    def __init__(self, addresses: Sequence[str], *, timeout: float = SILENCE_S) -> None:
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        *,
+        timeout: float = SILENCE_S,
+        retry_for: float = RETRY_FOR_S,
+    ) -> None:
         self.addresses = tuple(format_address(*parse_address(text)) for text in addresses)
+        if not retry_for >= 0:
+            raise UsageError(f"retry_for must be 0 or more seconds, not {retry_for}")
         self._timeout = timeout
+        self._retry_for = retry_for
 
     def submit(
         self,
@@ -78,37 +100,96 @@ class Client:
     ) -> Iterator[Event]:
         """Submit a prompt, text or token ids, and yield what happens until the reply is complete.
 
+        Whatever happens, its chunks are those of one reply, without a gap or a repetition.
         `received` are reply tokens of this `request_id` that the caller has already. Ending the
         iteration early, or Ctrl-C, cancels the request. Raises `InvalidRequestError` for a request
         that no cluster would take, and `ClusterError` with the protocol's code for a failed one.
         """
         if request_id is None:
             request_id = new_request_id()
-        message = _submit_message(request_id, prompt, params, received)
-        with self._connected() as link:
-            link.send(message)
-            over, tokens = False, len(received)
+        reply = _Reply(_submit_message(request_id, prompt, params, received))
+        retries = Retries(self.addresses, self._retry_for)
+        with client_sockets() as pair:
+            link = self._first_that_answers(pair)
+            retries.attached(link.address, time.monotonic())
             try:
-                while not over:
-                    match answer := link.receive(self._timeout):
-                        case Failed(request_id=known) if known in (0, request_id):
-                            over = True
-                            raise ClusterError(
-                                answer.code, answer.message, retryable=answer.retryable
-                            )
-                        case Accepted(request_id=known) if known == request_id:
-                            yield answer
-                        case Chunk(request_id=known) if known == request_id and answer.tokens:
-                            _check_whole(tokens, answer.start)
-                            tokens += len(answer.tokens)
-                            yield answer
-                        case Finished(request_id=known) if known == request_id:
-                            over = True
-                            _check_whole(tokens, answer.total_tokens)
-                            yield answer
+                while True:
+                    failure = None
+                    try:
+                        yield from self._follow(link, reply, retries)
+                    except ClusterError as error:
+                        failure = error
+                    if reply.complete:
+                        return
+                    self._leave(link, reply, retries, failure)
+                    link = yield from self._elsewhere(pair, reply, retries)
             finally:
-                if not over:
+                if not reply.over:
                     link.send(Cancel(request_id=request_id))
+
+    def _follow(self, link: ClientLink, reply: _Reply, retries: Retries) -> Iterator[Event]:
+        """Yield what one node says of a reply, until it is complete or another node's turn.
+
+        Raises `ClusterError` when this node cannot go on with it.
+        """
+        link.send(reply.submission())
+        while not reply.complete:
+            within = min(self._timeout, max(0.0, retries.leave_at - time.monotonic()))
+            answer = link.receive(within)
+            if answer is None and within < self._timeout:
+                return
+            match answer:
+                case None:
+                    raise link.silent(self._timeout)
+                case Failed(request_id=known) if known in (0, reply.request_id):
+                    reply.over = True
+                    raise ClusterError(answer.code, answer.message, retryable=answer.retryable)
+                case Accepted(request_id=known) if known == reply.request_id:
+                    retries.accepted(link.address, answer, time.monotonic())
+                    yield from reply.accepted(answer)
+                case Chunk(request_id=known) if known == reply.request_id and answer.tokens:
+                    reply.add(answer, time.monotonic())
+                    retries.progress()
+                    yield answer
+                case Finished(request_id=known) if known == reply.request_id:
+                    yield reply.finished(answer)
+
+    def _leave(
+        self, link: ClientLink, reply: _Reply, retries: Retries, failure: ClusterError | None
+    ) -> None:
+        """Break the connection to a node that failed, or that only waits: without a CANCEL, since
+        the reply goes on. Raises `ClusterError` where it does not."""
+        now = time.monotonic()
+        if failure is None:
+            retries.passed(link.address, now)
+        elif reply.may_go_on(failure):
+            retries.failed(link.address, failure, now)
+            reply.broke(retries.name(link.address), failure)
+        else:
+            raise failure
+        link.close()
+
+    def _elsewhere(
+        self, pair: SocketPair, reply: _Reply, retries: Retries
+    ) -> Generator[Event, None, ClientLink]:
+        """Connect to the next node that answers; raises `ClusterError` when none does in time."""
+        while True:
+            now = time.monotonic()
+            address = retries.next(now)
+            if address is None:
+                yield from reply.nobody()
+                time.sleep(max(0.0, retries.next_at - now))
+                continue
+            try:
+                found = _connect(pair, address, min(RECONNECT_S, retries.deadline - now))
+            except UsageError:  # of an address that a node told us
+                found = None
+            now = time.monotonic()
+            if found is None:
+                retries.passed(address, now)
+                continue
+            retries.attached(address, now)
+            return found
 
     def submit_json_object(
         self,
@@ -147,8 +228,8 @@ class Client:
 
     def cancel(self, request_id: int) -> None:
         """Cancel a request that the node serves; nothing happens if it does not (any more)."""
-        with self._connected() as link:
-            link.send(Cancel(request_id=request_id))
+        with client_sockets() as pair:
+            self._first_that_answers(pair).send(Cancel(request_id=request_id))
 
     def status(self) -> dict[str, Any]:
         """The `status --json` object, as the first node that answers sees the cluster."""
@@ -177,32 +258,22 @@ class Client:
 
     def _ask(self, question: StatusRequest | PlanRequest | Drain, within: float) -> ControlMessage:
         """The answer to a question; raises `ClusterError` where that is FAILED."""
-        with self._connected() as link:
+        with client_sockets() as pair:
+            link = self._first_that_answers(pair)
             link.send(question)
-            while True:
-                match answer := link.receive(within):
+            while (answer := link.receive(within)) is not None:
+                match answer:
                     case StatusReply() | Done() if answer.request_id == question.request_id:
                         return answer
                     case Failed() if answer.request_id in (0, question.request_id):
                         raise ClusterError(answer.code, answer.message, retryable=answer.retryable)
+            raise link.silent(within)
 
-    @contextmanager
-    def _connected(self) -> Iterator[_Link]:
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        pair = SocketPair(context, limits=PairLimits(MAX_CONTROL_BYTES, _QUEUE, _QUEUE))
-        try:
-            yield self._first_that_answers(pair)
-        finally:
-            pair.shutdown(GOODBYE_MS)
-            context.term()
-
-    def _first_that_answers(self, pair: SocketPair) -> _Link:
+    def _first_that_answers(self, pair: SocketPair) -> ClientLink:
         for address in self.addresses:
-            pair.open(address)
-            link = _Link(pair, address)
-            if link.is_up(min(CONNECT_S, self._timeout)):
+            link = _connect(pair, address, min(CONNECT_S, self._timeout))
+            if link is not None:
                 return link
-            pair.close(address)
         raise ClusterError(
             "not_ready",
             f"no node answers at {', '.join(self.addresses)}: is the address right, and does it "
@@ -211,63 +282,99 @@ class Client:
         )
 
 
-class _Link:
-    """A connection to one node, for one call."""
+class _Reply:
+    """One reply, over all the nodes that it comes through."""
 
-    def __init__(self, pair: SocketPair, address: str) -> None:
-        self._pair = pair
-        self._address = address
-        self._answers: list[bytes] = []
-        self._down = False
-        self._poller = zmq.Poller()
-        for each in pair.pollables():
-            self._poller.register(each, zmq.POLLIN)
+    def __init__(self, message: Submit) -> None:
+        self.request_id = message.request_id
+        self.complete = False
+        self.over = False
+        """The present node has said its last word of it, or the reply is complete."""
+        self._message = message
+        self._tokens = list(message.received)
+        self._received = len(message.received)
+        self._known = False
+        """Some node has accepted it, so it is no impossible request."""
+        self._known_here = False
+        self._began = time.monotonic()
+        self._times: tuple[float, float] | None = None
+        """When its first and its last token came."""
+        self._broken: tuple[str, ClusterError] | None = None
+        self._told: str | None = None
+        """Of what is `_broken`: who the caller thinks goes on with it."""
+        self._moved = False
 
-    def is_up(self, within: float) -> bool:
-        """Wait until the node has answered the connect; False if it does not, or refuses."""
-        deadline = time.monotonic() + within
-        while time.monotonic() < deadline:
-            self._poll(deadline)
-            for event in self._pair.events():
-                if event.address:
-                    return event.kind is LinkKind.UP
-        return False
+    def submission(self) -> Submit:
+        """What to send to the next node: all that is there of it."""
+        # The clock of whoever submits last is the latest, as far as people's clocks go.
+        attempt = max(self._message.attempt + 1, time.time_ns() // 1_000_000)
+        received = tuple(self._tokens)
+        self._message = replace(self._message, received=received, attempt=attempt)
+        self.over = self._known_here = False
+        return self._message
 
-    def send(self, message: ControlMessage) -> None:
-        """Queue a message; a connection that is gone shows when an answer is awaited."""
-        try:
-            self._pair.send(self._address, encode(message))
-        except LocalProtocolError as error:
-            raise InvalidRequestError(str(error)) from error
+    def may_go_on(self, error: ClusterError) -> bool:
+        """Whether another node may do what this one could not."""
+        # A node that refuses what another one accepted is itself the reason: a witness, say.
+        here = self._known and not self._known_here and error.code == "invalid_request"
+        return error.retryable or here
 
-    def receive(self, within: float) -> ControlMessage:
-        """The next message from the node; raises `ClusterError` when it is gone or silent."""
-        deadline = time.monotonic() + within
-        while not self._answers:
-            if time.monotonic() >= deadline:
-                raise ClusterError(
-                    "node_lost",
-                    f"the node at {self._address} has been silent for {within:g} s: it hangs, or "
-                    "another program listens there; ask another node with --to",
-                    retryable=True,
-                )
-            self._poll(deadline)
-            self._down |= any(event.kind is LinkKind.DOWN for event in self._pair.events())
-            # What came before the connection broke still counts.
-            self._answers = [frame for _, frame in self._pair.receive_answers()]
-            if self._down and not self._answers:
-                raise ClusterError(
-                    "node_lost",
-                    f"the connection to the node at {self._address} broke; "
-                    "submit again, to another node with --to if it does not come back",
-                    retryable=True,
-                )
-        message = decode(self._answers.pop(0), Plane.CONTROL)
-        assert isinstance(message, ControlMessage)
-        return message
+    def broke(self, node: str, error: ClusterError) -> None:
+        """The node of that name cannot go on with it."""
+        self._moved = True
+        if self._broken is None:
+            self._broken, self._told = (node, error), None
 
-    def _poll(self, deadline: float) -> None:
-        self._poller.poll(max(1, int((deadline - time.monotonic()) * 1000)))
+    def nobody(self) -> Iterator[Event]:
+        """All nodes were asked, and none goes on with it."""
+        if self._broken and self._told is None:
+            self._told = ""
+            yield Moved(*self._broken, through="")
+
+    def accepted(self, message: Accepted) -> Iterator[Event]:
+        """A node has it."""
+        self._known = self._known_here = True
+        # As token ids it is the same prompt everywhere.
+        self._message = replace(self._message, text="", prompt_ids=message.prompt_ids)
+        if self._broken:
+            if not self._told or (self._told != message.served_by and not message.waiting):
+                self._told = message.served_by
+                yield Moved(*self._broken, through=message.served_by)
+            if not message.waiting:
+                self._broken = None
+        yield message
+
+    def add(self, chunk: Chunk, now: float) -> None:
+        """More tokens; raises `ClusterError` if some before them are missing."""
+        _check_whole(len(self._tokens), chunk.start)
+        self._tokens += chunk.tokens
+        self._broken = None
+        self._times = (self._times[0] if self._times else now, now)
+
+    def finished(self, message: Finished) -> Finished:
+        """The end, with the times as seen from here where more than one node served it; raises
+        `ClusterError` if tokens are missing."""
+        self.over = True
+        _check_whole(len(self._tokens), message.total_tokens)
+        self.complete = True
+        if not self._moved or self._times is None:
+            return message
+        first, last = self._times
+        drawn = len(self._tokens) - self._received
+        rate = (drawn - 1) / (last - first) if last > first else 0.0
+        return replace(message, ttft_s=first - self._began, tokens_per_s=rate)
+
+
+def _connect(pair: SocketPair, address: str, within: float) -> ClientLink | None:
+    """A link to the node at that address; None if it does not answer in so many seconds.
+
+    Raises `UsageError` for an address that is none.
+    """
+    link = ClientLink(pair, address)
+    if link.is_up(within):
+        return link
+    link.close()
+    return None
 
 
 def new_request_id() -> int:
@@ -303,8 +410,6 @@ def _submit_message(
         prompt_ids=ids,
         params=params,
         received=tuple(received),
-        # The clock of whoever submits last is the latest, as far as people's clocks go.
-        attempt=time.time_ns() // 1_000_000,
     )
 
 
@@ -345,4 +450,4 @@ def _record(reply: dict[str, Any], event: Event) -> None:
             ]
 
 
-__all__ = ["Client", "Event", "new_request_id"]
+__all__ = ["Client", "Event", "Moved", "new_request_id"]

@@ -103,7 +103,8 @@ class NodeSettings:
     `weight` is the share of work relative to other nodes; None means as many as `threads`.
     `advertise` empty means: found out from `listen` and the network. `cpus` pins the compute
     threads (empty: not pinned). `kv_memory` is the KV cache's limit in bytes (0: chosen from what
-    is free). `quorum` counts for the whole cluster, and is its founder's. Raises `UsageError` for a
+    is free). `replicas` is how many other nodes keep a copy of each unit's weights and KV; that of
+    the leader counts. `quorum` counts for the whole cluster, and is its founder's. Raises `UsageError` for a
     value that is out of range.
     """
 
@@ -119,6 +120,7 @@ class NodeSettings:
     dtype: str = "auto"
     quant: str = "none"
     layout: str = "auto"
+    replicas: int = 1
     weight: float | None = None
     kv_memory: int = 0
     min_nodes: int = 1
@@ -149,6 +151,7 @@ class NodeSettings:
         )
         _check_layout(self.layout)
         _check_range("--threads", self.threads, 1, MAX_THREADS)
+        _check_range("--replicas", self.replicas, 0, MAX_NODES - 1)
         _check_range("--min-nodes", self.min_nodes, 1, MAX_NODES)
         _check_range("--join-timeout", self.join_timeout, 0.1, MAX_WAIT_S)
         _check_range("--wait-for-nodes", self.wait_for_nodes, 0.0, MAX_WAIT_S)
@@ -282,7 +285,7 @@ _FILE_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
         ("layout", "cpus", "kv_memory", "quorum", "timing"), (_TEXT, "a text in quotes")
     ),
     "witness": ((bool,), "true or false"),
-    **dict.fromkeys(("threads", "min_nodes"), (_WHOLE, "a whole number")),
+    **dict.fromkeys(("threads", "min_nodes", "replicas"), (_WHOLE, "a whole number")),
     **dict.fromkeys(
         ("weight", "join_timeout", "wait_for_nodes", "orphan_timeout", "drain_timeout"),
         (_NUMBER, "a number"),

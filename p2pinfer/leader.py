@@ -90,6 +90,8 @@ class Leader:
         self._engine.write(step)
         self._say(self._maker.sent(time.monotonic()))
         self._engine.clock.python_s += time.perf_counter() - began
+        # The others compute already: what the step before has written goes out now.
+        self._engine.replicate()
         own = self._engine.compute(step)
         began, waited = time.perf_counter(), self._links.traffic.wait_s
         drawn = self._draw(step, own) if step.slots else {}

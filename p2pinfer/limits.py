@@ -58,8 +58,8 @@ MAX_STATUS_BYTES = 4 << 20
 MAX_HELD_BYTES = 64 << 20
 """Data frames kept per peer for a plan that is acknowledged but not yet active."""
 
-MAX_CREDIT_BYTES = 64 << 20
-"""Delta KV that a standby has granted an owner and that is not sent yet."""
+MAX_CREDIT_BYTES = 16 << 20
+"""Delta KV that a standby lets an owner send without having heard of it again."""
 
 MAX_PARTS = 64
 """Subtree sums in one partial frame (a run of n units needs at most 2 log2 n)."""

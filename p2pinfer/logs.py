@@ -22,6 +22,7 @@ from p2pinfer.core.events import (
     PeerRefused,
     PeerSuspected,
     PlanFailed,
+    StandbysReady,
     WorkerHung,
 )
 from p2pinfer.types import Fence, Member
@@ -106,7 +107,8 @@ def log_fact(logger: Logger, fact: Fact) -> None:
     """Write a fact as one line. A finished reply's is the canonical line of its request."""
     level = "info"
     moves_again = isinstance(fact, WorkerHung) and not fact.hung
-    if isinstance(fact, _WARNINGS) and not moves_again:
+    lacks = isinstance(fact, StandbysReady) and fact.error
+    if lacks or (isinstance(fact, _WARNINGS) and not moves_again):
         level = "warning"
     elif isinstance(fact, FrameDropped):
         level = "debug"

@@ -68,6 +68,7 @@ def node_config(settings: NodeSettings, spec: ModelSpec | None, state: StateDir)
         cluster_id=new_identity(),
         join=settings.join,
         layout="heads" if settings.layout == "auto" else settings.layout,
+        replicas=settings.replicas,
         min_nodes=settings.min_nodes,
         join_timeout=settings.join_timeout,
         wait_for_nodes=settings.wait_for_nodes,

@@ -179,13 +179,12 @@ class Serving:
             return []
         if not reply.drawn:
             self._forget_others(reply)
-        tokens = order.tokens[max(0, reply.next - order.start) :]
+        tokens, text = self._until_stop(reply, order.tokens[max(0, reply.next - order.start) :])
         if not tokens:
             return []
         reply.drawn += len(tokens)
         reply.first_at = reply.first_at or now
         reply.last_at = now
-        text = reply.detokenizer.push(self._visible(tokens))
         reply.unsent.append(
             Chunk(request_id=order.request_id, start=reply.next, tokens=tokens, text=text)
         )
@@ -253,6 +252,19 @@ class Serving:
             if other is not reply:
                 self.forget(other.route, other.submit.request_id)
 
+    def _until_stop(self, reply: _Reply, tokens: tuple[int, ...]) -> tuple[tuple[int, ...], str]:
+        """The next tokens of a reply as far as it goes, and their text.
+
+        The token that completes a stop string is the last one, however many come with it: else the
+        reply's tokens would depend on when they came.
+        """
+        pieces: list[str] = []
+        for token in tokens:
+            pieces.append(reply.detokenizer.push(self._visible((token,))))
+            if reply.detokenizer.stopped:
+                break
+        return tokens[: len(pieces)], "".join(pieces)
+
     def _visible(self, tokens: tuple[int, ...]) -> list[int]:
         """An end-of-text token is a token of the reply, but no text."""
         assert self._tokenizer is not None
@@ -275,6 +287,7 @@ def _submitted(reply: _Reply, prompt_ids: tuple[int, ...]) -> ClientSubmitted:
         received=message.received,
         params=message.params,
         attempt=message.attempt,
+        stopped=reply.detokenizer.stopped,
     )
 
 

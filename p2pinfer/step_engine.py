@@ -29,6 +29,7 @@ from p2pinfer.model.sampling import (
     penalise,
     unit_candidates,
 )
+from p2pinfer.replicator import Replicator
 from p2pinfer.step_links import StepBroken, StepLinks, from_wire, is_finite, to_wire
 from p2pinfer.types import UnitKind
 from p2pinfer.wire.messages import (
@@ -57,13 +58,15 @@ class Clock:
     compute_s: float = 0.0
     exchange_s: float = 0.0
     python_s: float = 0.0
+    bulk_s: float = 0.0
+    """Sending and taking delta KV between steps."""
     steps: int = 0
 
 
 class StepEngine:
     """One node's part in every step of one plan. `runner` is None on a node that holds nothing.
 
-    `logs` and `step_clock` outlive the plan.
+    `logs` and `step_clock` outlive the plan; `replicator` is the plan's.
     """
 
     def __init__(
@@ -71,8 +74,10 @@ class StepEngine:
         topology: Topology,
         runner: StageRunner | None,
         links: StepLinks,
+        *,
         logs: TokenLogs,
         step_clock: StepClock,
+        replicator: Replicator,
     ) -> None:
         self.topology = topology
         self.clock = Clock()
@@ -83,6 +88,7 @@ class StepEngine:
         self._links = links
         self._logs = logs
         self._step_clock = step_clock
+        self._replicator = replicator
         self._began = 0.0
         self._decoded: deque[float] = deque(maxlen=DECODE_STEPS)
         self._last: list[NDArray[np.float32]] = []
@@ -103,6 +109,7 @@ class StepEngine:
         except RemoteProtocolError as error:
             raise StepBroken(self._id(self.topology.plan.leader), str(error)) from error
         self.step = step.step
+        self._replicator.stepped(step)
         if self._runner is not None:
             self._runner.forget(step.ended)
 
@@ -119,7 +126,7 @@ class StepEngine:
         if not self.topology.holding.head_units:
             return
         for slot in step.slots:
-            if self._logs.covered(slot.request_id) < slot.start:
+            if self._logs.coverage.least(slot.request_id) < slot.start:
                 raise RemoteProtocolError("a slot beyond the positions that have their KV here")
 
     def compute(self, step: Step) -> list[list[UnitCandidates]]:
@@ -137,7 +144,7 @@ class StepEngine:
         if self._runner is not None and rows:
             computed = self.clock.compute_s
             self._run(self._runner, step, rows)
-            if rows <= DECODE_ROWS:
+            if rows <= DECODE_ROWS and self.topology.holding.stage is not None:
                 self._decoded.append(self.clock.compute_s - computed)
         self._logs.finish(step.slots)
         self.clock.steps += 1
@@ -152,6 +159,13 @@ class StepEngine:
         rows = sum(len(slot.tokens) for slot in step.slots)
         if rows:
             self._step_clock.finished(rows, time.monotonic() - self._began)
+        self._replicator.finished(step)
+
+    def replicate(self) -> None:
+        """Between two steps: send and take delta KV, a portion that nobody notices."""
+        began = time.perf_counter()
+        self._replicator.turn()
+        self.clock.bulk_s += time.perf_counter() - began
 
     @property
     def compute_ms(self) -> float:

@@ -322,9 +322,16 @@ class StepLinks:
             self.traffic.wait_s += time.perf_counter() - began
         return box.pop(key, {})
 
-    def idle(self, timeout_s: float) -> None:
-        """Wait for a frame or an order, at most `timeout_s`."""
-        self._poll(time.monotonic() + timeout_s)
+    def idle(self, timeout_s: float, also: zmq.Socket[bytes] | None = None) -> None:
+        """Wait for a frame or an order, or until `also` has something to read, at most
+        `timeout_s`."""
+        if also is not None:
+            self._poller.register(also, zmq.POLLIN)
+        try:
+            self._poll(time.monotonic() + timeout_s)
+        finally:
+            if also is not None:
+                self._poller.unregister(also)
 
     def breathe(self) -> None:
         """Called within long computations: several times a second, look at links and orders."""

@@ -1,15 +1,22 @@
-"""The units that a worker holds: loaded once, kept as long as plans give it the same."""
+"""The units that a worker holds: loaded once, kept as long as plans give it the same.
+
+They lie in parts (`model/part.py`). A plan that promotes a standby changes what is computed with,
+and nothing lies elsewhere than before: that takes no time. What it owns and has not ready is loaded
+before the plan may go on, what it keeps for others in the background once the plan is in force.
+"""
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from p2pinfer.core.planner import Holding
+from p2pinfer.core.coverage import KvUnit
+from p2pinfer.core.holdings import Holding, owners_of, standbys_of
 from p2pinfer.core.token_log import TokenLogs
 from p2pinfer.core.topology import Topology, weight_bytes
 from p2pinfer.core.units import Slice
@@ -17,19 +24,44 @@ from p2pinfer.errors import LocalProtocolError
 from p2pinfer.model.checkpoint import Checkpoint
 from p2pinfer.model.config import LlamaConfig, load_config
 from p2pinfer.model.kv_cache import KvCache
-from p2pinfer.model.llama import StageLoader
+from p2pinfer.model.llama import StageLoader, Trunk
+from p2pinfer.model.part import Part, Unit, empty_cache, holding_of, units_of
 from p2pinfer.model.runner import StageRunner
 from p2pinfer.model.weights import Weights
+from p2pinfer.standby_loader import StandbyLoader
+from p2pinfer.types import ModelSpec, Plan, UnitKind
+from p2pinfer.wire.tensors import Tensor
 
 PROGRESS_EVERY_S = 0.1
 """A worker that says nothing for a while counts as hung, also while it loads."""
 
 
+class StandbyReady(NamedTuple):
+    """Of how many standby units the weights are ready, and of how many they should be."""
+
+    ready: int
+    wanted: int
+
+
+def kept_units(plan: Plan, member: int) -> tuple[Holding, ...]:
+    """What a member is a standby of, by stage and then owner."""
+    found: dict[tuple[int, int], set[Unit]] = {}
+    for number, stage in enumerate(plan.stages):
+        span = Slice(stage.start, stage.end)
+        by_kind = zip(UnitKind, owners_of(stage), standbys_of(stage), strict=True)
+        for kind, owners, copies in by_kind:
+            for unit, members in enumerate(copies):
+                if member in members:
+                    group = found.setdefault((number, owners[unit]), set())
+                    group.add(Unit(span, kind, unit))
+    return tuple(holding_of(units, number) for (number, _), units in sorted(found.items()))
+
+
 class UnitHolder:
     """Weights and KV of one node. `folder` is the model's; None for a witness, which has none.
 
-    `progress` is called several times a second while loading, with the bytes that are loaded and
-    those of all.
+    `progress` is called several times a second while loading what is owned, with the bytes that are
+    loaded and those of all (both 0 while KV is copied).
     """
 
     def __init__(
@@ -44,81 +76,219 @@ class UnitHolder:
         self._device = device
         self._logs = logs
         self._progress = progress
-        self._holding: Holding | None = None
+        self._parts: list[Part] = []
+        """No unit is in two of them; a request that is open in one is open in all."""
+        self._places: dict[KvUnit, Part] = {}
+        self._own: frozenset[Unit] = frozenset()
+        self._model: ModelSpec | None = None
+        self._wanted: tuple[Holding, tuple[Holding, ...]] | None = None
+        self._trunk: Trunk | None = None
+        self._standbys: StandbyLoader | None = None
+        self._told = 0.0
         self.runner: StageRunner | None = None
-        """None where the last plan gave this node no units."""
+        """None where the last plan gave this node nothing to own or to keep."""
+
+    # --- what is here -----------------------------------------------------------------------------
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights held."""
-        return self.runner.weight_bytes if self.runner else 0
+        """Bytes of weights held, those of standby units too."""
+        return sum(part.loaded_bytes for part in self._parts)
 
     @property
     def kv_used_bytes(self) -> int:
-        """Bytes of KV written."""
-        return self.runner.cache.used_bytes if self.runner else 0
+        """Bytes of KV written of units that this node owns."""
+        return self._kv_bytes(owned=True)
+
+    @property
+    def kv_standby_bytes(self) -> int:
+        """Bytes of KV written of units that this node keeps for others."""
+        return self._kv_bytes(owned=False)
+
+    def _kv_bytes(self, *, owned: bool) -> int:
+        heads = {(unit.span, unit.number) for unit in self._own if unit.kind is UnitKind.HEAD}
+        return sum(
+            part.cache.unit_used_bytes * sum((unit in heads) == owned for unit in part.kv_units)
+            for part in self._parts
+        )
+
+    @property
+    def standby_ready(self) -> StandbyReady:
+        """How far loading in the background is."""
+        units = [(part, len(part.units - self._own)) for part in self._parts]
+        ready = sum(count for part, count in units if part.stage is not None)
+        return StandbyReady(ready, sum(count for _, count in units))
+
+    @property
+    def standby_weight_bytes(self) -> int:
+        """Bytes of weights held of parts of which this node owns nothing."""
+        return sum(part.loaded_bytes for part in self._parts if not part.units & self._own)
+
+    @property
+    def standby_error(self) -> str:
+        """Why some of it could not be loaded; empty where nothing failed."""
+        return next((part.error for part in self._parts if part.error), "")
+
+    # --- plans ------------------------------------------------------------------------------------
 
     def hold(self, mine: Topology) -> None:
-        """Hold what a plan gives to this node; what else it held is freed first.
+        """Hold what a plan gives to this node, ready to compute what it owns.
 
-        KV stays where layers and head units stay; where not, the logs lose their coverage. Raises
-        what reading the model's files raises: nothing is held then.
+        KV of units that stay, owned or kept for another, stays. Raises what reading the model's
+        files raises: nothing is held then, and no coverage left.
         """
-        wanted, held = mine.holding, self._holding
-        if held == wanted:
+        wanted = (mine.holding, kept_units(mine.plan, mine.me))
+        if wanted == self._wanted:
             return
-        cache = self._let_go(wanted)
-        if wanted.stage is not None:
-            self.runner = self._load(mine, cache)
-        self._holding = wanted
-
-    def _let_go(self, wanted: Holding) -> KvCache | None:
-        """Free the weights, and the KV unless it is of the units that are wanted."""
-        held, runner = self._holding, self.runner
-        self._holding = self.runner = None
-        if runner is None or held is None or _kv_of(held) != _kv_of(wanted):
-            self._logs.lose_kv()
-            return None
-        return runner.cache
-
-    def _load(self, mine: Topology, cache: KvCache | None) -> StageRunner:
-        if self._folder is None or self._config is None:
-            raise LocalProtocolError("a plan gives units to a witness, which has no model")
-        model, holding = mine.plan.model, mine.holding
-        total = weight_bytes(model, holding)
-        done, told = 0, time.monotonic()
-        self._progress(0, total)
-
-        def progress(more: int) -> None:
-            nonlocal done, told
-            done += more
-            if time.monotonic() - told >= PROGRESS_EVERY_S:
-                told = time.monotonic()
-                self._progress(done, max(done, total))
-
+        self.close()
+        self.runner = self._wanted = None
+        model = self._model = mine.plan.model
+        self._told = time.monotonic()
         try:
-            weights = Weights(Checkpoint.open(self._folder, self._config))
-            loader = StageLoader(weights, self._config, model, self._device, progress)
-            stage = loader.load(holding)
+            self._arrange(model, *wanted)
+            self._load_own(model, mine.holding)
         except BaseException:
-            self._logs.lose_kv()
+            self._own, self._parts, self._places, self._trunk = frozenset(), [], {}, None
+            self._logs.coverage.lose(self._logs.coverage.computed | self._logs.coverage.fed)
             raise
+        self._wanted = wanted
+        if self._parts:
+            trunk = self._trunk if self._own else None
+            self.runner = StageRunner(self._parts, mine.holding, trunk, model, self._device)
+
+    def _arrange(self, model: ModelSpec, own: Holding, kept: Sequence[Holding]) -> None:
+        """Keep the parts that still serve, make new ones of the other units, and bring their KV
+        there."""
+        own_units = units_of(own)
+        wanted = own_units.union(*map(units_of, kept))
+        stay = [part for part in self._parts if self._serves(part, own_units, wanted)]
+        left = [part for part in self._parts if part not in stay]
+        for part in left:
+            part.unload()
+        placed = {unit for part in stay for unit in part.units}
+        new: list[Part] = []
+        for held in (own, *kept):
+            units = units_of(held) - placed
+            if units:
+                assert held.stage is not None
+                piece = holding_of(units, held.stage)
+                new.append(Part(piece, self._cache(piece, model, left)))
+        self._own, self._parts = own_units, [*stay, *new]
+        self._places = {unit: part for part in self._parts for unit in part.kv_units}
+        for part in left:
+            self._logs.coverage.lose(part.kv_units.keys() - self._places.keys())
+
+    def _serves(self, part: Part, own: frozenset[Unit], wanted: frozenset[Unit]) -> bool:
+        """Whether a part is to stay as it is.
+
+        One that is ready is not given up for what it has beside units that are owned now: to load
+        these anew would take long. But computing goes on only with what is owned: a part of which
+        a unit was given away is loaded anew without it.
+        """
+        owned = part.units & own
+        given_away = (part.units & self._own) - own
+        if part.stage is None:
+            return part.units <= (own if owned else wanted) and part.loaded_bytes > 0
+        return (part.units <= wanted or bool(owned)) and not (owned and given_away)
+
+    def _cache(self, held: Holding, model: ModelSpec, left: Iterable[Part]) -> KvCache:
+        """The KV of a new part's head units, from the parts that are given up."""
+        for part in left:
+            before = part.held
+            if (before.span, before.head_units) == (held.span, held.head_units):
+                return part.cache
+        cache = empty_cache(held, model, self._device)
+        if self._parts:
+            for request_id, capacity in self._parts[0].cache.capacities.items():
+                cache.open(request_id, capacity)
+        for place, number in enumerate(held.head_units):
+            unit = KvUnit(held.span, number)
+            for part in left:
+                if unit in part.kv_units:
+                    cache.copy(place, part.cache, part.kv_units[unit])
+                    self._tell(0, 0)
+        return cache
+
+    def _load_own(self, model: ModelSpec, own: Holding) -> None:
+        """Load what is owned and not ready; the parts that are given up are freed by now."""
+        if not self._own:
+            return
+        loader = self._loader()
+        if self._trunk is None or self._trunk.span != own.span:
+            self._trunk = loader().trunk(own.span)
+        parts = [part for part in self._parts if part.units & self._own and part.stage is None]
+        if not parts:
+            return
+        done = sum(part.loaded_bytes for part in parts)
+        total = sum(weight_bytes(model, part.held) for part in parts)
+        self._progress(done, total)
+        self._told = time.monotonic()
+        for part in parts:
+            while (more := part.load_piece(loader)) is not None:
+                done += more
+                self._tell(done, max(done, total))
         # What is loaded stays: without this a collection now and then walks all of torch, in the
         # middle of a step that other nodes wait for.
         gc.collect()
         gc.freeze()
-        return StageRunner(stage, holding, self._config, model, self._device, cache=cache)
+
+    def _tell(self, done: int, total: int) -> None:
+        """Say how far loading is, if that was not said just now."""
+        if time.monotonic() - self._told >= PROGRESS_EVERY_S:
+            self._told = time.monotonic()
+            self._progress(done, total)
+
+    def _loader(self) -> Callable[[], StageLoader]:
+        """What opens the model's files."""
+        folder, config, model = self._folder, self._config, self._model
+        if folder is None or config is None or model is None:
+            raise LocalProtocolError("a plan gives units to a witness, which has no model")
+
+        def loader() -> StageLoader:
+            weights = Weights(Checkpoint.open(folder, config))
+            return StageLoader(weights, config, model, self._device)
+
+        return loader
 
     def adopt(self, gone: tuple[int, ...], kept: tuple[int, ...]) -> None:
-        """The logs were agreed on: free the KV of requests that are gone, cut that of the others
-        to what the logs say is covered."""
-        if self.runner is None:
-            return
-        self.runner.forget(gone)
-        for request_id in kept:
-            self.runner.cache.cut(request_id, self._logs.covered(request_id))
+        """The logs were agreed on: free the KV of all requests but those that are `kept`.
 
+        Positions of these beyond their coverage are void, and written again.
+        """
+        if self.runner is not None:
+            self.runner.forget((*gone, *(self._parts[0].cache.capacities.keys() - set(kept))))
 
-def _kv_of(held: Holding) -> tuple[Slice, tuple[int, ...]]:
-    """What a node's KV is of."""
-    return (held.span, held.head_units)
+    def start_standbys(self) -> None:
+        """Load what is kept for others and has no weights yet, unless that is under way; what
+        failed before is tried again."""
+        waiting = [part for part in self._parts if part.stage is None]
+        if waiting and (self._standbys is None or self._standbys.wait(0.0)):
+            self.close()
+            self._standbys = StandbyLoader(waiting, self._loader())
+
+    def await_standbys(self, timeout: float) -> StandbyReady:
+        """Wait until nothing is loading in the background any more, for `timeout` seconds at
+        most."""
+        if self._standbys is not None:
+            self._standbys.wait(timeout)
+        return self.standby_ready
+
+    def close(self) -> None:
+        """Stop loading in the background. What is loaded stays."""
+        if self._standbys is not None:
+            self._standbys.stop()
+            self._standbys = None
+
+    # --- delta KV ---------------------------------------------------------------------------------
+
+    def read_kv(self, unit: KvUnit, request_id: int, start: int, end: int) -> Tensor:
+        """A copy of positions `[start, end)` of a unit: [layers, 2, end - start, head_dim] in the
+        KV's number format. They are covered here."""
+        part = self._places[unit]
+        return part.cache.read(part.kv_units[unit], request_id, start, end)
+
+    def write_kv(self, unit: KvUnit, request_id: int, start: int, tensor: Tensor) -> bool:
+        """Write such positions from `start` on; False where the request is not open here, or has
+        not so many."""
+        part = self._places[unit]
+        return part.cache.write(part.kv_units[unit], request_id, start, tensor)

@@ -20,6 +20,7 @@ import click
 import torch
 import zmq
 
+from p2pinfer.bulk_links import BULK_HWM, BulkLinks
 from p2pinfer.core.commits import owners
 from p2pinfer.core.events import (
     ActivatePlan,
@@ -30,6 +31,7 @@ from p2pinfer.core.events import (
     LoadPlan,
     LoadProgress,
     PlanLoaded,
+    StandbysLoaded,
     StartRequest,
     StepFailed,
     StopWorker,
@@ -37,6 +39,7 @@ from p2pinfer.core.events import (
     WorkerReady,
     WorkerStats,
 )
+from p2pinfer.core.replication import computed_units, fed_units
 from p2pinfer.core.step_clock import StepClock
 from p2pinfer.core.token_log import TokenLogs
 from p2pinfer.core.topology import Topology, kv_room, topology
@@ -47,6 +50,7 @@ from p2pinfer.lifeline import die_with_parent
 from p2pinfer.limits import MAX_BULK_BYTES, MAX_STEP_BYTES
 from p2pinfer.model.numeric_class import numeric_class
 from p2pinfer.pipe import PipeClosed, WorkerConfig, WorkerPipe, worker_side
+from p2pinfer.replicator import Replicator, partners
 from p2pinfer.step_engine import StepEngine
 from p2pinfer.step_links import LinkBroken, StepBroken, StepLinks, StepOverdue
 from p2pinfer.transport import PairLimits, SocketPair
@@ -77,7 +81,10 @@ class Worker:
         self._steps = SocketPair(
             self._context, limits=PairLimits(MAX_STEP_BYTES, STEP_HWM, STEP_HWM)
         )
-        self._bulk = SocketPair(self._context, limits=PairLimits(MAX_BULK_BYTES, 64, 64))
+        self._bulk = BulkLinks(
+            SocketPair(self._context, limits=PairLimits(MAX_BULK_BYTES, BULK_HWM, BULK_HWM)),
+            (config.node_id, config.boot_id),
+        )
         self._links = StepLinks(
             self._steps,
             (config.node_id, config.boot_id),
@@ -92,6 +99,9 @@ class Worker:
         """A plan that is loaded, and not yet in force."""
         self._engine: StepEngine | None = None
         self._leader: Leader | None = None
+        self._replicator: Replicator | None = None
+        """Stays after the steps of its plan have ended: what still comes is of use to the next."""
+        self._standbys_told = True
         self._kv_limit = 0
         self._stats_at = 0.0
         self._drawn = 0
@@ -103,7 +113,7 @@ class Worker:
         """Obey until told to stop or the control plane is gone."""
         config = self._config
         self._steps.bind(config.listen_host, config.step_port)
-        self._bulk.bind(config.listen_host, config.bulk_port)
+        self._bulk.pair.bind(config.listen_host, config.bulk_port)
         # So that the collection after loading walks what was loaded, and not all of torch.
         gc.collect()
         gc.freeze()
@@ -131,9 +141,10 @@ class Worker:
             self._tell()
 
     def close(self) -> None:
-        """Close every socket at once."""
+        """Close every socket at once, and load nothing more."""
+        self._units.close()
         self._steps.shutdown()
-        self._bulk.shutdown()
+        self._bulk.pair.shutdown()
         self._context.destroy(linger=0)
 
     def _turn(self) -> None:
@@ -147,11 +158,18 @@ class Worker:
             busy = self._follow(self._engine)
         else:
             busy = False
-        if busy:
+        if busy or self._replicate():
             # A busy loop still looks for orders between two steps.
             self._read_orders()
         else:
-            self._links.idle(STATS_EVERY_S)
+            full = self._replicator is not None and not self._replicator.has_room
+            self._links.idle(STATS_EVERY_S, None if full else self._bulk.pair.router)
+
+    def _replicate(self) -> bool:
+        """No step is there: send and take delta KV. Returns whether there was any of it to do."""
+        if self._replicator is not None:
+            return self._replicator.turn()
+        return self._bulk.receive() is not None
 
     def _read_orders(self) -> None:
         while (order := self._pipe.receive()) is not None:
@@ -167,7 +185,8 @@ class Worker:
 
     def _tell(self) -> None:
         """Report links that broke and, several times a second, counters."""
-        self._drop_bulk()
+        self._bulk.look()
+        self._tell_of_standbys()
         while self._links.lost:
             self._pipe.send(LinkLost(node_id=self._links.lost.pop()))
         now = time.monotonic()
@@ -178,15 +197,27 @@ class Worker:
         self._drawn, self._stats_at = 0, now
         self._pipe.send(self._stats())
 
-    def _drop_bulk(self) -> None:
-        """Nothing is sent in bulk yet: what comes is counted, and connections are taken note of."""
-        while self._bulk.receive() is not None:
-            self._links.traffic.dropped += 1
-        self._bulk.events()
+    def _tell_of_standbys(self) -> None:
+        """Report, once under each plan that names any, that all standby units can take over."""
+        if self._standbys_told or self._engine is None:
+            return
+        ready, wanted = self._units.standby_ready
+        if ready == wanted or self._units.standby_error:
+            self._standbys_told = True
+            if wanted:
+                self._pipe.send(
+                    StandbysLoaded(
+                        fence=self._engine.topology.plan.fence,
+                        units=ready,
+                        weight_bytes=self._units.standby_weight_bytes,
+                        error=self._units.standby_error,
+                    )
+                )
 
     def _stats(self) -> WorkerStats:
         engine, leader, traffic = self._engine, self._leader, self._links.traffic
-        clock = engine.clock if engine else None
+        clock, bulk, replicator = engine.clock if engine else None, self._bulk, self._replicator
+        ready, wanted = self._units.standby_ready
         return WorkerStats(
             steps=clock.steps if clock else 0,
             owes_step=engine.owes if engine else 0,
@@ -196,7 +227,7 @@ class Worker:
             kv_limit_bytes=self._kv_limit,
             running=leader.running if leader else 0,
             waiting=leader.waiting if leader else 0,
-            dropped_frames=traffic.dropped,
+            dropped_frames=traffic.dropped + bulk.traffic.dropped,
             messages_sent=traffic.messages,
             bytes_sent=traffic.bytes,
             compute_s=clock.compute_s if clock else 0.0,
@@ -204,6 +235,13 @@ class Worker:
             wait_s=traffic.wait_s,
             python_s=clock.python_s if clock else 0.0,
             compute_ms=engine.compute_ms if engine else 0.0,
+            bulk_s=clock.bulk_s if clock else 0.0,
+            delta_bytes_sent=bulk.traffic.sent_bytes,
+            delta_bytes_received=bulk.traffic.received_bytes,
+            kv_standby_bytes=self._units.kv_standby_bytes,
+            standby_units_ready=ready,
+            standby_units_wanted=wanted,
+            standby_lacks=replicator.lacking if replicator else 0,
         )
 
     # --- orders -----------------------------------------------------------------------------------
@@ -228,19 +266,30 @@ class Worker:
                 self._stopping = True
 
     def _stop_steps(self) -> None:
-        """Obey no plan; logs and KV stay."""
+        """Obey no plan; logs and KV stay, and delta KV that is on its way is still taken."""
         self._engine = self._leader = self._loaded = None
+        if self._replicator is not None:
+            self._replicator.halt()
         self._links.close()
 
     def _load(self, order: LoadPlan) -> None:
-        """Stop obeying the active plan, free what is no longer needed, load what `order` says."""
+        """Stop obeying the active plan, free what is no longer needed, load what `order` says.
+
+        What owners have sent for finished steps of the plan before is taken first: one of them may
+        be gone, and this is all that is left of its KV.
+        """
+        plan, me, fence = order.plan, order.me, order.plan.fence
+        if self._replicator is not None:
+            self._replicator.drain()
+            self._replicator = None
         self._stop_steps()
-        fence = order.plan.fence
         try:
-            mine = topology(order.plan, order.me)
+            mine = topology(plan, me)
             # Links connect while weights load.
             self._links.reach(mine)
+            self._bulk.load(mine, partners(plan, me))
             self._units.hold(mine)
+            self._logs.coverage.hold(computed_units(plan, me).keys(), fed_units(plan, me).keys())
             self._links.open(mine)
         except StepInterrupted:
             raise
@@ -248,13 +297,12 @@ class Worker:
             self._pipe.send(PlanLoaded(fence=fence, error=str(error) or type(error).__name__))
             return
         self._loaded = mine
-        logs, coverage = self._logs.snapshot()
         self._pipe.send(
             PlanLoaded(
                 fence=fence,
                 weight_bytes=self._units.weight_bytes,
-                logs=logs,
-                coverage=coverage,
+                logs=self._logs.snapshot(),
+                coverage=self._logs.covered(plan),
             )
         )
 
@@ -271,9 +319,17 @@ class Worker:
         gone = self._logs.adopt(order.logs)
         self._units.adopt(gone, tuple(log.request_id for log in order.logs))
         self._kv_limit = kv_room(mine.plan, mine.me) or 0
-        engine = StepEngine(mine, self._units.runner, self._links, self._logs, self._step_clock)
-        self._engine = engine
         self._links.activate(mine)
+        self._bulk.activate()
+        self._replicator = Replicator(mine, self._units, self._bulk, self._logs)
+        self._engine = engine = StepEngine(
+            mine,
+            self._units.runner,
+            self._links,
+            logs=self._logs,
+            step_clock=self._step_clock,
+            replicator=self._replicator,
+        )
         if mine.leads:
             self._leader = Leader(
                 engine,
@@ -284,6 +340,8 @@ class Worker:
                 agreed=order.logs,
                 report=self._pipe.send,
             )
+        self._units.start_standbys()
+        self._standbys_told = False
 
     # --- steps ------------------------------------------------------------------------------------
 
@@ -303,6 +361,7 @@ class Worker:
             if step.slots and engine.topology.holding.vocab_units:
                 engine.send_candidates(step, offers)
             engine.finish(step)
+            engine.replicate()
             self._drawn += sum(slot.sample for slot in step.slots)
             return True
         if inbox.requests:

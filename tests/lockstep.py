@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from p2pinfer.core.planner import holding, make_plan
+from p2pinfer.core.holdings import Holding, holding
+from p2pinfer.core.planner import make_plan
 from p2pinfer.core.topology import topology
 from p2pinfer.model.checkpoint import Checkpoint
 from p2pinfer.model.config import load_config, model_spec
 from p2pinfer.model.llama import StageLoader
+from p2pinfer.model.part import Part, empty_cache, holding_of, units_of
 from p2pinfer.model.reduction import subtree_sums, whole_sum
 from p2pinfer.model.runner import GiveHidden, NeedHidden, NeedSum, StageRunner
 from p2pinfer.model.weights import Weights
@@ -40,8 +42,18 @@ def members(count: int, weights: Sequence[float] | None = None) -> list[Member]:
     ]
 
 
+def dealt(held: Holding, parts: int, spare: Holding | None = None) -> list[Holding]:
+    """The units of a holding, dealt out over `parts` like cards; those of `spare` come along."""
+    units = sorted(units_of(held)) + sorted(units_of(spare) if spare else ())
+    return [holding_of(units[i::parts], 0) for i in range(min(parts, len(units)))]
+
+
 class Lockstep:
-    """All nodes of one plan of the model in `folder`."""
+    """All nodes of one plan of the model in `folder`.
+
+    Each node's units are in `parts` parts. With `spare`, what the next member of its stage owns is
+    in these parts too, as of a standby that was given a part of what it kept ready.
+    """
 
     def __init__(
         self,
@@ -52,6 +64,8 @@ class Lockstep:
         dtype: DType | None = None,
         weights: Sequence[float] | None = None,
         device: torch.device = CPU,
+        parts: int = 1,
+        spare: bool = False,
     ) -> None:
         self.config = load_config(folder)
         self.model = model_spec(
@@ -75,15 +89,29 @@ class Lockstep:
         self.runners: dict[int, StageRunner] = {}
         for index in range(nodes):
             held = holding(self.plan, index)
-            if held.stage is not None:
-                self.runners[index] = StageRunner(
-                    loader.load(held), held, self.config, self.model, device
-                )
+            if held.stage is None:
+                continue
+            peers = [holding(self.plan, peer) for peer in self.topologies[index].peers]
+            pieces = []
+            for piece in dealt(held, parts, peers[index % len(peers)] if spare and peers else None):
+                part = Part(piece, empty_cache(piece, self.model, device))
+                part.stage = loader.load(piece)
+                pieces.append(part)
+            trunk = loader.trunk(held.span)
+            self.runners[index] = StageRunner(pieces, held, trunk, self.model, device)
+
+    def under(self, plan: Plan, runners: dict[int, StageRunner]) -> None:
+        """From now on these runners compute, by member of `plan`, of the same model."""
+        self.plan, self.runners = plan, runners
+        self.topologies = [topology(plan, i) for i in range(len(plan.members))]
 
     def step(self, slots: Sequence[Slot]) -> np.ndarray:
         """Logits [sampling slots, vocab] of one step, float32."""
         hidden: torch.Tensor | None = None
         pieces: dict[int, torch.Tensor] = {}
+        for index, runner in self.runners.items():
+            if self.topologies[index].holding.stage is None:
+                assert not list(runner.run(slots)), "who owns nothing needs nobody"
         for stage in range(len(self.plan.stages)):
             nodes = [i for i in self.runners if self.topologies[i].holding.stage == stage]
             runs = {i: self.runners[i].run(slots) for i in nodes}

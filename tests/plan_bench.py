@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from msgspec.structs import replace
@@ -139,10 +140,26 @@ class Holding(Desk):
         self.durable.persisted(max(numbers, default=0), self.now)
 
     def load(self, plan: Plan, *logs: e.TokenLog, covered: int = 0, error: str = "") -> None:
-        """The worker has loaded a plan; it has these logs, all with so much KV."""
-        coverage = tuple(e.Covered(request_id=o.request_id, positions=covered) for o in logs)
+        """The worker has loaded a plan; it has these logs, all with so much KV of its units."""
+        coverage = tuple(
+            e.Covered(request_id=o.request_id, stage=number, units=units, positions=covered)
+            for o in logs
+            for number, units in self._head_units(plan)
+            if covered
+        )
         report = e.PlanLoaded(fence=plan.fence, logs=logs, coverage=coverage, error=error)
         self.holder.loaded(report, self.now)
+
+    def _head_units(self, plan: Plan) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """By stage, the head units that this node owns or keeps by a plan."""
+        lives = [(each.node_id, each.boot_id) for each in plan.members]
+        me = lives.index((self.me.node_id, self.me.boot_id))
+        for number, stage in enumerate(plan.stages):
+            kept = stage.head_standbys or ((),) * len(stage.head_owners)
+            named = zip(stage.head_owners, kept, strict=True)
+            units = tuple(u for u, (owner, more) in enumerate(named) if me in (owner, *more))
+            if units:
+                yield number, units
 
     def ready(self, plan: Plan, *logs: e.TokenLog, covered: int = 0) -> None:
         """Take a plan and acknowledge it."""

@@ -77,6 +77,7 @@ DATA_RANGES = {
 DTYPES = {int(row["dtype"]): row for row in table("dtype", "name", "bytes")}
 TIMER_TABLE = table("timer", "lan", "test", "formula or reason")
 SETTING_TABLE = table("setting", "default", "meaning")
+CONSTANTS = {row["constant"]: float(row["value"]) for row in table("constant", "value", "of what")}
 ERROR_TABLE = table("code", "retryable", "who acts", "meaning")
 FIELD_TABLES = {
     section.title: rows
@@ -94,10 +95,10 @@ FRAME_HEADER, DATA_HEADER, KV_HEADER = HEADERS
 
 
 def number(text: str) -> float:
-    """A number, or an expression of limits such as `2*MAX_NODES` or `MAX_STAGES-1`."""
+    """A number, or an expression of limits: `2*MAX_NODES`, `MAX_STAGES-1`, `MAX_A*MAX_B`."""
     if re.fullmatch(r"-?[0-9.]+(e[0-9]+)?", text):
         return float(text) if "." in text or "e" in text else int(text)
-    assert re.fullmatch(r"([0-9]\*)?[A-Z_]+(-1)?", text), text
+    assert re.fullmatch(r"(([0-9]|[A-Z_]+)\*)?[A-Z_]+(-1)?", text), text
     return int(eval(text, {"__builtins__": {}}, dict(LIMITS)))
 
 

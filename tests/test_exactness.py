@@ -21,16 +21,17 @@ LOGIT_TOLERANCE = 1e-4
 """Of the largest absolute logit."""
 
 PLANS = (
-    (1, "heads"),
-    (2, "heads"),
-    (3, "heads"),
-    (4, "heads"),
-    (5, "heads"),
-    (6, "heads"),
-    (2, "layers"),
-    (3, "layers"),
-    (4, "2x2"),
+    (1, "heads", 1, False),
+    (2, "heads", 2, True),
+    (3, "heads", 1, False),
+    (4, "heads", 2, False),
+    (5, "heads", 1, False),
+    (6, "heads", 1, False),
+    (2, "layers", 3, False),
+    (3, "layers", 1, False),
+    (4, "2x2", 1, True),
 )
+"""Nodes and layout, in how many parts each node holds its units, and whether with others'."""
 
 
 @dataclass(frozen=True)
@@ -123,20 +124,20 @@ def prompt_of(vocab: int, length: int, seed: int = 0) -> list[int]:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_plan_says_what_transformers_says(case: Case, tmp_path: Path) -> None:
-    """64 greedy tokens are identical, logits within 1e-4, and bit-identical between plans."""
+    """64 greedy tokens are identical, logits within 1e-4, and their bits the same by any plan."""
     seed = CASES.index(case)
     folder = write_random_model(tmp_path / "model", seed=seed, **case.shape)
     prompt = prompt_of(300, 40 + 7 * (seed % 5), seed)
     expected, logits = reference(folder, prompt)
     first: np.ndarray | None = None
-    for place, (nodes, layout) in enumerate(PLANS):
-        lockstep = Lockstep(folder, nodes=nodes, layout=layout)
+    for place, (nodes, layout, parts, spare) in enumerate(PLANS):
+        lockstep = Lockstep(folder, nodes=nodes, layout=layout, parts=parts, spare=spare)
         tokens, rows = lockstep.greedy(prompt, NEW_TOKENS, chunk=(1000, 7, 33)[place % 3])
-        assert tokens == expected, f"{nodes} nodes by {layout}"
+        assert tokens == expected, PLANS[place]
         assert np.abs(rows - logits).max() <= LOGIT_TOLERANCE * np.abs(logits).max()
         if first is None:
             first = rows
-        assert np.array_equal(first, rows), f"bits differ: {nodes} nodes by {layout}"
+        assert np.array_equal(first, rows), f"bits differ: {PLANS[place]}"
     assert len(set(expected)) > 8, "a constant continuation would prove nothing"
 
 
@@ -157,26 +158,28 @@ def test_every_plan_says_what_transformers_says(case: Case, tmp_path: Path) -> N
 def test_bits_depend_on_the_tokens_alone(
     shape: dict[str, Any], dtype: DType, tmp_path: Path
 ) -> None:
-    """Plans, unequal weights, chunk sizes and replay as one prefill give the same logit bits."""
+    """Plans, weights, parts, chunk sizes and replay as one prefill give the same logit bits."""
     folder = write_random_model(tmp_path / "model", seed=3, num_hidden_layers=2, **shape)
     prompt = prompt_of(300, 150)
-    runs = (
-        (1, "heads", None, 1000),
-        (1, "heads", None, 1),
-        (1, "heads", None, 100),
-        (2, "heads", (1.0, 3.0), 64),
-        (3, "heads", None, 100),
-        (4, "heads", (1.0, 1.0, 1.0, 2.0), 36),
-        (2, "layers", None, 50),
-        (4, "2x2", None, 149),
+    runs: tuple[tuple[int, str, tuple[float, ...] | None, int, int], ...] = (
+        (1, "heads", None, 1000, 1),
+        (1, "heads", None, 1, 1),
+        (1, "heads", None, 100, 4),
+        (2, "heads", (1.0, 3.0), 64, 1),
+        (3, "heads", None, 100, 2),
+        (4, "heads", (1.0, 1.0, 1.0, 2.0), 36, 1),
+        (2, "layers", None, 50, 3),
+        (4, "2x2", None, 149, 1),
     )
     expected: np.ndarray | None = None
-    for nodes, layout, weights, chunk in runs:
-        lockstep = Lockstep(folder, nodes=nodes, layout=layout, dtype=dtype, weights=weights)
+    for nodes, layout, weights, chunk, parts in runs:
+        lockstep = Lockstep(
+            folder, nodes=nodes, layout=layout, dtype=dtype, weights=weights, parts=parts
+        )
         tokens, rows = lockstep.greedy(prompt, 12, chunk=chunk)
         if expected is None:
             expected = rows
-        assert np.array_equal(rows, expected), (nodes, layout, chunk)
+        assert np.array_equal(rows, expected), (nodes, layout, chunk, parts)
         replay = lockstep.prefill(prompt + tokens[:-1], request_id=2, chunk=70)
         assert np.array_equal(replay[0], expected[-1]), "replayed as one prefill"
 

@@ -18,6 +18,7 @@ import pytest
 from msgspec import inspect
 
 from p2pinfer import limits
+from p2pinfer.core import replication
 from p2pinfer.core.events import NodeConfig
 from p2pinfer.core.requests import REPLY_KEPT_S
 from p2pinfer.core.timing import PRESETS
@@ -163,6 +164,13 @@ def test_settings_are_the_defaults_of_the_code() -> None:
     for row in spec.SETTING_TABLE:
         code = REPLY_KEPT_S if row["setting"] == "reply_kept" else defaults[row["setting"]]
         assert float(row["default"]) == code, row["setting"]
+
+
+def test_constants_of_replicas_are_those_of_the_code() -> None:
+    """Each has the value of the table; the window is the limit of credit."""
+    assert {name: getattr(replication, name.upper()) for name in spec.CONSTANTS} == spec.CONSTANTS
+    assert len(spec.CONSTANTS) == 4
+    assert replication.WINDOW_BYTES == limits.MAX_CREDIT_BYTES
 
 
 def test_error_table_is_the_codes_table() -> None:

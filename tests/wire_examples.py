@@ -227,6 +227,12 @@ EXAMPLES: dict[str, m.Message] = {
     "accepted": m.Accepted(
         request_id=1, served_by="anna", prompt_ids=(1, 2), waiting="1 more node"
     ),
+    "accepted, and who else is there": m.Accepted(
+        request_id=1,
+        served_by="anna",
+        prompt_ids=(1, 2),
+        others=(m.Contact(name="bert", address="tcp://10.0.0.2:7720"),),
+    ),
     "chunk": m.Chunk(request_id=1, start=2, tokens=(9, 10), text=" tämä"),
     "finished": m.Finished(
         request_id=1,

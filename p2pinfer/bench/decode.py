@@ -120,7 +120,7 @@ def ask_together(addresses: Sequence[str], vocab: int, settings: Settings) -> fl
 
     def one(index: int) -> None:
         try:
-            client = Client([addresses[index % len(addresses)]])
+            client = Client([addresses[index % len(addresses)]], retry_for=0)
             prompt = prompt_of(vocab, settings.prompt_tokens, index)
             timings.append(ask(client, prompt, settings.max_tokens))
         except BaseException as error:  # handed to the caller's thread
@@ -257,7 +257,7 @@ def _measure_cluster(
     ) as cluster:
         load_s = time.perf_counter() - began
         addresses = [node.address for node in cluster.nodes]
-        client = Client(addresses)
+        client = Client(addresses, retry_for=0)  # a reply that moved is no measurement
         replies, references = _runs(settings, spec, client, reference, tell)
         tell("the budget of a token")
         prompt = prompt_of(spec.vocab_size, settings.prompt_tokens, 0)

@@ -63,6 +63,7 @@ def demo() -> None:
 
 def _tell_story(console: Console, client: Client) -> None:
     """Stream the reply to the fixed prompt, always the same one, and how fast it came."""
+    from p2pinfer.client import Moved
     from p2pinfer.types import SamplingParams
     from p2pinfer.wire.messages import Accepted, Finished
 
@@ -70,7 +71,7 @@ def _tell_story(console: Console, client: Client) -> None:
     for event in client.submit(
         PROMPT, SamplingParams(max_tokens=MAX_TOKENS, temperature=TEMPERATURE, seed=SEED)
     ):
-        if isinstance(event, Accepted):
+        if isinstance(event, Accepted | Moved):
             continue
         console.out(event.text, end="", highlight=False)
         if isinstance(event, Finished):

@@ -49,6 +49,13 @@ def shared_node_options(command: Command) -> Command:
         click.option("--dtype", metavar="auto|float32|bfloat16|float16", help="Number format."),
         click.option("--quant", metavar="none", help="Weight quantisation: none yet."),
         click.option("--layout", metavar="auto|heads|layers|SxH", help="How to split the model."),
+        click.option(
+            "--replicas",
+            type=int,
+            metavar="N",
+            help="How many other nodes keep a live copy of each part; default: 1. 0 saves memory, "
+            "but a node's death makes its replies be computed again. Give all nodes the same.",
+        ),
         click.option("--weight", type=float, metavar="F", help="Share of work; default: threads."),
         click.option("--kv-memory", metavar="SIZE", help="Limit of the KV cache, for example 2G."),
         click.option("--min-nodes", type=int, metavar="N", help=MIN_NODES_HELP),

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from p2pinfer.cli.status_view import MIB, owned_runs, runs, spans
+from p2pinfer.cli.status_view import MIB, kept_runs, owned_runs, runs, spans
 
 KINDS = {"head": "heads", "mlp": "MLP units", "vocab": "vocabulary units"}
 
@@ -56,19 +56,25 @@ def _moved(units: Mapping[str, list[int]]) -> str:
 def _table(plan: Mapping[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("node", style="bold", no_wrap=True)
-    for title in ("votes", "layers", "heads", "MLP", "vocab"):
+    for title in ("votes", "layers", "heads", "keeps", "MLP", "vocab"):
         table.add_column(title)
     for title in ("weights MiB", "offered MiB", "KV MiB"):
         table.add_column(title, justify="right", no_wrap=True)
     for member in plan["members"]:
-        kinds = (owned_runs(member, kind) for kind in ("head_units", "mlp_units", "vocab_units"))
-        sizes = ("weight_bytes", "memory_bytes", "kv_room_bytes")
+        sizes = (
+            member["weight_bytes"] + member["standby_bytes"],
+            member["memory_bytes"],
+            member["kv_room_bytes"],
+        )
         table.add_row(
             member["name"],
             "yes" if member["voter"] else "no",
             spans(member),
-            *kinds,
-            *("-" if member["witness"] else _mib(member[size]) for size in sizes),
+            owned_runs(member, "head_units"),
+            kept_runs(member, "head_units"),
+            owned_runs(member, "mlp_units"),
+            owned_runs(member, "vocab_units"),
+            *("-" if member["witness"] else _mib(size) for size in sizes),
         )
     return table
 

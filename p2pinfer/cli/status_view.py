@@ -30,6 +30,11 @@ def owned_runs(member: Mapping[str, Any], kind: str) -> str:
     return " | ".join(runs(stage[kind]) for stage in member["owned"]) or "-"
 
 
+def kept_runs(member: Mapping[str, Any], kind: str) -> str:
+    """The units of `kind` that a member keeps replicas of; by stage if there are several."""
+    return " | ".join(runs(stage[kind]) for stage in member.get("standby", ())) or "-"
+
+
 def spans(member: Mapping[str, Any]) -> str:
     """The layers of the stages a member takes part in."""
     return (
@@ -90,11 +95,16 @@ def holdings_table(members: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def members_table(members: Sequence[Mapping[str, Any]]) -> Table:
-    """All that `status` knows of each member."""
+    """All that `status` knows of each member; `keeps` are the heads that it keeps replicas of.
+
+    Of a plan of one stage the layers are left out: all have all of them.
+    """
+    stages = {tuple(stage["span"]) for member in members for stage in member["owned"]}
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("name", style="bold", no_wrap=True)
-    for title in ("state", "address", "layers", "heads", "MLP"):
-        table.add_column(title, no_wrap=title != "heads")
+    parts = ("layers",) if len(stages) > 1 else ()
+    for title in ("state", "address", *parts, "heads", "keeps", "MLP"):
+        table.add_column(title, no_wrap=title not in ("heads", "keeps"))
     for title in ("rtt ms", "tokens/s", "KV MiB"):
         table.add_column(title, justify="right", no_wrap=True)
     for member in members:
@@ -103,8 +113,9 @@ def members_table(members: Sequence[Mapping[str, Any]]) -> Table:
             member["name"],
             condition(member),
             member["address"].removeprefix("tcp://"),
-            spans(member),
+            *((spans(member),) if parts else ()),
             owned_runs(member, "head_units"),
+            kept_runs(member, "head_units"),
             owned_runs(member, "mlp_units"),
             _figure(member.get("rtt_ms") if there else None),
             _figure(member.get("tokens_per_s") if there else None),

@@ -13,7 +13,7 @@ from p2pinfer.errors import InvalidRequestError
 from p2pinfer.limits import MAX_TEXT_CHARS, MAX_VOCAB
 
 if TYPE_CHECKING:
-    from p2pinfer.client import Client, Event
+    from p2pinfer.client import Client, Event, Moved
     from p2pinfer.types import SamplingParams
     from p2pinfer.wire.messages import Finished
 
@@ -56,12 +56,22 @@ def submit() -> None:
 @click.option("--token-ids", metavar="1,2,3", help="A prompt of token ids in place of TEXT.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after the model's end of text.")
 @click.option("--stream/--no-stream", default=True, help="Print as it comes (default), or at once.")
+@click.option(
+    "--retry-for",
+    type=click.FloatRange(0, 1e6),
+    default=30.0,
+    show_default=True,
+    metavar="S",
+    help="When the node is gone, try for S seconds to go on through another one; 0: not at all.",
+)
 @json_option
 def prompt(
     text: str | None,
     to: tuple[str, ...],
     token_ids: str | None,
+    *,
     stream: bool,
+    retry_for: float,
     as_json: bool,
     **sampling: Any,
 ) -> int:
@@ -73,10 +83,11 @@ def prompt(
 
     given = _prompt(text, token_ids)
     params = _params(**sampling)
-    client = Client(to)
+    client = Client(to, retry_for=retry_for)
+    notices = _Notices(retry_for)
     if as_json:
-        return _print_object(client, given, params)
-    _print_text(client, given, params, stream)
+        return _print_object(client, given, params, notices)
+    _print_text(client, given, params, notices, stream)
     return 0
 
 
@@ -129,61 +140,94 @@ def _params(seed: int | None, stop: tuple[str, ...], **values: Any) -> SamplingP
     return params
 
 
-def _print_object(client: Client, given: str | tuple[int, ...], params: SamplingParams) -> int:
+class _Notices:
+    """What happens to a reply, for people: on stderr, each in a line of its own."""
+
+    def __init__(self, retry_for: float) -> None:
+        self.begun = False
+        """The reply is in the middle of a line of stdout."""
+        self._retry_for = retry_for
+        self._told = ""
+
+    def show(self, event: Event) -> None:
+        """Say that the reply goes on elsewhere, or what the cluster waits for, each once."""
+        from p2pinfer.client import Moved
+        from p2pinfer.wire.messages import Accepted
+
+        if isinstance(event, Moved):
+            self._say(_moved(event, self._retry_for))
+        elif isinstance(event, Accepted) and event.waiting != self._told:
+            self._told = event.waiting
+            if event.waiting:
+                self._say(f"waiting: {event.waiting}")
+
+    def _say(self, text: str) -> None:
+        start = "\n" if self.begun and sys.stdout.isatty() else ""
+        click.echo(f"{start}{text} ...", err=True)
+
+
+def _moved(event: Moved, retry_for: float) -> str:
+    """Who is gone, and who goes on with the reply."""
+    code = event.error.code
+    end = "is gone" if code == "node_lost" else f"does not go on with it ({code})"
+    if not event.through:
+        return f"{event.lost} {end}; asking the other nodes for {retry_for:g} s"
+    again = " again" if event.through == event.lost else ""
+    return f"{event.lost} {end}; going on through {event.through}{again}"
+
+
+def _print_object(
+    client: Client, given: str | tuple[int, ...], params: SamplingParams, notices: _Notices
+) -> int:
     """The whole reply as one object; a failed one is in it too, with exit code 1."""
     import json
 
-    reply = client.submit_json_object(given, params, on_event=_show_waiting)
+    reply = client.submit_json_object(given, params, on_event=notices.show)
     click.echo(json.dumps(reply))
     return 1 if reply["error"] else 0
 
 
 def _print_text(
-    client: Client, given: str | tuple[int, ...], params: SamplingParams, stream: bool
+    client: Client,
+    given: str | tuple[int, ...],
+    params: SamplingParams,
+    notices: _Notices,
+    stream: bool,
 ) -> None:
     """Reply text to stdout; what it waits for and, in a terminal, a summary line to stderr."""
     from p2pinfer.wire.messages import Accepted, Chunk, Finished
 
     held: list[str] = []
     served_by = ""
-    begun = False
     tokens = 0
     try:
         for event in client.submit(given, params):
-            _show_waiting(event, begun=begun)
+            notices.show(event)
             if isinstance(event, Accepted):
                 served_by = event.served_by
+            if not isinstance(event, Chunk | Finished):
                 continue
             if isinstance(event, Chunk):
                 tokens += len(event.tokens)
             if stream:
-                begun = True
+                notices.begun = True
                 click.echo(event.text, nl=False)
             else:
                 held.append(event.text)
             if isinstance(event, Finished):
                 click.echo("".join(held))
-                begun = False
+                notices.begun = False
                 if sys.stderr.isatty():
                     click.secho(_summary(event, served_by), err=True, dim=True)
     except KeyboardInterrupt:
-        click.echo(err=not begun)  # the terminal has written ^C
-        begun = False
+        click.echo(err=not notices.begun)  # the terminal has written ^C
+        notices.begun = False
         count = "1 token" if tokens == 1 else f"{tokens} tokens"
         click.secho(f"cancelled after {count}", err=True, dim=True)
         raise click.Abort from None
     finally:
-        if begun:  # broken off: what follows begins on a line of its own
+        if notices.begun:  # broken off: what follows begins on a line of its own
             click.echo()
-
-
-def _show_waiting(event: Event, *, begun: bool = False) -> None:
-    """Say on stderr what the cluster waits for; in a terminal on a line of its own, also where a
-    reply has `begun`."""
-    waiting = getattr(event, "waiting", "")
-    if waiting:
-        start = "\n" if begun and sys.stdout.isatty() else ""
-        click.echo(f"{start}waiting: {waiting} ...", err=True)
 
 
 def _summary(reply: Finished, served_by: str) -> str:

@@ -36,11 +36,16 @@ def summary(log: TokenLog) -> LogDigest:
 
 
 class Agreed(Struct, frozen=True, kw_only=True):
-    """The log agreed on for a request; its KV is right on every owner before `restart`."""
+    """The log agreed on for a request; its KV is right on every owner before `restart`.
+
+    `rung` says where that KV was: `none` of it was lost, a `replica` of some was taken, or there is
+    nothing for it but `replay`.
+    """
 
     request_id: int
     log: TokenLog
     restart: int
+    rung: str
 
 
 class Choice(NamedTuple):
@@ -123,6 +128,22 @@ def _covered(ack: Ack, request_id: int, stage: int, units: set[int], agreed: Pre
         if (run.request_id, run.stage) == (request_id, stage):
             positions.update({unit: run.positions for unit in run.units if unit in units})
     return min(log.length, *positions.values())
+
+
+def rung(before: Plan | None, after: Plan, restart: int) -> str:
+    """How the KV before `restart` is there by a plan; `before` was the last one in force."""
+    if restart == 0:
+        return "replay"
+    moved = before is not None and {*_head_owners(before)} != {*_head_owners(after)}
+    return "replica" if moved else "none"
+
+
+def _head_owners(plan: Plan) -> Iterator[tuple[int, int, str]]:
+    """(layer, head unit, node id of its owner)."""
+    for stage in plan.stages:
+        for unit, owner in enumerate(stage.head_owners):
+            for layer in range(stage.start, stage.end):
+                yield layer, unit, plan.members[owner].node_id
 
 
 def tail_start(theirs: LogDigest | None, agreed: Prefixes) -> int:

@@ -7,12 +7,14 @@ a new plan may build on is the least coverage over the owners of all units.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 from p2pinfer.core.units import Slice
+from p2pinfer.limits import MAX_NODES
 
 
 class KvUnit(NamedTuple):
@@ -73,11 +75,17 @@ class Coverage:
         return max(self._positions.get(request_id, {}).values(), default=0)
 
     def runs(self, request_id: int) -> Iterator[Run]:
-        """What of a request is here: units with the same coverage together, in order."""
+        """What of a request is here: units with the same coverage together, in order.
+
+        At most `MAX_NODES` runs: where there would be more, units that differ the least are said to
+        have what all of them have.
+        """
+        of = {unit: n for unit, n in self._positions.get(request_id, {}).items() if n}
+        spans = {unit.span for unit in of}
+        told = _levels(of.values(), MAX_NODES // max(1, len(spans)))
         by_run: defaultdict[tuple[Slice, int], list[int]] = defaultdict(list)
-        for unit, positions in sorted(self._positions.get(request_id, {}).items()):
-            if positions:
-                by_run[unit.span, positions].append(unit.unit)
+        for unit, positions in sorted(of.items()):
+            by_run[unit.span, told[positions]].append(unit.unit)
         for (span, positions), units in by_run.items():
             yield Run(span, tuple(units), positions)
 
@@ -104,3 +112,12 @@ class Coverage:
     def forget(self, request_id: int) -> None:
         """Nothing is known of a request any more."""
         self._positions.pop(request_id, None)
+
+
+def _levels(numbers: Iterable[int], most: int) -> dict[int, int]:
+    """What to tell each number as: itself or, where there are more than `most`, a lower one."""
+    known = sorted(set(numbers))
+    told = list(known)
+    while len(told) > most:
+        del told[min(range(1, len(told)), key=lambda i: told[i] - told[i - 1])]
+    return {number: told[bisect_right(told, number) - 1] for number in known}

@@ -24,6 +24,7 @@ from p2pinfer.core.orders import (
     PlanLoaded,
     Report,
     RequestEnded,
+    StandbysLoaded,
     StartRequest,
     StepFailed,
     StopWorker,
@@ -85,7 +86,11 @@ class WorkerDied(Input, frozen=True, kw_only=True):
 
 
 class ClientSubmitted(Input, frozen=True, kw_only=True):
-    """A client of this node submits, resumes or repeats a request (text is already tokenised)."""
+    """A client of this node submits, resumes or repeats a request (text is already tokenised).
+
+    `stopped`: with the tokens that it has received a stop string is complete, so it lacks only the
+    end.
+    """
 
     route: bytes
     request_id: int
@@ -93,10 +98,12 @@ class ClientSubmitted(Input, frozen=True, kw_only=True):
     received: tuple[int, ...]
     params: SamplingParams
     attempt: int = 0
+    stopped: bool = False
 
 
 class ClientCancelled(Input, frozen=True, kw_only=True):
-    """A client cancels, or the serving node saw a stop string (`reason` `stop`)."""
+    """A client cancels, or is gone (`reason` `orphan`), or the serving node saw a stop string
+    (`stop`)."""
 
     request_id: int
     reason: str = "client"
@@ -339,6 +346,15 @@ class PlanAdopted(Fact, frozen=True, kw_only=True):
     agree_s: float = 0.0
 
 
+class StandbysReady(Fact, frozen=True, kw_only=True):
+    """This node has the weights of all units that it keeps for others, or says why not."""
+
+    fence: Fence
+    units: int
+    weight_bytes: int
+    error: str = ""
+
+
 class RequestRestored(Fact, frozen=True, kw_only=True):
     """On the leader: a request goes on under a new plan, computing from `restart` of `length`."""
 
@@ -457,6 +473,8 @@ __all__ = [
     "RequestRestored",
     "Send",
     "ShutdownAsked",
+    "StandbysLoaded",
+    "StandbysReady",
     "StartRequest",
     "StepFailed",
     "StopWorker",

@@ -15,7 +15,7 @@ from math import inf
 from p2pinfer.core.timing import Timing
 from p2pinfer.limits import MAX_NODES
 from p2pinfer.types import Fence, Member
-from p2pinfer.wire.messages import Heartbeat, MemberState, Rumour
+from p2pinfer.wire.messages import Contact, Heartbeat, MemberState, Rumour
 
 FORGET_S = 60.0
 """How long a member that is gone, and that no plan names, is remembered: long enough to be seen in
@@ -83,6 +83,20 @@ class Membership:
     def members(self) -> tuple[Member, ...]:
         """The living members, this node first."""
         return (self.me, *(peer.member for peer in self.living()))
+
+    def contacts(self) -> tuple[Contact, ...]:
+        """Where a client may go on when this node is gone: first members that live and stay.
+
+        Those that are dead may come back; a witness takes no requests.
+        """
+        peers = [
+            peer
+            for peer in self.everybody()
+            if peer.state is not MemberState.LEFT and not peer.member.witness
+        ]
+        peers.sort(key=lambda p: (not p.living, p.heartbeat is not None and p.heartbeat.draining))
+        found = (Contact(name=p.member.name, address=p.member.address) for p in peers)
+        return tuple(found)[:MAX_NODES]
 
     def lost_ids(self) -> frozenset[str]:
         """Node ids of those known to be dead or to have left."""

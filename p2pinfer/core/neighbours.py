@@ -211,7 +211,7 @@ class Neighbours:
             hears_steps=tuple(node_id for node_id in stats.hears_steps if node_id in ids),
             sent_at_ms=round(now * 1000),
             tokens_per_s=stats.tokens_per_s,
-            kv_used_bytes=stats.kv_used_bytes,
+            kv_used_bytes=stats.kv_used_bytes + stats.kv_standby_bytes,
             kv_limit_bytes=stats.kv_limit_bytes,
             hung=hung,
             draining=draining,

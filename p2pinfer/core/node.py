@@ -37,6 +37,7 @@ from p2pinfer.core.events import (
     ReplyTo,
     RequestEnded,
     ShutdownAsked,
+    StandbysLoaded,
     StepFailed,
     StopWorker,
     TokensCommitted,
@@ -99,7 +100,7 @@ class Node:
         self._near = Neighbours(config, links, self._election, self._box, self._lost)
         self._greeter = Greeter(config, self._near, self._election, self._box, self)
         self._holder = PlanHolder(me, config.model, self._durable, self._box)
-        self._serving = Serving(config, self._box)
+        self._serving = Serving(config, self._box, self._near.table.contacts)
         self._departure = Departure(config, self._near, self._box)
         self._outlook = Outlook(config, self._near, self._election, self._holder)
         self._leadership: Leadership | None = None
@@ -370,6 +371,8 @@ class Node:
             case PlanLoaded() as report:
                 self._watch.loading = False
                 self._holder.loaded(report, now)
+            case StandbysLoaded() as report:
+                self._holder.standbys_loaded(report)
             case TokensCommitted() | FenceSettled() | RequestEnded() as report:
                 if self._leadership:
                     self._leadership.reported(report, now)

@@ -130,6 +130,16 @@ class PlanLoaded(Report, frozen=True, kw_only=True):
     coverage: tuple[Covered, ...] = ()
 
 
+class StandbysLoaded(Report, frozen=True, kw_only=True):
+    """The weights of all units that this node keeps for others are ready under the plan of `fence`;
+    or `error` says why not."""
+
+    fence: Fence
+    units: int
+    weight_bytes: int
+    error: str = ""
+
+
 class FenceSettled(Report, frozen=True, kw_only=True):
     """Leader only: all that the logs held when the plan of `fence` was activated is committed."""
 
@@ -178,7 +188,10 @@ class WorkerStats(Report, frozen=True, kw_only=True):
     """Counters for heartbeats and `status`; sent several times a second, busy or not.
 
     A worker that sends none for a while hangs. `compute_ms` is how long it computed lately for a
-    decoding step, without waiting for others.
+    decoding step, without waiting for others. Frames of delta KV (`delta_bytes_...`) are not
+    counted among messages and bytes, but `bulk_s` is all time that they took between steps.
+    `standby_units_ready` of `..._wanted` have their weights here; `standby_lacks` counts the
+    positions whose KV they have not got yet, over all requests and head units.
     """
 
     steps: int = 0
@@ -197,6 +210,13 @@ class WorkerStats(Report, frozen=True, kw_only=True):
     wait_s: float = 0.0
     python_s: float = 0.0
     compute_ms: float = 0.0
+    bulk_s: float = 0.0
+    delta_bytes_sent: int = 0
+    delta_bytes_received: int = 0
+    kv_standby_bytes: int = 0
+    standby_units_ready: int = 0
+    standby_units_wanted: int = 0
+    standby_lacks: int = 0
 
 
 AnyOrder = LoadPlan | ActivatePlan | Halt | StartRequest | CancelRequest | StopWorker
@@ -205,6 +225,7 @@ AnyReport = (
     | WorkerFailed
     | LoadProgress
     | PlanLoaded
+    | StandbysLoaded
     | FenceSettled
     | TokensCommitted
     | RequestEnded

@@ -22,10 +22,12 @@ from p2pinfer.core.events import (
     PlanAdopted,
     PlanFailed,
     PlanLoaded,
+    StandbysLoaded,
+    StandbysReady,
     TokenLog,
 )
 from p2pinfer.core.outbox import Outbox
-from p2pinfer.core.planner import holding, validate
+from p2pinfer.core.planner import validate
 from p2pinfer.core.proposal import owners
 from p2pinfer.errors import RemoteProtocolError
 from p2pinfer.types import Fence, Member, ModelSpec, Plan
@@ -162,6 +164,17 @@ class PlanHolder:
         self._next.report = report
         self._acknowledge(self._next)
 
+    def standbys_loaded(self, report: StandbysLoaded) -> None:
+        """The worker has what this node keeps for others by the plan in force, or says why not."""
+        self._box.add(
+            StandbysReady(
+                fence=report.fence,
+                units=report.units,
+                weight_bytes=report.weight_bytes,
+                error=report.error,
+            )
+        )
+
     def _stored(self, fence: Fence, _now: float) -> None:
         """The plan of that fence is on the disk."""
         if self._next and self._next.plan.fence == fence:
@@ -177,7 +190,7 @@ class PlanHolder:
             fence=plan.fence,
             node_id=self._me.node_id,
             logs=tuple(summary(log) for log in report.logs),
-            coverage=tuple(_coverage(plan, pending.index, report)),
+            coverage=tuple(_coverage(plan, report)),
         )
         self._box.send(plan.members[plan.leader].node_id, ack)
 
@@ -297,17 +310,17 @@ class PlanHolder:
         return None
 
 
-def _coverage(plan: Plan, index: int, report: PlanLoaded) -> Iterator[CoverageRun]:
-    """What the worker has of the KV of those head units that are its own by the new plan."""
-    mine = holding(plan, index)
+def _coverage(plan: Plan, report: PlanLoaded) -> Iterator[CoverageRun]:
+    """What the worker has of the KV of head units, its own and those it is a standby of."""
     for covered in report.coverage:
-        if mine.stage is not None and mine.head_units:
-            yield CoverageRun(
-                request_id=covered.request_id,
-                stage=mine.stage,
-                units=mine.head_units,
-                positions=covered.positions,
-            )
+        assert covered.stage < len(plan.stages), "the worker goes by the plan's stages"
+        assert max(covered.units) < len(plan.stages[covered.stage].head_owners), "and its units"
+        yield CoverageRun(
+            request_id=covered.request_id,
+            stage=covered.stage,
+            units=covered.units,
+            positions=covered.positions,
+        )
 
 
 def _versions(

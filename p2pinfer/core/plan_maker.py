@@ -313,6 +313,7 @@ class PlanMaker:
         self._epoch += 1
         self._current = Proposal(
             plan,
+            before=self._base,
             first=self._first,
             offered=self._offered(plan, boots(able), decision.rebalance),
             gone=boots(members) - boots(view.living),
@@ -458,7 +459,7 @@ class PlanMaker:
                     request_id=each.request_id,
                     length=len(each.log.tokens),
                     restart=each.restart,
-                    rung="none" if each.restart else "replay",
+                    rung=each.rung,
                 )
             )
 

@@ -20,6 +20,7 @@ from p2pinfer.core.agreement import (
     digest,
     reported,
     restart,
+    rung,
     tail_start,
 )
 from p2pinfer.core.events import TokenLog
@@ -41,7 +42,8 @@ def owners(plan: Plan) -> tuple[Member, ...]:
 class Proposal:
     """The newest plan of a leader. Times in seconds.
 
-    `first`: the leader has activated none before. `offered` are the members that could have got
+    `before` is the plan last in force, as far as the leader knows; `first`: it has activated none
+    itself. `offered` are the members that could have got
     units, `gone` those that are listed only because of their votes. `heard` are the node ids of
     those whose word counts (`quorum.credible`).
     """
@@ -50,6 +52,7 @@ class Proposal:
         self,
         plan: Plan,
         *,
+        before: Plan | None,
         first: bool,
         offered: frozenset[Boot],
         gone: frozenset[Boot],
@@ -61,6 +64,7 @@ class Proposal:
         self.owners = owners(plan)
         self.offered = offered
         self.gone = gone
+        self._before = before
         self._heard = heard
         self.activated = False
         self.activated_at = inf
@@ -162,7 +166,14 @@ class Proposal:
         for request_id in chosen:
             log = self._logs[request_id][1]
             computed = restart(self.plan, request_id, Prefixes(log.tokens), self._acks)
-            agreed.append(Agreed(request_id=request_id, log=log, restart=computed))
+            agreed.append(
+                Agreed(
+                    request_id=request_id,
+                    log=log,
+                    restart=computed,
+                    rung=rung(self._before, self.plan, computed),
+                )
+            )
         return tuple(agreed)
 
     def _ask(self, missing: dict[int, Choice]) -> None:

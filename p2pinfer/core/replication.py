@@ -6,12 +6,14 @@ and belongs to its log. What did not reach it, or came before it had the step's 
 by position: once it has fallen behind for `LAG_S`, or as soon as a frame shows that there is a gap.
 An answer and the frames after it take the same link, so nothing lacks between them.
 
-Bytes are those of K and V; a frame's head is not counted.
+All frames to a standby, answers too, use up the same credit; what has come to it is granted again,
+wanted or not. So no more than the window is on the way to it, and a window more for each time that
+the way back began anew meanwhile. Bytes are those of K and V; a frame's head is not counted.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import inf
 from typing import NamedTuple
@@ -28,15 +30,16 @@ from p2pinfer.wire.messages import Credit, KvDelta, KvRequest, Slot
 FRAME_BYTES = 1 << 20
 """Of one frame: large enough to be rare, small enough to send between two steps."""
 
-WINDOW_BYTES = 16 << 20
-"""What a standby grants each owner (some chunks of a prefill), and asks of it at once at most."""
+WINDOW_BYTES = MAX_CREDIT_BYTES
+"""What a standby grants each owner, and asks of it at once at most: a prefill may need more, and
+what goes beyond is asked for."""
 
 LAG_S = 0.2
 """A standby is one step behind by nature; it asks for what lacks when it has been for so long."""
 
-ASK_AGAIN_S = 1.0
-"""An answer that has not come by then was lost with its link."""
-
+ASK_AGAIN_S = 2.0
+"""An answer of which nothing has come for so long is lost: a whole window may be before it in a
+slow link."""
 
 MORE_ROWS = 64
 """Positions that may have been computed between a question and its answer."""
@@ -82,6 +85,15 @@ def pieces(plan: Plan, member: int, request_id: int, unit: KvUnit, run: Slice) -
         yield Piece(member, request_id, unit, start, min(start + rows, run.end))
 
 
+def _cost(plan: Plan, piece: Piece) -> int:
+    """Bytes of a piece."""
+    return (piece.end - piece.start) * _row_bytes(plan, piece.unit)
+
+
+_Key = tuple[int, int, KvUnit]
+"""A standby (index), a request and one of its units."""
+
+
 class Feed:
     """An owner's side under one plan: which pieces go to whom. `me` is an index into its members.
 
@@ -98,7 +110,8 @@ class Feed:
             if copies and copies[unit.unit]:
                 self._standbys[unit] = copies[unit.unit]
         self._credit: defaultdict[int, int] = defaultdict(int)
-        self._asked: dict[tuple[int, int, KvUnit], KvRequest] = {}
+        self._asked: dict[_Key, Slice] = {}
+        """Positions yet to be sent that a standby has asked for, oldest question first."""
 
     @property
     def standbys(self) -> frozenset[int]:
@@ -110,21 +123,53 @@ class Feed:
         return self._stage_of[unit]
 
     def grant(self, member: int, credit: Credit) -> None:
-        """A standby grants bytes; what was granted and not used adds up to a bound."""
-        self._credit[member] = min(self._credit[member] + credit.bytes, MAX_CREDIT_BYTES)
+        """A standby grants bytes; what was granted and not used adds up to a bound.
+
+        Raises `RemoteProtocolError` for a member that is no standby of this node's.
+        """
+        if member not in self.standbys:
+            raise RemoteProtocolError("credit from a member that keeps no replica of mine")
+        self._grant(member, credit.bytes)
+
+    def _grant(self, member: int, more: int) -> None:
+        self._credit[member] = min(self._credit[member] + more, WINDOW_BYTES)
+
+    def relinked(self, member: int) -> None:
+        """The link to or from a standby began anew: what the old one held is lost, credit too, and
+        the standby grants and asks again."""
+        self._credit.pop(member, None)
+        for key in [key for key in self._asked if key[0] == member]:
+            del self._asked[key]
 
     def finished(self, slots: Sequence[Slot]) -> Iterator[Piece]:
-        """What a finished step of `slots` has written, for each standby that has credit for it."""
+        """What a finished step of `slots` has written, for each standby, as far as its credit goes.
+
+        Not what a standby lacks the positions before of: the answer to its question has them all.
+        """
         for slot in slots:
             run = Slice(slot.start, slot.start + len(slot.tokens))
             for unit, members in self._standbys.items():
                 if self._logs.coverage.of(slot.request_id, unit) < run.end:
                     continue  # The request has ended meanwhile.
-                cost = (run.end - run.start) * _row_bytes(self._plan, unit)
                 for member in members:
-                    if self._credit[member] >= cost:
-                        self._credit[member] -= cost
-                        yield from pieces(self._plan, member, slot.request_id, unit, run)
+                    if (member, slot.request_id, unit) in self._asked:
+                        continue
+                    for piece in pieces(self._plan, member, slot.request_id, unit, run):
+                        if not self._pays(piece):
+                            break
+                        yield piece
+
+    def _pays(self, piece: Piece) -> bool:
+        """Whether a standby's credit is enough for a piece; it is used then."""
+        cost = _cost(self._plan, piece)
+        if self._credit[piece.member] < cost:
+            return False
+        self._credit[piece.member] -= cost
+        return True
+
+    def unsent(self, piece: Piece) -> None:
+        """A link did not take a piece: nothing of its credit is used."""
+        self._grant(piece.member, _cost(self._plan, piece))
 
     def ask(self, member: int, request: KvRequest) -> None:
         """A standby asks for positions; a newer question about the same unit takes its place.
@@ -138,46 +183,53 @@ class Feed:
         unit = KvUnit(Slice(stage.start, stage.end), request.unit)
         if member not in self._standbys.get(unit, ()):
             raise RemoteProtocolError("KV asked for by a member that is no standby of that unit")
-        self._asked[member, request.request_id, unit] = request
+        key = member, request.request_id, unit
+        rows = min(request.end - request.start, request.credit // _row_bytes(self._plan, unit))
+        if rows > 0 and self._logs.coverage.of(request.request_id, unit) > request.start:
+            self._asked[key] = Slice(request.start, request.start + rows)
+        else:
+            self._asked.pop(key, None)
 
     def answers(self, budget: int) -> Iterator[Piece]:
-        """Pieces that were asked for, oldest question first, until `budget` bytes are reached.
+        """Pieces that were asked for, oldest question first, until `budget` bytes are reached or
+        there is no credit for more.
 
-        What is not covered here (yet) is not sent; a question is over when it was looked at.
+        What is not covered here (yet) is not sent. A question is over when all of it is sent that
+        is covered: what is computed next follows by itself.
         """
-        while self._asked and budget > 0:
-            (member, request_id, unit), request = next(iter(self._asked.items()))
-            row = _row_bytes(self._plan, unit)
-            end = min(
-                request.end,
-                self._logs.coverage.of(request_id, unit),
-                request.start + request.credit // row,
-            )
-            piece = next(
-                pieces(self._plan, member, request_id, unit, Slice(request.start, end)), None
-            )
-            if piece is None:
-                del self._asked[member, request_id, unit]
-                continue
-            yield piece
-            sent = (piece.end - piece.start) * row
-            budget -= sent
-            self._asked[member, request_id, unit] = KvRequest(
-                fence=request.fence,
-                request_id=request_id,
-                stage=request.stage,
-                unit=request.unit,
-                start=piece.end,
-                end=request.end,
-                credit=request.credit - sent,
-            )
+        for key in tuple(self._asked):
+            while budget > 0 and key in self._asked:
+                piece = self._answer(key)
+                if piece is None:
+                    break
+                budget -= _cost(self._plan, piece)
+                yield piece
+
+    def _answer(self, key: _Key) -> Piece | None:
+        """The next piece of an answer; None: there is nothing (more) of it, or no credit."""
+        member, request_id, unit = key
+        asked = self._asked[key]
+        run = Slice(asked.start, min(asked.end, self._logs.coverage.of(request_id, unit)))
+        piece = next(pieces(self._plan, member, request_id, unit, run), None)
+        if piece is not None and not self._pays(piece):
+            return None
+        if piece is None or piece.end == run.end:
+            del self._asked[key]
+        else:
+            self._asked[key] = Slice(piece.end, asked.end)
+        return piece
 
 
 class _Question(NamedTuple):
-    """What a standby has asked for, and when."""
+    """What a standby has asked for up to `limit`, and when something of it came last.
+
+    `end` is what is known to be there. `frames` had come from the owner when it was asked.
+    """
 
     end: int
+    limit: int
     at: float
+    frames: int
 
 
 class Replicas:
@@ -197,12 +249,31 @@ class Replicas:
         self._asked: dict[tuple[int, KvUnit], _Question] = {}
         self._used: defaultdict[int, int] = defaultdict(int)
         """Bytes that came from each owner and were not granted again yet."""
+        self._frames: Counter[int] = Counter()
+        """Frames that came from each owner."""
         self._fresh = self.owners
 
     @property
     def owners(self) -> frozenset[int]:
         """Members (indices) whose units this node keeps a replica of."""
         return frozenset(self.owner_of.values())
+
+    @property
+    def lacking(self) -> int:
+        """Positions that lack of what is expected, over all requests and units; of each unit one
+        step's lack by nature while steps run."""
+        return sum(
+            max(0, self._expected.get(request_id, 0) - self._logs.coverage.of(request_id, unit))
+            for request_id, unit in self._behind
+        )
+
+    def relinked(self, owner: int) -> None:
+        """The link to or from an owner began anew: what was granted and asked before is lost."""
+        if owner in self.owners:
+            self._fresh |= {owner}
+            self._used.pop(owner, None)
+            for key in [key for key in self._asked if self.owner_of[key[1]] == owner]:
+                del self._asked[key]
 
     def stepped(self, slots: Iterable[Slot], now: float) -> None:
         """A step begins: what lies before its slots is computed by all owners."""
@@ -237,8 +308,9 @@ class Replicas:
         Counts its bytes as used, and a frame beyond the watermark as the proof of a gap.
         """
         rows = frame.tensor.shape[2]
-        self._used[self.owner_of[unit]] += rows * _row_bytes(self._plan, unit)
-        end = frame.start + rows
+        owner, end = self.owner_of[unit], frame.start + rows
+        self._used[owner] += rows * _row_bytes(self._plan, unit)
+        self._frames[owner] += 1
         if self._logs.digest(frame.request_id, end) != frame.log_digest:
             return False
         if frame.start > self._logs.coverage.of(frame.request_id, unit):
@@ -250,9 +322,9 @@ class Replicas:
         """A frame's rows are in their place."""
         request_id, end = frame.request_id, frame.start + frame.tensor.shape[2]
         self._logs.coverage.join(request_id, unit, frame.start, end)
-        question = self._asked.get((request_id, unit))
-        if question is not None and end >= question.end:
-            del self._asked[request_id, unit]
+        question = self._asked.pop((request_id, unit), None)
+        if question is not None and end < question.end:
+            self._asked[request_id, unit] = question._replace(at=now)
         self._look(request_id, now)
 
     def _look(self, request_id: int, now: float) -> None:
@@ -267,17 +339,7 @@ class Replicas:
 
     def asks(self, now: float) -> Iterator[tuple[int, KvRequest]]:
         """What to ask of which owner now, within the window; each thing once at a time."""
-        open_bytes = defaultdict[int, int](int)
-        for (request_id, unit), question in tuple(self._asked.items()):
-            if now >= question.at + ASK_AGAIN_S:
-                del self._asked[request_id, unit]
-                self._used.pop(self.owner_of[unit], None)
-                self._fresh |= {self.owner_of[unit]}
-            else:
-                start = self._logs.coverage.of(request_id, unit)
-                open_bytes[self.owner_of[unit]] += (question.end - start) * _row_bytes(
-                    self._plan, unit
-                )
+        open_bytes = self._open_bytes(now)
         for (request_id, unit), since in tuple(self._behind.items()):
             owner, row = self.owner_of[unit], _row_bytes(self._plan, unit)
             room = (WINDOW_BYTES - open_bytes[owner]) // row
@@ -289,7 +351,12 @@ class Replicas:
             lacking = max(1, self._expected.get(request_id, 0) - start)
             rows = min(room, lacking + MORE_ROWS)
             open_bytes[owner] += rows * row
-            self._asked[request_id, unit] = _Question(start + min(rows, lacking), now)
+            self._asked[request_id, unit] = _Question(
+                end=start + min(rows, lacking),
+                limit=start + rows,
+                at=now,
+                frames=self._frames[owner],
+            )
             yield (
                 owner,
                 KvRequest(
@@ -302,6 +369,24 @@ class Replicas:
                     credit=rows * row,
                 ),
             )
+
+    def _open_bytes(self, now: float) -> Counter[int]:
+        """What each owner has been asked for and has not answered; what is lost is given up.
+
+        An owner that has sent nothing at all since may have no credit left: it was lost as well.
+        """
+        found = Counter[int]()
+        for (request_id, unit), question in tuple(self._asked.items()):
+            owner = self.owner_of[unit]
+            if now < question.at + ASK_AGAIN_S:
+                start = self._logs.coverage.of(request_id, unit)
+                found[owner] += (question.limit - start) * _row_bytes(self._plan, unit)
+                continue
+            del self._asked[request_id, unit]
+            if self._frames[owner] == question.frames:
+                self._used.pop(owner, None)
+                self._fresh |= {owner}
+        return found
 
     def grants(self) -> Iterator[tuple[int, Credit]]:
         """Credit for owners: a whole window at first and after a silence, then what was used."""

@@ -30,7 +30,7 @@ from p2pinfer.core.events import (
 from p2pinfer.core.outbox import Outbox
 from p2pinfer.core.request_entry import Entry, conflict_of, contradicts, error, merge, note
 from p2pinfer.errors import ERROR_CODES
-from p2pinfer.limits import MAX_NODES, MAX_REQUESTS, MAX_STEP_SLOTS
+from p2pinfer.limits import MAX_NODES, MAX_POSITIONS, MAX_REQUESTS, MAX_STEP_SLOTS
 from p2pinfer.types import Failover, Fence
 from p2pinfer.wire.messages import Cancel, Drawn, DrawnToken, Ended, Forward, Interruption
 
@@ -39,6 +39,10 @@ REPLY_KEPT_S = 60.0
 
 MAX_KEPT_REPLIES = MAX_REQUESTS
 """Finished replies kept; the oldest goes first. As many ids of removed requests are remembered."""
+
+MAX_KEPT_TOKENS = MAX_POSITIONS
+"""Tokens of all finished replies that are kept, their prompts included: about 40 MB, at 40 bytes a
+token, and enough for one of the longest."""
 
 MOVED_S = 0.9
 """After a request moved, or was claimed for the first time, no other node moves it: what the former
@@ -83,7 +87,7 @@ class RequestLog:
         for entry in [e for e in self._entries.values() if e.orphan_at <= now]:
             self._remove(entry)
         ended = sorted((e for e in self._entries.values() if e.ended), key=lambda e: e.ended_at)
-        too_many = max(0, len(ended) - MAX_KEPT_REPLIES)
+        too_many = surplus([e.prompt_tokens + len(e.tokens) for e in ended])
         for number, entry in enumerate(ended):
             if number < too_many or entry.ended_at + REPLY_KEPT_S <= now:
                 del self._entries[entry.request_id]
@@ -240,6 +244,7 @@ class RequestLog:
             entry.ending = None
             entry.restart = 0
         self._fence, self._to_cancel = None, []
+        rungs = {news.request_id: news.rung for news in agreed}
         for news in sorted(agreed, key=lambda news: news.request_id):
             if self._take_over(news, now):
                 interrupted.add(news.request_id)
@@ -249,7 +254,7 @@ class RequestLog:
                 failover = Failover(
                     position=entry.prompt_tokens + entry.committed,
                     lost=tuple(dict.fromkeys(lost))[:MAX_NODES],
-                    rung="none" if entry.restart else "replay",
+                    rung=rungs[request_id] if entry.restart else "replay",
                     detect_s=detect_s,
                     stall_s=0.0,
                     exact=exact,
@@ -431,6 +436,17 @@ class RequestLog:
                 )
                 tokens = tuple(token for token, _ in part)
                 self._box.send(node_id, Drawn(tokens=tokens, interruptions=interruptions))
+
+
+def surplus(sizes: Sequence[int]) -> int:
+    """How many finished replies, the first of them, are to be forgotten, so that those that are
+    kept are neither too many nor too long; `sizes` are their tokens, of the oldest first."""
+    tokens = 0
+    for kept, size in enumerate(reversed(sizes)):
+        tokens += size
+        if kept == MAX_KEPT_REPLIES or tokens > MAX_KEPT_TOKENS:
+            return len(sizes) - kept
+    return 0
 
 
 def _moved(entry: Entry) -> Ended:

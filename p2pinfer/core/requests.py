@@ -8,6 +8,7 @@ is lost a reply waits for the next one, and is forwarded to it with all tokens t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
 
@@ -25,13 +26,14 @@ from p2pinfer.core.events import (
 )
 from p2pinfer.core.outbox import Outbox
 from p2pinfer.core.request_entry import first_difference
-from p2pinfer.core.request_log import MAX_KEPT_REPLIES, REPLY_KEPT_S
+from p2pinfer.core.request_log import REPLY_KEPT_S, surplus
 from p2pinfer.errors import ClusterError, InvalidRequestError
 from p2pinfer.limits import MAX_FAILOVERS, MAX_REASON_CHARS, MAX_REQUESTS
 from p2pinfer.types import Failover, SamplingParams
 from p2pinfer.wire.messages import (
     Accepted,
     Cancel,
+    Contact,
     Drawn,
     DrawnToken,
     Ended,
@@ -95,10 +97,16 @@ class Reply:
 
 
 class Serving:
-    """All replies of this node's clients, kept for a while after their end. Times in seconds."""
+    """All replies of this node's clients, kept for a while after their end. Times in seconds.
 
-    def __init__(self, config: NodeConfig, box: Outbox) -> None:
+    `others` says through which members a client may go on when this node is gone.
+    """
+
+    def __init__(
+        self, config: NodeConfig, box: Outbox, others: Callable[[], tuple[Contact, ...]] = tuple
+    ) -> None:
         self.leader_id = ""
+        self._others = others
         self._term = 0
         self._config = config
         self._box = box
@@ -139,6 +147,8 @@ class Serving:
             self._accept(request, waiting, now)
         else:
             self._attach(reply, request, waiting)
+        if request.stopped:
+            self.cancelled(ClientCancelled(request_id=request.request_id, reason="stop"), now)
 
     def _check(self, request: ClientSubmitted) -> None:
         request.params.check()
@@ -202,6 +212,7 @@ class Serving:
             served_by=self._config.member.name,
             prompt_ids=reply.prompt_ids,
             waiting=reply.told,
+            others=self._others(),
         )
         self._box.add(ReplyTo(route=reply.route, message=accepted))
 
@@ -210,7 +221,9 @@ class Serving:
         reply = self._replies.get(request.request_id)
         if reply is None or reply.end:
             return
-        self._cancel_at_leader(reply, "stop" if request.reason == "stop" else "client")
+        if request.reason == "stop" and reply.forward_at == -inf and self.leader_id:
+            self._forward(reply, now)  # or it would be another node's, which we cannot end
+        self._cancel_at_leader(reply, request.reason)
         if request.reason == "stop":
             self._conclude(reply, "stop", now)
         else:
@@ -332,7 +345,8 @@ class Serving:
         patience, waiting = self._config.wait_for_nodes, waiting[:MAX_REASON_CHARS]
         for reply in self._open():
             if ready:
-                reply.waiting, reply.told, reply.stalled_at = False, "", inf
+                self._tell(reply, "")
+                reply.waiting, reply.stalled_at = False, inf
             else:
                 reply.stalled_at = min(reply.stalled_at, now)
             if now >= self._patient_until(reply):
@@ -385,7 +399,7 @@ class Serving:
 
     def _forget_old(self, now: float) -> None:
         ended = sorted((r for r in self._replies.values() if r.end), key=lambda r: r.ended_at)
-        too_many = max(0, len(ended) - MAX_KEPT_REPLIES)
+        too_many = surplus([len(r.prompt_ids) + len(r.tokens) for r in ended])
         for number, reply in enumerate(ended):
             if number < too_many or reply.ended_at + REPLY_KEPT_S <= now:
                 del self._replies[reply.request_id]

@@ -43,7 +43,7 @@ class Shares(NamedTuple):
 
 def stage_loads(model: ModelSpec, depth: int, last: bool) -> list[Load]:
     """What a stage of `depth` layers weighs, its least KV included; vocabulary in the last."""
-    kv = kv_bytes_per_position(model, depth) * least_positions(model)
+    kv = least_kv_bytes(model, depth)
     loads = []
     for kind, times, more in (
         (UnitKind.HEAD, depth, kv),
@@ -59,6 +59,11 @@ def stage_loads(model: ModelSpec, depth: int, last: bool) -> list[Load]:
 def least_positions(model: ModelSpec) -> int:
     """Positions of KV that a plan must have room for."""
     return min(MIN_KV_POSITIONS, model.max_positions)
+
+
+def least_kv_bytes(model: ModelSpec, depth: int) -> int:
+    """Bytes of KV that whoever has a head unit of `depth` layers must have room for."""
+    return kv_bytes_per_position(model, depth) * least_positions(model)
 
 
 def room_of(member: Member) -> float:

@@ -2,8 +2,9 @@
 
 The first standby of a unit takes it over when its owner dies. So an owner's units are spread over
 the others just as the shares would be fair without it. Standbys are chosen in the owner's numeric
-class first, since only there the bits stay the same, and where there is memory. Whoever has a
-unit's KV already, as its standby or its owner before, is kept unless it would be given too much.
+class first, since only there the bits stay the same, and where there is memory for the weights and
+the least KV of all that a member owns and keeps. Whoever has a unit's KV already, as its standby or
+its owner before, is kept unless it would be given too much.
 """
 
 from __future__ import annotations
@@ -12,13 +13,21 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from fractions import Fraction
+from math import inf
 
 import msgspec
 
 from p2pinfer.core.holdings import Copies, Units, owners_of, stage_members, standbys_of
 from p2pinfer.core.planner import may_own
-from p2pinfer.core.shares import Load, largest_remainder, preferred, room_of, stage_loads
-from p2pinfer.types import Member, Plan
+from p2pinfer.core.shares import (
+    Load,
+    largest_remainder,
+    least_kv_bytes,
+    preferred,
+    room_of,
+    stage_loads,
+)
+from p2pinfer.types import Member, Plan, UnitKind
 
 
 def name_standbys(
@@ -40,7 +49,9 @@ def name_standbys(
             if (member := plan.members[i]).node_id in able and may_own(member)
         }
         last = number == len(plan.stages) - 1
-        naming = _Naming(stage_loads(plan.model, stage.end - stage.start, last), members)
+        depth = stage.end - stage.start
+        kv = least_kv_bytes(plan.model, depth)
+        naming = _Naming(stage_loads(plan.model, depth, last), members, kv)
         owners = [each for each in owners_of(stage) if each]
         naming.own(owners)
         warm = _warm(plan, number, previous)
@@ -84,19 +95,27 @@ def _warm(plan: Plan, number: int, previous: Plan | None) -> list[Copies]:
 class _Naming:
     """The standbys of one stage, being named. Members are indices into the plan's members."""
 
-    def __init__(self, loads: Sequence[Load], members: Mapping[int, Member]) -> None:
+    def __init__(self, loads: Sequence[Load], members: Mapping[int, Member], kv: int) -> None:
         self._loads = loads
         self._members = members
+        self._kv = [kv if load.kind is UnitKind.HEAD else 0 for load in loads]
+        """By kind: the least KV of a unit."""
         self._weights = {i: Fraction(member.weight) for i, member in members.items()}
         self._held = dict.fromkeys(members, 0)
-        """Bytes of what each owns and is named for."""
+        """Bytes of what each owns and is named for, the least KV of it included."""
+        self._kv_held = dict.fromkeys(members, 0)
+        """That KV alone."""
 
     def own(self, owners: Sequence[Units]) -> None:
         """Note what is owned: it comes first in everybody's memory."""
         assert self._members.keys() >= {i for each in owners for i in each}, "owners are able"
-        for load, each in zip(self._loads, owners, strict=True):
+        for kind, each in enumerate(owners):
             for unit, owner in enumerate(each):
-                self._held[owner] += load.bytes_of(unit)
+                self._hold(kind, unit, owner)
+
+    def _hold(self, kind: int, unit: int, member: int) -> None:
+        self._held[member] += self._loads[kind].bytes_of(unit)
+        self._kv_held[member] += self._kv[kind]
 
     def name(self, kind: int, owners: Units, warm: Copies, replicas: int) -> Copies:
         """Standbys by unit of one kind; empty where there are none at all."""
@@ -135,7 +154,7 @@ class _Naming:
             given[i] += 1
             missing[i] -= 1
             times[i] += 1
-            self._held[i] += self._loads[kind].bytes_of(unit)
+            self._hold(kind, unit, i)
 
         for unit in units:
             fit = self._fit(kind, owner, unit, named[unit])
@@ -172,11 +191,13 @@ class _Naming:
 
     def _fit(self, kind: int, owner: int, unit: int, named: Sequence[int]) -> list[int]:
         """Who may be the unit's next standby: of the owner's class, if there is anybody."""
-        size = self._loads[kind].bytes_of(unit)
+        size, kv = self._loads[kind].bytes_of(unit), self._kv[kind]
         fit = [
             i
             for i, member in self._members.items()
-            if i not in (owner, *named) and self._held[i] + size <= room_of(member)
+            if i not in (owner, *named)
+            and self._held[i] + size <= room_of(member)
+            and (not kv or self._kv_held[i] + kv <= (member.kv_bytes or inf))
         ]
         mine = self._members[owner].numeric_class
         return [i for i in fit if self._members[i].numeric_class == mine] or fit

@@ -20,31 +20,40 @@ from p2pinfer.limits import MAX_REQUESTS
 from p2pinfer.types import Fence, Plan, SamplingParams
 from p2pinfer.wire.messages import FinalToken, Slot, Step
 
+HASH_EVERY = 256
+"""Tokens between two hashes that a log keeps: to tell a beginning of it costs no more than that."""
+
 
 class _Log:
-    """One request's log, and the hash of a beginning of it, to go on from."""
+    """One request's log, and the hashes of beginnings of it, to go on from."""
 
     def __init__(self, params: SamplingParams, prompt_tokens: int) -> None:
         self.params = params
         self.prompt_tokens = prompt_tokens
         self.tokens: list[int] = []
         self.term = 0
-        self._hash, self._hashed = sha256(), 0
+        self._hashes = [sha256()]
+        """Of the first 0, 1, 2, ... times `HASH_EVERY` tokens, as far as they were needed."""
 
     def cut(self, length: int) -> None:
         """Tokens from `length` on are void."""
         del self.tokens[length:]
-        if self._hashed > length:
-            self._hash, self._hashed = sha256(), 0
+        del self._hashes[length // HASH_EVERY + 1 :]
 
     def digest(self, length: int) -> str:
-        """As `agreement.digest` of the first `length` tokens; cheap where `length` only grows."""
-        if self._hashed > length:
-            self._hash, self._hashed = sha256(), 0
-        more = self.tokens[self._hashed : length]
-        self._hash.update(pack(f"<{len(more)}I", *more))
-        self._hashed = length
-        return self._hash.hexdigest()
+        """As `agreement.digest` of the first `length` tokens."""
+        whole = length // HASH_EVERY
+        while len(self._hashes) <= whole:
+            self._hashes.append(self._hashes[-1].copy())
+            self._hashes[-1].update(self._packed(len(self._hashes) - 2, HASH_EVERY))
+        found = self._hashes[whole].copy()
+        found.update(self._packed(whole, length % HASH_EVERY))
+        return found.hexdigest()
+
+    def _packed(self, block: int, count: int) -> bytes:
+        """The first `count` tokens of a block of `HASH_EVERY`, as they are hashed."""
+        start = block * HASH_EVERY
+        return pack(f"<{count}I", *self.tokens[start : start + count])
 
 
 class TokenLogs:

@@ -10,7 +10,13 @@ from collections.abc import Mapping
 from msgspec import Struct
 
 from p2pinfer.core import tree
-from p2pinfer.core.planner import Holding, holding, sender_of_hidden, stage_members
+from p2pinfer.core.holdings import (
+    Holding,
+    holding,
+    sender_of_hidden,
+    stage_members,
+    standby_holding,
+)
 from p2pinfer.core.units import kv_bytes_per_position, unit_count, unit_weight_bytes
 from p2pinfer.limits import MAX_POSITIONS, MAX_REQUESTS
 from p2pinfer.types import ModelSpec, Plan, UnitKind
@@ -97,27 +103,35 @@ def _receivers(plan: Plan, stage: int, me: int) -> tuple[int, ...]:
 
 
 def position_limit(plan: Plan) -> int:
-    """Positions of KV that every member has room for, over all requests.
+    """Positions of KV that every member has room for, over all requests, replicas included.
 
     A member that says neither how much memory it offers nor how much of it for KV does not limit.
     """
     limit = MAX_POSITIONS * MAX_REQUESTS
     for index in range(len(plan.members)):
-        held, room = holding(plan, index), kv_room(plan, index)
-        if room is not None and held.head_units:
-            limit = min(limit, room // _kv_bytes_per_position(plan, held))
+        room = kv_room(plan, index)
+        row = sum(_kv_bytes_per_position(plan, held) for held in _held(plan, index))
+        if room is not None and row:
+            limit = min(limit, room // row)
     return limit
 
 
 def kv_room(plan: Plan, index: int) -> int | None:
-    """Bytes of KV that a member has room for beside its weights; None when it does not say."""
+    """Bytes of KV, replicas included, that a member has room for beside the weights of what it owns
+    and keeps; None when it does not say."""
     member = plan.members[index]
     rooms = []
     if member.memory_bytes:
-        rooms.append(max(0, member.memory_bytes - weight_bytes(plan.model, holding(plan, index))))
+        weights = sum(weight_bytes(plan.model, held) for held in _held(plan, index))
+        rooms.append(max(0, member.memory_bytes - weights))
     if member.kv_bytes:
         rooms.append(member.kv_bytes)
     return min(rooms, default=None)
+
+
+def _held(plan: Plan, index: int) -> tuple[Holding, Holding]:
+    """What a member owns, and what it keeps replicas of."""
+    return holding(plan, index), standby_holding(plan, index)
 
 
 def _kv_bytes_per_position(plan: Plan, held: Holding) -> int:

@@ -1,13 +1,15 @@
 """Llama (Touvron et al., 2023) by layers and units: what one node computes of one stage.
 
-The residual `x` is float32, whole and bit-identical on every node of a stage. A half layer yields
-one partial per owned unit; the caller adds the partials of all nodes along the fixed tree. Names
-are those of `transformers`' checkpoints.
+The residual is float32, whole and bit-identical on every node of a stage. A half layer takes it
+normed and yields one partial per unit; the caller adds the partials of all nodes along the fixed
+tree. Norms, biases that are added after a sum, and the embedding are the `Trunk`, which every node
+of a stage has; the rest is by unit. Names are those of `transformers`' checkpoints.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,11 +18,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from p2pinfer.core.planner import Holding
-from p2pinfer.core.units import group_size, unit_bounds
+from p2pinfer.core.units import Slice, group_size, unit_bounds
 from p2pinfer.model.attention import Rows, attend
 from p2pinfer.model.config import LlamaConfig
 from p2pinfer.model.linear import Linear, pack
-from p2pinfer.model.rope import rotate
+from p2pinfer.model.rope import Rope, rotate
 from p2pinfer.types import DType, ModelSpec, UnitKind
 
 WIDTH_MULTIPLE = 64
@@ -66,32 +68,62 @@ class Batch:
     sin: Tensor
 
 
+@dataclass(frozen=True)
+class LayerTrunk:
+    """Norms of one layer's halves, [hidden] float32, and the biases of `o_proj` and `down_proj`.
+
+    A bias is added once, after the sum over all units.
+    """
+
+    attention_norm: Tensor
+    attention_bias: Tensor | None
+    mlp_norm: Tensor
+    mlp_bias: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trunk:
+    """What every node of a stage has whole, whichever units it owns.
+
+    `final_norm` is there in the last stage, `embedding` (a mapped table) in the first.
+    """
+
+    span: Slice
+    dtype: torch.dtype
+    eps: float
+    rope: Rope
+    layers: tuple[LayerTrunk, ...]
+    final_norm: Tensor | None
+    embedding: Tensor | None
+
+    def normed(self, x: Tensor, norm: Tensor) -> Tensor:
+        """`x` [rows, hidden] float32 by root mean square and `norm`, in the model's dtype."""
+        return functional.rms_norm(x, (x.shape[1],), norm, self.eps).to(self.dtype)
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttentionHalf:
-    """Head units of one layer: norm, q/k/v as one product, attention, `o_proj` per unit.
-
-    `bias` is that of `o_proj`; the caller adds it once, after the sum over all units.
-    """
+    """Head units of one layer: q/k/v as one product, attention, `o_proj` per unit."""
 
     model: ModelSpec
     units: tuple[int, ...]
-    norm: Tensor
-    qkv: Linear | None
+    qkv: Linear
     out: tuple[Linear, ...]
-    bias: Tensor | None
 
     def partials(
-        self, x: Tensor, eps: float, batch: Batch, store_of: Callable[[int], Tensor]
+        self,
+        h: Tensor,
+        batch: Batch,
+        store_of: Callable[[int], Tensor],
+        owned: AbstractSet[int],
     ) -> dict[int, Tensor]:
-        """[rows, hidden] float32 per owned unit, of `x` [rows, hidden] float32.
+        """[rows, hidden] float32 per unit that is `owned`, of `h` [rows, hidden], the normed input.
 
-        `store_of(request)` is the KV of this layer, [units, 2, capacity, head_dim].
+        `store_of(request)` is the KV of this layer, [units, 2, capacity, head_dim]: that of all
+        units is written.
         """
-        if self.qkv is None:
-            return {}
         dtype, kind = TORCH_DTYPES[self.model.dtype], TORCH_DTYPES[self.model.kv_dtype]
-        h = functional.rms_norm(x, (x.shape[1],), self.norm, eps).to(dtype)
-        rows, units, dim = x.shape[0], len(self.units), self.model.head_dim
+        rows, units, dim = h.shape[0], len(self.units), self.model.head_dim
         group = group_size(self.model)
         qkv = self.qkv(h)
         values_at = units * (group + 1) * dim
@@ -102,46 +134,42 @@ class AttentionHalf:
         v = qkv[:, values_at:].view(rows, units, dim).to(kind)
         mixed = attend(q, k, v, batch.rows, store_of).to(dtype)
         each = zip(self.units, mixed.unbind(), self.out, strict=True)
-        return {unit: out(rows_of_unit).float() for unit, rows_of_unit, out in each}
+        return {unit: out(rows_of).float() for unit, rows_of, out in each if unit in owned}
 
     @property
     def nbytes(self) -> int:
         """Bytes of weight that one pass reads."""
-        return (self.qkv.nbytes if self.qkv else 0) + sum(o.nbytes for o in self.out)
+        return self.qkv.nbytes + sum(o.nbytes for o in self.out)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MlpHalf:
-    """MLP units of one layer: norm, gate and up as one product, `down_proj` per unit.
+    """MLP units of one layer: gate and up as one product, `down_proj` per unit.
 
-    `widths` are the units' padded widths; `bias` is that of `down_proj`, added by the caller.
+    `widths` are the units' padded widths.
     """
 
-    dtype: torch.dtype
     units: tuple[int, ...]
     widths: tuple[int, ...]
-    norm: Tensor
-    gate_up: Linear | None
+    gate_up: Linear
     down: tuple[Linear, ...]
-    bias: Tensor | None
 
-    def partials(self, x: Tensor, eps: float) -> dict[int, Tensor]:
-        """[rows, hidden] float32 per owned unit, of `x` [rows, hidden] float32."""
-        if self.gate_up is None:
-            return {}
-        h = functional.rms_norm(x, (x.shape[1],), self.norm, eps).to(self.dtype)
+    def partials(self, h: Tensor, owned: AbstractSet[int]) -> dict[int, Tensor]:
+        """[rows, hidden] float32 per unit that is `owned`, of `h` [rows, hidden], the normed
+        input."""
         active = _silu_mul(self.gate_up(h))
         sums: dict[int, Tensor] = {}
         start = 0
         for unit, width, down in zip(self.units, self.widths, self.down, strict=True):
-            sums[unit] = down(active[:, start : start + width].contiguous()).float()
+            if unit in owned:
+                sums[unit] = down(active[:, start : start + width].contiguous()).float()
             start += width
         return sums
 
     @property
     def nbytes(self) -> int:
         """Bytes of weight that one pass reads."""
-        return (self.gate_up.nbytes if self.gate_up else 0) + sum(d.nbytes for d in self.down)
+        return self.gate_up.nbytes + sum(d.nbytes for d in self.down)
 
 
 def _silu_mul(gate_up: Tensor) -> Tensor:
@@ -157,41 +185,44 @@ def _silu_mul(gate_up: Tensor) -> Tensor:
 
 
 class VocabHead:
-    """The final norm and the owned slices of `lm_head`."""
+    """Slices of `lm_head`, by vocab unit."""
 
-    def __init__(
-        self, dtype: torch.dtype, units: Sequence[int], norm: Tensor, heads: Sequence[Linear]
-    ) -> None:
-        self._dtype = dtype
-        self.units = tuple(units)
-        self._norm = norm
-        self._heads = tuple(heads)
+    def __init__(self, heads: Mapping[int, Linear]) -> None:
+        self._heads = heads
 
-    def logits(self, x: Tensor, eps: float) -> list[Tensor]:
-        """[rows, unit width] float32 per owned unit, of `x` [rows, hidden] float32."""
-        h = functional.rms_norm(x, (x.shape[1],), self._norm, eps).to(self._dtype)
-        return [head(h).float() for head in self._heads]
+    def logits(self, h: Tensor, owned: AbstractSet[int]) -> dict[int, Tensor]:
+        """[rows, unit width] float32 per unit that is `owned`, of `h` [rows, hidden], the normed
+        output of the last layer."""
+        return {unit: head(h).float() for unit, head in self._heads.items() if unit in owned}
 
     @property
     def nbytes(self) -> int:
         """Bytes of weight that one pass reads."""
-        return sum(h.nbytes for h in self._heads)
+        return sum(h.nbytes for h in self._heads.values())
 
 
 @dataclass(frozen=True)
 class StageModel:
-    """What a node holds of its stage, ready to compute."""
+    """The weights of some units of a stage, ready to compute; None where no unit is of the kind.
 
-    layers: list[tuple[AttentionHalf, MlpHalf]]
+    One attention and one MLP half for each layer of the span.
+    """
+
+    attention: tuple[AttentionHalf, ...] | None
+    mlp: tuple[MlpHalf, ...] | None
     vocab: VocabHead | None
-    embedding: Tensor | None
-    nbytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights held, as they are read by one pass over all of them."""
+        layers = sum(h.nbytes for h in self.attention or ()) + sum(h.nbytes for h in self.mlp or ())
+        return layers + (self.vocab.nbytes if self.vocab else 0)
 
 
 class StageLoader:
-    """Reads a node's units from the checkpoint, slice by slice, and packs them.
+    """Reads units and trunk of a stage from the checkpoint, slice by slice, and packs them.
 
-    `progress(bytes)` is called after each piece. Temporary memory is one product's weight at most.
+    Temporary memory is one product's weight at most.
     """
 
     def __init__(
@@ -200,90 +231,115 @@ class StageLoader:
         config: LlamaConfig,
         model: ModelSpec,
         device: torch.device,
-        progress: Callable[[int], None] = lambda _bytes: None,
     ) -> None:
         self._weights = weights
         self._config = config
         self._model = model
         self._device = device
         self._dtype = TORCH_DTYPES[model.dtype]
-        self._progress = progress
 
     def load(self, holding: Holding) -> StageModel:
         """Load everything that `holding` names."""
-        span = holding.span
-        layers = [
-            (self._attention(layer, holding.head_units), self._mlp(layer, holding.mlp_units))
-            for layer in range(span.start, span.end)
-        ]
-        vocab = self._vocab(holding.vocab_units) if holding.vocab_units else None
-        embedding = self._weights.mapped("model.embed_tokens.weight") if span.start == 0 else None
-        nbytes = sum(a.nbytes + m.nbytes for a, m in layers) + (vocab.nbytes if vocab else 0)
-        return StageModel(layers, vocab, embedding, nbytes)
+        pieces = self.pieces(holding)
+        while True:
+            try:
+                next(pieces)
+            except StopIteration as done:
+                loaded: StageModel = done.value
+                return loaded
 
-    def _place(self, tensor: Tensor) -> Tensor:
-        self._progress(tensor.nbytes)
-        return tensor.to(self._device, self._dtype)
+    def pieces(self, holding: Holding) -> Generator[int, None, StageModel]:
+        """The same, bit by bit: yields the bytes of each product, and 0 now and then between.
+        Whoever runs it may pause for as long as it likes, and go on in another thread."""
+        span = range(holding.span.start, holding.span.end)
+        attention, mlp, vocab = None, None, None
+        if holding.head_units:
+            halves = []
+            for layer in span:
+                halves.append((yield from self._attention(layer, holding.head_units)))
+            attention = tuple(halves)
+        if holding.mlp_units:
+            others = []
+            for layer in span:
+                others.append((yield from self._mlp(layer, holding.mlp_units)))
+            mlp = tuple(others)
+        if holding.vocab_units:
+            vocab = yield from self._vocab(holding.vocab_units)
+        return StageModel(attention, mlp, vocab)
 
-    def _norm(self, name: str) -> Tensor:
+    def trunk(self, span: Slice) -> Trunk:
+        """Load what every node of a stage has, whichever units it owns."""
+        config = self._config
+        last = span.end == self._model.num_layers
+        return Trunk(
+            span=span,
+            dtype=self._dtype,
+            eps=config.rms_norm_eps,
+            rope=Rope(config, self._device),
+            layers=tuple(self._layer_trunk(layer) for layer in range(span.start, span.end)),
+            final_norm=self._whole("model.norm.weight") if last else None,
+            embedding=self._weights.mapped("model.embed_tokens.weight") if not span.start else None,
+        )
+
+    def _layer_trunk(self, layer: int) -> LayerTrunk:
+        prefix, config = f"model.layers.{layer}.", self._config
+        attention, mlp = f"{prefix}self_attn.o_proj.bias", f"{prefix}mlp.down_proj.bias"
+        return LayerTrunk(
+            attention_norm=self._whole(f"{prefix}input_layernorm.weight"),
+            attention_bias=self._whole(attention) if config.attention_bias else None,
+            mlp_norm=self._whole(f"{prefix}post_attention_layernorm.weight"),
+            mlp_bias=self._whole(mlp) if config.mlp_bias else None,
+        )
+
+    def _whole(self, name: str) -> Tensor:
         return self._weights.whole(name).to(self._device, torch.float32)
 
-    def _bias(self, name: str, wanted: bool) -> Tensor | None:
-        """A row-parallel product's bias, added once, after the sum, on every node."""
-        return self._norm(name) if wanted else None
+    def _place(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._device, self._dtype)
 
-    def _attention(self, layer: int, units: Sequence[int]) -> AttentionHalf:
-        prefix = f"model.layers.{layer}."
-        base = prefix + "self_attn."
+    def _attention(self, layer: int, units: Sequence[int]) -> Generator[int, None, AttentionHalf]:
+        base = f"model.layers.{layer}.self_attn."
         dim, group = self._model.head_dim, group_size(self._model)
-        norm = self._norm(prefix + "input_layernorm.weight")
-        bias = self._bias(base + "o_proj.bias", self._config.attention_bias)
-        if not units:
-            return AttentionHalf(
-                model=self._model, units=(), norm=norm, qkv=None, out=(), bias=bias
-            )
         heights = (("q_proj", group * dim), ("k_proj", dim), ("v_proj", dim))
         rows = [
             (f"{base}{name}", unit * height, (unit + 1) * height, height)
             for name, height in heights
             for unit in units
         ]
-        qkv = self._stacked(rows, self._config.attention_bias)
+        qkv = yield from self._stacked(rows, self._config.attention_bias)
         width = group * dim
-        columns = [
-            self._weights.cols(base + "o_proj.weight", u * width, (u + 1) * width) for u in units
-        ]
-        out = [pack(self._place(column)) for column in columns]
-        return AttentionHalf(
-            model=self._model, units=tuple(units), norm=norm, qkv=qkv, out=tuple(out), bias=bias
-        )
+        out: list[Linear] = []
+        for u in units:
+            out.append(self._columns(base + "o_proj.weight", u * width, (u + 1) * width, width))
+            yield out[-1].nbytes
+        return AttentionHalf(model=self._model, units=tuple(units), qkv=qkv, out=tuple(out))
 
-    def _stacked(self, pieces: Sequence[tuple[str, int, int, int]], biased: bool) -> Linear:
+    def _stacked(
+        self, pieces: Sequence[tuple[str, int, int, int]], biased: bool
+    ) -> Generator[int, None, Linear]:
         """One column-parallel product of `(weight, first row, end row, padded height)` stacked."""
         read = self._weights.rows
-        weight = torch.cat([_taller(read(f"{n}.weight", a, b), high) for n, a, b, high in pieces])
+        slices: list[Tensor] = []
+        for name, start, end, height in pieces:
+            slices.append(_taller(read(f"{name}.weight", start, end), height))
+            # Reading may take long where a disk is asked.
+            yield 0
         bias = None
         if biased:
             bias = torch.cat([_taller(read(f"{n}.bias", a, b), high) for n, a, b, high in pieces])
             bias = bias.to(self._device, self._dtype)
-        return pack(self._place(weight), bias)
+        weight = torch.cat(slices)
+        slices.clear()
+        product = pack(self._place(weight), bias)
+        yield product.nbytes
+        return product
 
-    def _mlp(self, layer: int, units: Sequence[int]) -> MlpHalf:
-        prefix = f"model.layers.{layer}."
-        base = prefix + "mlp."
-        norm = self._norm(prefix + "post_attention_layernorm.weight")
-        biased = self._config.mlp_bias
-        bias = self._bias(base + "down_proj.bias", biased)
-        if not units:
-            return MlpHalf(
-                dtype=self._dtype,
-                units=(),
-                widths=(),
-                norm=norm,
-                gate_up=None,
-                down=(),
-                bias=bias,
-            )
+    def _columns(self, name: str, start: int, end: int, width: int) -> Linear:
+        """One unit's row-parallel product: columns `[start, end)`, with zeros up to `width`."""
+        return pack(self._place(_wider(self._weights.cols(name, start, end), width)))
+
+    def _mlp(self, layer: int, units: Sequence[int]) -> Generator[int, None, MlpHalf]:
+        base = f"model.layers.{layer}.mlp."
         bounds = [unit_bounds(self._model, UnitKind.MLP, u) for u in units]
         widths = [-(-(b - a) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE for a, b in bounds]
         pieces = [
@@ -291,27 +347,22 @@ class StageLoader:
             for name in ("gate_proj", "up_proj")
             for (a, b), width in zip(bounds, widths, strict=True)
         ]
-        gate_up = self._stacked(pieces, biased)
-        down = [
-            pack(self._place(_wider(self._weights.cols(base + "down_proj.weight", a, b), width)))
-            for (a, b), width in zip(bounds, widths, strict=True)
-        ]
-        return MlpHalf(
-            dtype=self._dtype,
-            units=tuple(units),
-            widths=tuple(widths),
-            norm=norm,
-            gate_up=gate_up,
-            down=tuple(down),
-            bias=bias,
-        )
+        gate_up = yield from self._stacked(pieces, self._config.mlp_bias)
+        down: list[Linear] = []
+        for (a, b), width in zip(bounds, widths, strict=True):
+            down.append(self._columns(base + "down_proj.weight", a, b, width))
+            yield down[-1].nbytes
+        return MlpHalf(units=tuple(units), widths=tuple(widths), gate_up=gate_up, down=tuple(down))
 
-    def _vocab(self, units: Sequence[int]) -> VocabHead:
+    def _vocab(self, units: Sequence[int]) -> Generator[int, None, VocabHead]:
         tied = self._config.tie_word_embeddings
         name = "model.embed_tokens.weight" if tied else "lm_head.weight"
-        bounds = [unit_bounds(self._model, UnitKind.VOCAB, u) for u in units]
-        heads = [pack(self._place(self._weights.rows(name, a, b))) for a, b in bounds]
-        return VocabHead(self._dtype, units, self._norm("model.norm.weight"), heads)
+        heads: dict[int, Linear] = {}
+        for unit in units:
+            start, end = unit_bounds(self._model, UnitKind.VOCAB, unit)
+            heads[unit] = pack(self._place(self._weights.rows(name, start, end)))
+            yield heads[unit].nbytes
+        return VocabHead(heads)
 
 
 def _taller(tensor: Tensor, height: int) -> Tensor:

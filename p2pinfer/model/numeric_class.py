@@ -17,6 +17,7 @@ from p2pinfer.core.planner import Holding
 from p2pinfer.core.units import Slice
 from p2pinfer.model.config import LlamaConfig, model_spec
 from p2pinfer.model.llama import StageLoader
+from p2pinfer.model.part import Part, empty_cache
 from p2pinfer.model.reduction import whole_sum
 from p2pinfer.model.runner import NeedSum, StageRunner
 from p2pinfer.types import DType
@@ -92,8 +93,10 @@ def numeric_class(dtype: DType, device: torch.device) -> str:
         mlp_units=(0, 1),
         vocab_units=(0, 1),
     )
-    stage = StageLoader(_SeededSource(config.hidden_size), config, spec, device).load(everything)
-    runner = StageRunner(stage, everything, config, spec, device)
+    loader = StageLoader(_SeededSource(config.hidden_size), config, spec, device)
+    part = Part(everything, empty_cache(everything, spec, device))
+    part.stage = loader.load(everything)
+    runner = StageRunner((part,), everything, loader.trunk(everything.span), spec, device)
     digest = hashlib.sha256()
     for request_id, rows in enumerate(ROW_COUNTS):
         tokens = tuple((7 * i + rows) % _VOCAB for i in range(rows))

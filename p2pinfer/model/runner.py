@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from p2pinfer.core.planner import Holding
+from p2pinfer.core.holdings import Holding
 from p2pinfer.core.units import group_size
 from p2pinfer.model.attention import Run, make_rows
-from p2pinfer.model.config import LlamaConfig
-from p2pinfer.model.kv_cache import KvCache, KvShape
 from p2pinfer.model.linear import padded_rows
-from p2pinfer.model.llama import TORCH_DTYPES, Batch, StageModel
+from p2pinfer.model.llama import TORCH_DTYPES, Batch, Trunk
+from p2pinfer.model.part import Part, units_of
 from p2pinfer.model.rope import Rope
 from p2pinfer.types import ModelSpec
 from p2pinfer.wire.messages import Slot
@@ -55,102 +54,134 @@ StepRun = Generator[Exchange, Tensor | None, list[Tensor]]
 
 
 class StageRunner:
-    """Computes steps for the units that one node owns, and keeps their KV.
+    """Computes steps for the units that one node owns, and keeps the KV of all that it holds.
 
-    `cache` is one of the same shape, of a runner before with the same layers and head units.
+    `parts` are all that the node holds. Those of which it owns any unit compute, and their weights
+    are ready; what else they compute is dropped. The others are only kept up to date: requests open
+    in them too. `owned` are units of one stage, and `trunk` is of that stage: None where nothing is
+    owned.
     """
 
     def __init__(
         self,
-        stage: StageModel,
-        holding: Holding,
-        config: LlamaConfig,
+        parts: Sequence[Part],
+        owned: Holding,
+        trunk: Trunk | None,
         model: ModelSpec,
         device: torch.device,
-        *,
-        cache: KvCache | None = None,
     ) -> None:
-        self._stage = stage
-        self._span = holding.span
-        self._eps = config.rms_norm_eps
+        self._parts = tuple(parts)
+        self._owned = owned
+        self._trunk = trunk
+        self._heads = frozenset(owned.head_units)
+        self._mlp_units = frozenset(owned.mlp_units)
+        self._vocab_units = frozenset(owned.vocab_units)
         self._hidden = model.hidden_size
         self._group = group_size(model)
         self._kv_dtype = TORCH_DTYPES[model.kv_dtype]
         self._device = device
-        self._rope = Rope(config, device)
-        self._is_last = self._span.end == model.num_layers
-        layers = self._span.end - self._span.start
-        units = len(holding.head_units)
-        shape = KvShape(units, layers, model.head_dim, self._kv_dtype, device)
-        assert cache is None or cache.shape == shape, "KV of other units"
-        self.cache = cache or KvCache(shape)
+        self._is_last = owned.span.end == model.num_layers
+        assert (trunk is None) == (owned.stage is None), "the trunk is of what is owned"
+        heads, mlp = self._heads, self._mlp_units
+        ready = [
+            (part, part.stage)
+            for part in parts
+            if part.stage is not None and part.held.span == owned.span
+        ]
+        here = {unit for part, _ in ready for unit in part.units}
+        assert units_of(owned) <= here, "what is owned is ready"
+        self._attention = [
+            (part.cache, stage.attention)
+            for part, stage in ready
+            if stage.attention and heads.intersection(part.held.head_units)
+        ]
+        self._mlp = [
+            stage.mlp
+            for part, stage in ready
+            if stage.mlp and mlp.intersection(part.held.mlp_units)
+        ]
+        self._vocab = [stage.vocab for _, stage in ready if stage.vocab]
 
     def run(self, slots: Sequence[Slot]) -> StepRun:
         """Compute `slots`. Returns, per owned vocab unit, logits [sampling slots, unit width].
 
-        The list is empty for a node that owns no vocab unit, or when no slot samples. KV counts
-        as covered only when the whole step is done: an unfinished one may run again.
+        The list is empty for a node that owns no vocab unit, or when no slot samples. A node that
+        owns nothing at all yields nothing.
         """
-        rows = sum(len(slot.tokens) for slot in slots)
         runs = self._open(slots)
-        batch = self._batch(runs, rows)
+        trunk = self._trunk
+        if trunk is None:
+            return []
+        rows = sum(len(slot.tokens) for slot in slots)
+        batch = self._batch(trunk.rope, runs, rows)
         x = torch.zeros((padded_rows(rows), self._hidden), dtype=torch.float32, device=self._device)
-        if self._stage.embedding is not None:
-            x[:rows] = self._embed(slots)
+        if trunk.embedding is not None:
+            x[:rows] = self._embed(trunk.embedding, slots)
         else:
             hidden = yield NeedHidden()
             assert hidden is not None
             x[:rows] = hidden
-        for index, (attention, mlp) in enumerate(self._stage.layers):
-            layer = self._span.start + index
-            partials = attention.partials(x, self._eps, batch, self.cache.of_layer(index))
-            x = self._add(
-                x, rows, (yield self._need(layer, ATTENTION, partials, rows)), attention.bias
-            )
-            partials = mlp.partials(x, self._eps)
-            x = self._add(x, rows, (yield self._need(layer, MLP, partials, rows)), mlp.bias)
-        for run in runs:
-            self.cache.finish(run.request_id, run.end)
+        for index, layer in enumerate(trunk.layers):
+            number = trunk.span.start + index
+            partials = self._attend(index, trunk.normed(x, layer.attention_norm), batch)
+            total = yield self._need(number, ATTENTION, partials, rows)
+            x = self._add(x, rows, total, layer.attention_bias)
+            partials = self._multiply(index, trunk.normed(x, layer.mlp_norm))
+            total = yield self._need(number, MLP, partials, rows)
+            x = self._add(x, rows, total, layer.mlp_bias)
+        for cache, _ in self._attention:
+            for run in runs:
+                cache.wrote(run.request_id, run.end)
         if not self._is_last:
             yield GiveHidden(x[:rows])
             return []
-        return self._logits(x, slots)
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of weights held, as they are read by one pass over all of them."""
-        return self._stage.nbytes
+        return self._logits(trunk, x, slots)
 
     def forget(self, request_ids: Sequence[int]) -> None:
         """Free the KV of requests that ended."""
-        for request_id in request_ids:
-            self.cache.drop(request_id)
+        for part in self._parts:
+            for request_id in request_ids:
+                part.cache.drop(request_id)
 
     def _open(self, slots: Sequence[Slot]) -> list[Run]:
         runs: list[Run] = []
         row = 0
         for slot in slots:
             if slot.capacity:
-                self.cache.open(slot.request_id, slot.capacity)
+                for part in self._parts:
+                    part.cache.open(slot.request_id, slot.capacity)
             end = slot.start + len(slot.tokens)
             runs.append(Run(slot.request_id, row, slot.start, end))
             row += len(slot.tokens)
         return runs
 
-    def _batch(self, runs: list[Run], rows: int) -> Batch:
+    def _batch(self, rope: Rope, runs: list[Run], rows: int) -> Batch:
         spans = [(run.start, run.end) for run in runs]
         filler = padded_rows(rows) - rows
         if filler:
             spans.append((0, filler))
-        cos, sin = self._rope.rows(spans)
+        cos, sin = rope.rows(spans)
         rows_of_step = make_rows(runs, self._group, self._kv_dtype, self._device)
         return Batch(rows_of_step, cos, sin)
 
-    def _embed(self, slots: Sequence[Slot]) -> Tensor:
+    def _embed(self, embedding: Tensor, slots: Sequence[Slot]) -> Tensor:
         """Rows of the mapped table: the table itself is never loaded."""
-        assert self._stage.embedding is not None
         ids = torch.tensor([token for slot in slots for token in slot.tokens], dtype=torch.int64)
-        return self._stage.embedding[ids].to(self._device, torch.float32)
+        return embedding[ids].to(self._device, torch.float32)
+
+    def _attend(self, index: int, h: Tensor, batch: Batch) -> dict[int, Tensor]:
+        """Partials of the owned head units in one layer of the span."""
+        partials: dict[int, Tensor] = {}
+        for cache, halves in self._attention:
+            partials |= halves[index].partials(h, batch, cache.of_layer(index), self._heads)
+        return partials
+
+    def _multiply(self, index: int, h: Tensor) -> dict[int, Tensor]:
+        """Partials of the owned MLP units in one layer of the span."""
+        partials: dict[int, Tensor] = {}
+        for halves in self._mlp:
+            partials |= halves[index].partials(h, self._mlp_units)
+        return partials
 
     @staticmethod
     def _need(layer: int, half: int, partials: dict[int, Tensor], rows: int) -> NeedSum:
@@ -165,15 +196,20 @@ class StageRunner:
             x[:rows] += bias
         return x
 
-    def _logits(self, x: Tensor, slots: Sequence[Slot]) -> list[Tensor]:
+    def _logits(self, trunk: Trunk, x: Tensor, slots: Sequence[Slot]) -> list[Tensor]:
         last_rows: list[int] = []
         row = -1
         for slot in slots:
             row += len(slot.tokens)
             if slot.sample:
                 last_rows.append(row)
-        if self._stage.vocab is None or not last_rows:
+        if not self._vocab_units or not last_rows:
             return []
         count = len(last_rows)
         picked = functional.pad(x[last_rows], (0, 0, 0, padded_rows(count) - count))
-        return [logits[:count] for logits in self._stage.vocab.logits(picked, self._eps)]
+        assert trunk.final_norm is not None
+        h = trunk.normed(picked, trunk.final_norm)
+        logits: dict[int, Tensor] = {}
+        for vocab in self._vocab:
+            logits |= vocab.logits(h, self._vocab_units)
+        return [logits[unit][:count] for unit in self._owned.vocab_units]

@@ -24,11 +24,13 @@ from p2pinfer.types import (
     U16,
     U32,
     U63,
+    Address,
     Digest,
     Failover,
     Fence,
     Identity,
     Member,
+    Name,
     SamplingParams,
     Seconds,
     TokenId,
@@ -184,13 +186,24 @@ class Submit(ControlMessage, frozen=True, kw_only=True):
     attempt: U63 = 0
 
 
+class Contact(Struct, frozen=True, kw_only=True):
+    """Another member that takes requests, and where."""
+
+    name: Name
+    address: Address
+
+
 class Accepted(ControlMessage, frozen=True, kw_only=True):
-    """The request is known to the serving node. `waiting` says what it waits for, or is empty."""
+    """The request is known to the serving node. `waiting` says what it waits for, or is empty.
+
+    `others` are the members through which the client may go on if this node is gone.
+    """
 
     request_id: U63
     served_by: Label
     prompt_ids: Tokens
     waiting: Reason = ""
+    others: Annotated[tuple[Contact, ...], Meta(max_length=MAX_NODES)] = ()
 
 
 class Chunk(ControlMessage, frozen=True, kw_only=True):
@@ -392,6 +405,7 @@ __all__ = [
     "Cancel",
     "Candidates",
     "Chunk",
+    "Contact",
     "ControlMessage",
     "CoverageRun",
     "Credit",

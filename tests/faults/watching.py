@@ -7,23 +7,20 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import pairwise
 from math import inf
 from typing import Any, Protocol
 
-from p2pinfer.client import Client, Event, new_request_id
+from p2pinfer.client import Client, Moved
 from p2pinfer.cluster import LocalNode
 from p2pinfer.errors import ClusterError
 from p2pinfer.types import Failover, SamplingParams
 from p2pinfer.wire.messages import Chunk, Finished
 
 DEADLINE_S = 60.0
-SILENCE_S = 5.0
-"""How long a client here bears a silent node before it goes to another one."""
-
 GO_ON_S = 3.0
 """Within this a reply has to go on, whatever one node or one path does."""
 
@@ -106,6 +103,21 @@ def all_own(cluster: Cluster) -> bool:
     return all(owners(node) == {each.name for each in running} for node in running)
 
 
+def all_protected(cluster: Cluster, behind: int = 0) -> bool:
+    """Whether every running node has the weights of all units that it keeps for others, of which
+    there are some, and lacks at most `behind` positions of each of their KV."""
+    for node in cluster.nodes:
+        if node.ending:
+            continue
+        seen = status(node).get("counters", {})
+        wanted = seen.get("standby_units_wanted")
+        if not wanted or seen["standby_units_ready"] != wanted:
+            return False
+        if seen["standby_lacks"] > behind * wanted:
+            return False
+    return True
+
+
 def owners(node: LocalNode) -> set[str]:
     """The names of the members that own units, as a node sees it."""
     return {m["name"] for m in status(node).get("members", ()) if m["owned"]}
@@ -140,10 +152,11 @@ def kill(*victims: LocalNode) -> None:
 
 @dataclass
 class Reading:
-    """A client in a thread of its own, which reads one long reply and resumes it where it broke.
+    """A client in a thread of its own, which reads one long reply.
 
-    `times` are when tokens came; `resumed` counts how often it had to go to another node. `enter`
-    is called first in the thread: it may move it to another network.
+    `times` are when tokens came; `errors` say why it ended, or why it went to another node. That it
+    tries for `deadline` seconds. `enter` is called first in the thread: it may move it to another
+    network.
     """
 
     addresses: list[str]
@@ -156,7 +169,6 @@ class Reading:
     failovers: tuple[Failover, ...] = ()
     finish_reason: str = ""
     errors: list[str] = field(default_factory=list)
-    resumed: int = 0
 
     def start(self) -> Reading:
         """Begin; returns itself."""
@@ -204,30 +216,22 @@ class Reading:
     def _read(self) -> None:
         if self.enter:
             self.enter()
-        request_id, deadline = new_request_id(), time.monotonic() + self.deadline
-        while not self.finish_reason and not self._stopped and time.monotonic() < deadline:
-            at = self.resumed % len(self.addresses)
-            order = self.addresses[at:] + self.addresses[:at]
-            try:
-                self._take(
-                    Client(order, timeout=SILENCE_S).submit(
-                        self.prompt, self.params, request_id=request_id, received=self.tokens
-                    )
-                )
-            except ClusterError as error:
-                self.errors.append(f"{error.code}: {error.message}")
-                if not error.retryable:
+        client = Client(self.addresses, retry_for=self.deadline)
+        try:
+            for event in client.submit(self.prompt, self.params):
+                if self._stopped:
                     return
-                self.resumed += 1
+                if isinstance(event, Moved) and event.through:
+                    self._failed(event.error)
+                elif isinstance(event, Chunk):
+                    assert event.start == len(self.tokens), "a gap or a repetition"
+                    self.times += [time.time()] * len(event.tokens)
+                    self.tokens += event.tokens
+                elif isinstance(event, Finished):
+                    self.failovers = event.failovers
+                    self.finish_reason = event.reason
+        except ClusterError as error:
+            self._failed(error)
 
-    def _take(self, events: Iterator[Event]) -> None:
-        for event in events:
-            if self._stopped:
-                return
-            if isinstance(event, Chunk) and event.tokens:
-                assert event.start == len(self.tokens), "a gap or a repetition"
-                self.times += [time.time()] * len(event.tokens)
-                self.tokens += event.tokens
-            elif isinstance(event, Finished):
-                self.failovers = event.failovers
-                self.finish_reason = event.reason
+    def _failed(self, error: ClusterError) -> None:
+        self.errors.append(f"{error.code}: {error.message}")

@@ -94,7 +94,8 @@ def test_the_majority_goes_on_when_the_leader_is_cut_off(trio: NamespacedCluster
         )
 
         def submit() -> list[Event]:
-            return list(Client([cut.address]).submit(PROMPT, SamplingParams(max_tokens=2)))
+            client = Client([cut.address], retry_for=0)
+            return list(client.submit(PROMPT, SamplingParams(max_tokens=2)))
 
         with pytest.raises(ClusterError) as error:
             trio.within(submit, minority)

@@ -22,7 +22,9 @@ from p2pinfer.core.events import (
     WorkerReady,
     WorkerStats,
 )
-from p2pinfer.core.planner import holding, make_plan
+from p2pinfer.core.planner import make_plan
+from p2pinfer.core.replan import next_plan
+from p2pinfer.core.standbys import name_standbys
 from p2pinfer.model.config import load_config, model_spec
 from p2pinfer.pipe import WorkerConfig
 from p2pinfer.types import DType, Fence, Member, Plan, SamplingParams
@@ -30,10 +32,14 @@ from p2pinfer.worker_process import WorkerProcess
 
 DEADLINE_S = 60.0
 
+NEAR = 16
+"""Tokens that a standby may be behind: those of the last steps, which its owner did not send."""
+
 
 class Fleet:
     """`nodes` workers holding the model in `folder` by one plan; the last `witnesses` of them
-    hold nothing. `least_step_s` is long: the machine may be busy with other tests."""
+    hold nothing, and of each unit `replicas` others keep a replica. `least_step_s` is long: the
+    machine may be busy with other tests."""
 
     def __init__(
         self,
@@ -44,6 +50,7 @@ class Fleet:
         weights: Sequence[float] = (),
         *,
         witnesses: int = 0,
+        replicas: int = 0,
         least_step_s: float = 20.0,
     ) -> None:
         config = load_config(folder)
@@ -63,6 +70,7 @@ class Fleet:
             for i in range(nodes)
         ]
         self.layout = layout
+        self.replicas = replicas
         self.reports: list[list[AnyReport]] = [[] for _ in range(nodes)]
         self.started: dict[int, StartRequest] = {}
         """What was started, and has not ended."""
@@ -109,13 +117,32 @@ class Fleet:
 
     def plan(self, fence: Fence) -> Plan:
         """The planner's plan for all members."""
-        return make_plan(
+        plan = make_plan(
             members=self.members,
             model=self.model,
             layout=self.layout,
             fence=fence,
             cluster_id="0" * 16,
             leader_id="0" * 16,
+        )
+        able = {member.node_id for member in self.members}
+        return name_standbys(plan, able=able, replicas=self.replicas)
+
+    def plan_without(self, previous: Plan, fence: Fence, *lost: int) -> Plan:
+        """The plan that follows another when these workers are gone."""
+        members = [member for i, member in enumerate(self.members) if i not in lost]
+        ids = [member.node_id for member in members]
+        return next_plan(
+            previous=previous,
+            members=members,
+            able=frozenset(ids),
+            model=self.model,
+            layout=self.layout,
+            fence=fence,
+            cluster_id="0" * 16,
+            leader_id="0" * 16,
+            voters=ids,
+            replicas=self.replicas,
         )
 
     def adopt(self, plan: Plan) -> list[PlanLoaded]:
@@ -140,13 +167,14 @@ class Fleet:
         return answers
 
     def load(self, plan: Plan) -> list[PlanLoaded]:
-        """Load a plan everywhere; returns what the workers answer."""
-        for i, worker in enumerate(self.workers):
-            worker.pipe.send(LoadPlan(plan=plan, me=i))
+        """Load a plan everywhere; returns what the workers answer, in the order of its members."""
+        nodes = self._nodes(plan)
+        for index, node in enumerate(nodes):
+            self.workers[node].pipe.send(LoadPlan(plan=plan, me=index))
         answers = []
-        for i in range(len(self.workers)):
+        for node in nodes:
             loaded = self.await_report(
-                i, lambda r: isinstance(r, PlanLoaded) and r.fence == plan.fence
+                node, lambda r: isinstance(r, PlanLoaded) and r.fence == plan.fence
             )
             assert isinstance(loaded, PlanLoaded)
             assert loaded.error == ""
@@ -155,9 +183,17 @@ class Fleet:
 
     def activate(self, plan: Plan, logs: tuple[TokenLog, ...] = ()) -> None:
         """Put a plan that is loaded everywhere in force."""
-        everybody = tuple(range(len(self.workers)))
-        for worker in self.workers:
-            worker.pipe.send(ActivatePlan(fence=plan.fence, logs=logs, listeners=everybody))
+        nodes = self._nodes(plan)
+        everybody = tuple(range(len(nodes)))
+        for node in nodes:
+            self.workers[node].pipe.send(
+                ActivatePlan(fence=plan.fence, logs=logs, listeners=everybody)
+            )
+
+    def _nodes(self, plan: Plan) -> list[int]:
+        """The worker of each member of a plan."""
+        by_id = {member.node_id: node for node, member in enumerate(self.members)}
+        return [by_id[member.node_id] for member in plan.members]
 
     def start(self, request_id: int, prompt: list[int], params: SamplingParams) -> None:
         """Enter a request at the leader."""
@@ -174,6 +210,18 @@ class Fleet:
         assert isinstance(ended, RequestEnded)
         assert ended.code == "", ended.message
         del self.started[request_id]
+        tokens = self._told(request_id)
+        assert sorted(tokens) == list(range(ended.total_tokens))
+        return [tokens[index] for index in sorted(tokens)]
+
+    def some_of(self, request_id: int, count: int) -> list[int]:
+        """Wait for that many tokens of a reply that goes on, and return them."""
+        self.await_report(0, lambda _: len(self._told(request_id)) >= count)
+        tokens = self._told(request_id)
+        return [tokens[index] for index in range(count)]
+
+    def _told(self, request_id: int) -> dict[int, int]:
+        """The tokens of a reply by index, as far as the leader has told of them."""
         tokens: dict[int, int] = {}
         for report in self.reports[0]:
             logs = report.logs if isinstance(report, PlanLoaded) else ()
@@ -183,8 +231,7 @@ class Fleet:
             for token in report.tokens if isinstance(report, TokensCommitted) else ():
                 if token.request_id == request_id:
                     assert tokens.setdefault(token.index, token.token) == token.token
-        assert sorted(tokens) == list(range(ended.total_tokens))
-        return [tokens[index] for index in sorted(tokens)]
+        return tokens
 
     def failure(self, node: int) -> StepFailed:
         """Wait until a worker says that a step failed."""
@@ -198,6 +245,29 @@ class Fleet:
         found = self.await_report(node, lambda r: isinstance(r, WorkerStats) and r.steps >= steps)
         assert isinstance(found, WorkerStats)
         return found
+
+    def deltas(self, node: int) -> WorkerStats:
+        """A worker's counters once nothing of delta KV is under way: twice the same."""
+        before = self.stats(node, 0)
+        while (after := self.stats(node, 0)).delta_bytes_sent != before.delta_bytes_sent or (
+            after.delta_bytes_received != before.delta_bytes_received
+        ):
+            before = after
+        return after
+
+    def await_standbys(self, plan: Plan) -> None:
+        """Wait until all that keep replicas by a plan have their weights, and all but the last
+        `NEAR` positions of the KV."""
+        for node in self._nodes(plan):
+            self.reports[node] = [r for r in self.reports[node] if not isinstance(r, WorkerStats)]
+            self.await_report(
+                node,
+                lambda r: (
+                    isinstance(r, WorkerStats)
+                    and r.standby_units_ready == r.standby_units_wanted
+                    and r.standby_lacks <= NEAR * r.standby_units_wanted
+                ),
+            )
 
     def await_report(self, node: int, wanted: Callable[[AnyReport], bool]) -> AnyReport:
         """The first report that `wanted` accepts, among those read and to come."""
@@ -217,10 +287,21 @@ class Fleet:
 
 
 def restart(log: TokenLog, answers: list[PlanLoaded], plan: Plan) -> int:
-    """Leading positions of a request whose KV every owner of heads has."""
-    covered = [
-        next((c.positions for c in answer.coverage if c.request_id == log.request_id), 0)
-        for member, answer in enumerate(answers)
-        if holding(plan, member).head_units
-    ]
-    return min(covered)
+    """Leading positions of a request whose KV the owner of every head unit has."""
+    return min(
+        covered(answers[owner], number, unit, log.request_id)
+        for number, stage in enumerate(plan.stages)
+        for unit, owner in enumerate(stage.head_owners)
+    )
+
+
+def covered(answer: PlanLoaded, stage: int, unit: int, request_id: int = 1) -> int:
+    """Leading positions of a request whose KV a worker has of one head unit."""
+    return max(
+        (
+            run.positions
+            for run in answer.coverage
+            if (run.request_id, run.stage) == (request_id, stage) and unit in run.units
+        ),
+        default=0,
+    )

@@ -24,17 +24,18 @@ from p2pinfer.core.events import (
 )
 from p2pinfer.core.planner import holding
 from p2pinfer.core.topology import topology
+from p2pinfer.core.units import kv_bytes_per_position
 from p2pinfer.step_links import STEP_PORT_OFFSET, port_shifted
 from p2pinfer.types import DType, Fence, SamplingParams
 from p2pinfer.wire.codec import encode
 from p2pinfer.wire.messages import LinkOpen, Partial
 from p2pinfer.wire.tensors import Tensor, WireDType
 from tests.lockstep import Lockstep
-from tests.processes.fleet import Fleet
+from tests.processes.fleet import NEAR, Fleet
 from tests.random_models import write_random_model
 
 PROMPT = [5, 9, 200, 31, 77, 8, 120]
-HEADER, DATA_HEADER = 16, 48
+HEADER, DATA_HEADER, KV_HEADER = 16, 48, 48
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +117,37 @@ def _padded(size: int) -> int:
     return -(-size // 16) * 16
 
 
+def test_delta_kv_is_each_row_once(folder: Path) -> None:
+    """Of every head unit to its standby, but for those of the last steps before a reply ends; where
+    no standbys are named there is none."""
+    new = 80
+    params = SamplingParams(max_tokens=new, ignore_eos=True)
+    with Fleet(folder, 3, replicas=1) as fleet:
+        plan = fleet.plan(Fence(1, 1))
+        # Before the first request is over, all have been granted credit.
+        fleet.start(1, PROMPT, params)
+        fleet.reply(1)
+        before = [fleet.deltas(node) for node in range(3)]
+        fleet.start(2, PROMPT, params)
+        assert fleet.reply(2) == greedy(folder, new, DType.FLOAT32)
+        after = [fleet.deltas(node) for node in range(3)]
+        rows, row = len(PROMPT) + new - 1, kv_bytes_per_position(plan.model, plan.model.num_layers)
+        for node in range(3):
+            units = len(holding(plan, node).head_units)
+            sent = after[node].delta_bytes_sent - before[node].delta_bytes_sent
+            heads = HEADER + DATA_HEADER + KV_HEADER
+            assert units * (rows - new // 2) * row < sent <= units * (rows * row + new * heads)
+        received = sum(stats.delta_bytes_received for stats in after)
+        assert received == sum(stats.delta_bytes_sent for stats in after)
+        fleet.replicas = 0
+        fleet.adopt(fleet.plan(Fence(1, 2)))
+        before = [fleet.deltas(node) for node in range(3)]
+        fleet.start(3, PROMPT, params)
+        fleet.reply(3)
+        after = [fleet.deltas(node) for node in range(3)]
+        assert [s.delta_bytes_sent for s in after] == [s.delta_bytes_sent for s in before]
+
+
 def test_sampling_is_the_same_on_every_plan(folder: Path) -> None:
     """Seeded draws with every filter, the flat nucleus included, do not depend on the plan."""
     requests = {
@@ -138,8 +170,8 @@ def test_sampling_is_the_same_on_every_plan(folder: Path) -> None:
 
 
 def covered(answers: list[PlanLoaded]) -> list[int]:
-    """Positions of the only request that each node has KV of."""
-    return [answer.coverage[0].positions for answer in answers]
+    """Positions of the only request that each node has KV of, in all its units."""
+    return [min((run.positions for run in answer.coverage), default=0) for answer in answers]
 
 
 def test_a_new_plan_goes_on_where_kv_ends(folder: Path) -> None:
@@ -164,6 +196,49 @@ def test_a_new_plan_goes_on_where_kv_ends(folder: Path) -> None:
         answers = fleet.adopt(fleet.plan(Fence(1, 3)))
         assert covered(answers) == [0, 0]
         assert fleet.reply(1) == expected
+
+
+@pytest.mark.parametrize(
+    ("nodes", "layout", "lost"), [(3, "heads", (2,)), (4, "2x2", (3,)), (4, "heads", (1, 3))]
+)
+def test_standbys_go_on_where_lost_owners_stopped(
+    folder: Path, nodes: int, layout: str, lost: tuple[int, ...]
+) -> None:
+    """Killed in the middle of a reply: all but the last few positions are there, and right."""
+    params = SamplingParams(max_tokens=1500, ignore_eos=True)
+    with Fleet(folder, nodes, layout, replicas=len(lost)) as fleet:
+        plan = fleet.plan(Fence(1, 1))
+        fleet.start(1, PROMPT, params)
+        for count, node in enumerate(lost, 1):
+            fleet.some_of(1, 20 * count)
+            fleet.await_standbys(plan)
+            os.kill(fleet.workers[node].pid, signal.SIGKILL)
+            plan = fleet.plan_without(plan, Fence(1, 1 + count), *lost[:count])
+            answers = fleet.adopt(plan)
+            length = len(answers[plan.leader].logs[0].tokens)
+            assert length - fleet.started[1].computed <= NEAR
+        length += 10 - len(PROMPT)
+        assert fleet.some_of(1, length) == greedy(folder, length, DType.FLOAT32)
+
+
+def test_a_new_standby_catches_up(folder: Path) -> None:
+    """Named in the middle of a long reply, it asks for all that it has missed."""
+    prompt = [2 + (i * i + 7 * i) % 600 for i in range(400)]
+    params = SamplingParams(max_tokens=1500, ignore_eos=True)
+    with Fleet(folder, 3) as fleet:
+        fleet.start(1, prompt, params)
+        fleet.some_of(1, 10)
+        fleet.replicas = 1
+        plan = fleet.plan(Fence(1, 2))
+        fleet.adopt(plan)
+        fleet.await_standbys(plan)
+        os.kill(fleet.workers[1].pid, signal.SIGKILL)
+        plan = fleet.plan_without(plan, Fence(1, 3), 1)
+        answers = fleet.adopt(plan)
+        length = len(answers[plan.leader].logs[0].tokens)
+        assert length - fleet.started[1].computed <= NEAR
+        length += 10 - len(prompt)
+        assert fleet.some_of(1, length) == Lockstep(folder).greedy(prompt, length)[0]
 
 
 def test_logs_are_cut_and_extended_to_what_was_agreed(folder: Path) -> None:

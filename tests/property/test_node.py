@@ -272,7 +272,7 @@ class Story:
             fence=fence,
             error=self.one("", "", "", "no memory"),
             logs=tuple({log.request_id: log for log in (self.log(), self.log())}.values()),
-            coverage=(e.Covered(request_id=request_id, positions=3),),
+            coverage=(e.Covered(request_id=request_id, stage=0, units=(1,), positions=3),),
         )
         ready = e.WorkerReady(numeric_class="n", device="cpu", threads=1, memory_bytes=0)
         return self.one(

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from msgspec import Struct
 
 from p2pinfer.core.blocks import BlockPool
+from p2pinfer.core.coverage import KvUnit
 from p2pinfer.core.scheduler import EndedReply, Scheduler, Work
 from p2pinfer.core.token_log import TokenLogs
+from p2pinfer.core.units import Slice
 from p2pinfer.types import Fence, SamplingParams
 from p2pinfer.wire.messages import Step
 
@@ -62,6 +64,7 @@ class ToyNode:
 
     def __init__(self) -> None:
         self.logs = TokenLogs()
+        self.logs.coverage.hold(computed={KvUnit(Slice(0, 1), 0)}, fed=frozenset())
         self.known: set[int] = set()
         self.capacity: dict[int, int] = {}
         self._step = 0
@@ -89,7 +92,7 @@ class ToyNode:
         drawn = {}
         for slot in work.slots:
             request = slot.request_id
-            assert self.logs.covered(request) == slot.start, "each position once, in order"
+            assert self.logs.coverage.least(request) == slot.start, "each position once, in order"
             assert len(self.logs.tokens(request)) <= self.capacity[request]
             if slot.sample:
                 drawn[request] = next_token(self.logs.tokens(request))
@@ -134,7 +137,7 @@ class Story:
 
     def new_fence(self, pool: BlockPool) -> None:
         """A new scheduler, to which all that runs is added anew: some of it with less KV."""
-        agreed, _ = self.node.logs.snapshot()
+        agreed = self.node.logs.snapshot()
         over = self.cancelled | set(self.ends)
         wanted = tuple(log for log in agreed if log.request_id not in over)
         self.node.logs.adopt(wanted)
@@ -148,7 +151,7 @@ class Story:
             log, job = logged.get(request), self.todo[request]
             if log is not None and len(log.tokens) > log.prompt_tokens:
                 reply[:] = max(reply, list(log.tokens[log.prompt_tokens :]), key=len)
-            covered = self.node.logs.covered(request)
+            covered = self.node.logs.coverage.least(request)
             self.work.add(request, job.prompt, reply, job.params, covered - covered // 3)
 
     def start(self, request: int) -> None:

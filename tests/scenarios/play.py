@@ -20,9 +20,8 @@ from tests.scenarios.stage import Stage
 from tests.scenarios.words import fence_in_words, names_in_words, plan_in_words
 from tests.simulation.cluster import Setting
 
-BOTH = (Plane.CONTROL, Plane.STEPS)
 INDENT = "    "
-_PLANES = {"control": (Plane.CONTROL,), "steps": (Plane.STEPS,), None: BOTH}
+_PLANES = {None: tuple(Plane), **{plane.value: (plane,) for plane in Plane}}
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def played(text: str) -> str:
 # --- the cluster ----------------------------------------------------------------------------------
 
 
-@command(r"with (min nodes|layout|quorum|orphan timeout) (\S+)")
+@command(r"with (min nodes|layout|quorum|orphan timeout|replicas) (\S+)")
 def _with(play: Play, what: str, value: str) -> None:
     field = what.replace(" ", "_")
     kind = type(getattr(play.setting, field))
@@ -199,7 +198,7 @@ def _leave(play: Play, name: str) -> None:
 # --- the network ----------------------------------------------------------------------------------
 
 
-@command(r"cut(?: (control|steps))? ([\w ]+) (from|>) ([\w ]+)")
+@command(r"cut(?: (control|steps|bulk))? ([\w ]+) (from|>) ([\w ]+)")
 def _cut(play: Play, plane: str | None, these: str, how: str, those: str) -> None:
     stage = play.stage
     for one in these.split():
@@ -219,7 +218,7 @@ def _heal(play: Play) -> None:
 
 
 @command(
-    r"reset (control|steps) between (\w+) and (\w+)"
+    r"reset (control|steps|bulk) between (\w+) and (\w+)"
     r"(?:, frames in flight come within ([\d.]+)s)?"
 )
 def _reset(play: Play, plane: str, one: str, other: str, late: str | None) -> None:
@@ -236,7 +235,7 @@ def _lose(play: Play, count: str | None, kind: str, source: str, target: str) ->
     play.stage.network.to_lose[kind, source, target] += int(count or 1)
 
 
-@command(r"delay(?: (control|steps))? (\w+) > (\w+) by ([\d.]+)s")
+@command(r"delay(?: (control|steps|bulk))? (\w+) > (\w+) by ([\d.]+)s")
 def _delay(play: Play, plane: str | None, source: str, target: str, seconds: str) -> None:
     stage = play.stage
     a, b = stage.machine(source).number, stage.machine(target).number

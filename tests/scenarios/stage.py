@@ -83,7 +83,7 @@ class WatchedNetwork(Network):
     def send(self, process: Peer, plane: Plane, address: str, frame: bytes) -> bool:
         """As before, unless this very message is to be lost."""
         target = self.machines.get(address, 0)
-        return self._lost(process.number, target, plane, frame) or super().send(
+        return self._vanishes(process.number, target, plane, frame) or super().send(
             process, plane, address, frame
         )
 
@@ -91,11 +91,11 @@ class WatchedNetwork(Network):
         """The same, for an answer on the connection that a message came from."""
         receivers = (c.back.receiver for c in self.connections() if c.route == route)
         target = next((receiver.number for receiver in receivers), 0)
-        return self._lost(process.number, target, Plane.CONTROL, frame) or super().reply(
+        return self._vanishes(process.number, target, Plane.CONTROL, frame) or super().reply(
             process, route, frame
         )
 
-    def _lost(self, source: int, target: int, plane: Plane, frame: bytes) -> bool:
+    def _vanishes(self, source: int, target: int, plane: Plane, frame: bytes) -> bool:
         message = decode(frame, plane)
         kind = BY_KIND[type(message)].name
         where = (kind, self.names.get(source, "?"), self.names.get(target, "?"))

@@ -44,8 +44,8 @@ def names_in_words(names: Iterable[str]) -> str:
 
 
 def plan_in_words(plan: Plan, ids: Mapping[str, str]) -> str:
-    """Who leads, who votes (and who voted before), and who owns which head units; `ids` are the
-    names of all nodes by their ids."""
+    """Who leads, who votes (and who voted before), who owns which head units, and who keeps
+    replicas of which; `ids` are the names of all nodes by their ids."""
     names = [member.name for member in plan.members]
     voters = sorted(names[index] for index in plan.voters)
     text = f"plan {fence_in_words(plan.fence)} of {names[plan.leader]}: voters {' '.join(voters)}"
@@ -57,25 +57,35 @@ def plan_in_words(plan: Plan, ids: Mapping[str, str]) -> str:
             names[index]: [unit for unit, owner in enumerate(stage.head_owners) if owner == index]
             for index in sorted(set(stage.head_owners))
         }
-        parts = ", ".join(f"{name} {_units(units)}" for name, units in sorted(owned.items()))
+        kept = {
+            name: [unit for unit, copies in enumerate(stage.head_standbys) if index in copies]
+            for index, name in enumerate(names)
+        }
         layers = f"layers {stage.start}-{stage.end - 1} " if len(plan.stages) > 1 else ""
-        text += f"; {layers}heads {parts}"
+        text += f"; {layers}heads {_by_name(owned)}"
+        if any(kept.values()):
+            text += f"; replicas {_by_name(kept)}"
         idle = [name for index, name in enumerate(names) if index not in stage.head_owners]
         if idle and len(plan.stages) == 1:
             text += f"; nothing {' '.join(sorted(idle))}"
     return text
 
 
-def _units(units: list[int]) -> str:
+def _by_name(held: Mapping[str, list[int]]) -> str:
+    return ", ".join(f"{name} {_units(units)}" for name, units in sorted(held.items()) if units)
+
+
+def _units(units: Iterable[int]) -> str:
     return "+".join(map(str, units))
 
 
 def failover_in_words(failover: Failover, prompt_tokens: int) -> str:
     """What interrupted a reply, and where."""
-    how = "all computed again" if failover.rung == "replay" else "KV kept"
+    how = {"replay": "all computed again", "replica": "KV of replicas", "none": "KV kept"}
+    came = how[failover.rung]
     token = failover.position - prompt_tokens
     return (
-        f"interrupted after token {token}: lost {names_in_words(failover.lost)}, {how}, "
+        f"interrupted after token {token}: lost {names_in_words(failover.lost)}, {came}, "
         f"stalled {failover.stall_s:.1f} s"
     )
 
@@ -113,7 +123,8 @@ def fact_in_words(fact: e.Fact, own_name: str, name: Name) -> str:  # noqa: PLR0
             return f"plan {fence_in_words(fact.fence)} failed ({fact.reason})"
         case e.RequestRestored():
             which = name(fact.request_id)
-            return f"{which} goes on: its log has {fact.length} tokens, KV for {fact.restart}"
+            kept = f"KV for {fact.restart}{' (replicas)' if fact.rung == 'replica' else ''}"
+            return f"{which} goes on: its log has {fact.length} tokens, {kept}"
         case e.FrameDropped() if fact.reason.startswith(ADDRESSED):
             return f"drops {fact.reason}"
         case e.JoinWaiting():
@@ -164,9 +175,16 @@ def message_in_words(message: Message, name: Name) -> str:  # noqa: PLR0911
 
 
 def _holds(message: Ack, name: Name) -> str:
-    covered = {run.request_id: run.positions for run in message.coverage}
     return "".join(
         f"; {name(log.request_id)} of {log.length} tokens (term {log.term}), "
-        f"KV for {covered.get(log.request_id, 0)}"
+        f"KV for {_covered(message, log.request_id)}"
         for log in message.logs
     )
+
+
+def _covered(message: Ack, request_id: int) -> str:
+    """How many positions; by head units where these differ."""
+    runs = [run for run in message.coverage if run.request_id == request_id]
+    if len(runs) < 2:
+        return str(runs[0].positions if runs else 0)
+    return ", ".join(f"{run.positions} of heads {_units(run.units)}" for run in runs)

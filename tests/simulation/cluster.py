@@ -39,12 +39,17 @@ LINGER_S = 0.3
 
 
 class Setting(Struct, frozen=True, kw_only=True):
-    """What a cluster is like. `kinds` are the machines' numeric classes."""
+    """What a cluster is like.
+
+    `kinds` are the machines' numeric classes, `window` how many positions of a unit a standby
+    grants an owner (0: as many as truly).
+    """
 
     nodes: int = 3
     layout: str = "heads"
     quorum: str = "majority"
     replicas: int = 0
+    window: int = 0
     kinds: tuple[int, ...] = (0,)
     rates: tuple[float, ...] = (1.0,)
     weights: tuple[float, ...] = (1.0,)
@@ -74,6 +79,10 @@ class Cluster:
         self.losing: dict[str, int] = {}
         """How many of the next control messages of each kind, by name, are lost."""
         self.last_death = -1.0
+        self.deaths = 0
+        """Processes that were killed, or ended in an error."""
+        self.struck = 0
+        """Faults that struck."""
 
     # --- machines ---------------------------------------------------------------------------------
 
@@ -126,6 +135,8 @@ class Cluster:
             return
         self.world.tell(machine.number, "loses its power" if silent else "is killed")
         self.last_death = self.world.now
+        self.deaths += 1
+        self.judge.kv.dies(process)
         if silent:
             self.network.dark.add(machine.number)
         process.end(silent=silent)
@@ -144,6 +155,7 @@ class Cluster:
         if output.error:
             self.world.count("a node ended in an error")
             self.last_death = self.world.now
+            self.deaths += 1
             self.world.later(RESTART_S, self.boot, machine)
         elif machine.returns:
             machine.returns = False

@@ -42,6 +42,8 @@ MOMENTS = (
     "TokensCommitted",
     "FenceSettled",
     "Shown",
+    "KvRequest",
+    "Promotion",
 )
 """What triggered faults wait for; the first ones open the narrow windows."""
 
@@ -99,6 +101,7 @@ class Faults:
         elif aim < 0.6 and running:
             target = rng.choice(running)
         if target.running and not self.cluster.calm:
+            self.cluster.struck += 1
             strike(target)
 
     def until(self, seconds: float, undo: Callable[[], None]) -> None:
@@ -171,6 +174,7 @@ CLASSES: dict[str, Callable[[Faults, Random], None]] = {
         network_faults.reorder,
         network_faults.queues,
         network_faults.loss,
+        network_faults.bulk,
         network_faults.oneway,
         network_faults.pairs,
         network_faults.halves,
@@ -179,6 +183,7 @@ CLASSES: dict[str, Callable[[Faults, Random], None]] = {
         machine_faults.amnesia,
         machine_faults.blackout,
         machine_faults.succession,
+        machine_faults.takeover,
         machine_faults.pause,
         machine_faults.stall,
         machine_faults.hang,
@@ -204,6 +209,8 @@ WEIGHTS = {
     "power": 2,
     "reset": 2,
     "succession": 2,
+    "bulk": 2,
+    "takeover": 4,
 }
 """How often a class is drawn; 1 where nothing is said."""
 

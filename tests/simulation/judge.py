@@ -17,6 +17,7 @@ from p2pinfer.limits import MAX_REQUESTS
 from p2pinfer.types import Fence, Plan
 from p2pinfer.wire.messages import ControlMessage, Heartbeat, Propose
 from tests.simulation import toy_model as toy
+from tests.simulation.kv_judge import KvJudge, promoted
 from tests.simulation.world import Violation, check
 
 if TYPE_CHECKING:
@@ -46,6 +47,9 @@ class Judge:
         self.adopted = Fence()
         """The newest that was ever in force anywhere."""
         self.adopted_at = -1.0
+        self.in_force: Plan | None = None
+        """The plan of `adopted`."""
+        self.kv = KvJudge(cluster, reference)
         self._cluster = cluster
         self._reference = reference
         self._leaders: dict[tuple[str, int], str] = {}
@@ -67,6 +71,9 @@ class Judge:
             self._leads(process, fact.term)
         elif isinstance(fact, e.LeaderLost):
             process.leads_in = 0
+        elif isinstance(fact, e.RequestRestored):
+            plan = self._valid[self._accepted[process.number]]
+            self.kv.restored(fact, self.in_force, plan)
 
     def sent(self, process: Process, message: ControlMessage) -> None:
         """A node sends a message to another."""
@@ -144,6 +151,14 @@ class Judge:
         if stored is not None and stored.plan is not None:
             self._accepted[number] = self._plan(stored.plan)
 
+    @property
+    def promotes(self) -> bool:
+        """Whether a plan on its way makes standbys the owners of what they keep."""
+        newest = max(self._valid, key=lambda mark: mark[1], default=None)
+        if newest is None or self.in_force is None or newest[1] <= self.adopted:
+            return False
+        return bool(promoted(self.in_force, self._valid[newest]))
+
     def accepted(self) -> list[Plan]:
         """The newest plan that each node has accepted, as far as it did not lose it."""
         return [self._valid[mark] for mark in self._accepted.values()]
@@ -191,6 +206,7 @@ class Judge:
         mark = (plan.cluster_id, plan.fence)
         if order.fence > self.adopted:
             self.adopted, self.adopted_at = order.fence, self.world.now
+            self.in_force = plan
         if mark in self._in_force:
             return
         self._in_force[mark] = set()
@@ -215,6 +231,8 @@ class Judge:
             mark = (process.cluster_id, report.fence)
             self._loaded.setdefault(mark, set()).add(process.boot_id)
             check(len(report.logs) <= MAX_REQUESTS, "more logs than an ACK can tell of")
+            if mark in self._valid:
+                self.kv.loaded(process, report, self._valid[mark])
         elif isinstance(report, e.TokensCommitted):
             self._committed(process, report)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tests.simulation.kv_judge import heads
+
 if TYPE_CHECKING:
     from tests.simulation.cluster import Cluster
-    from tests.simulation.machine import Machine
+    from tests.simulation.machine import Machine, Process
 
 
 class Ledger:
@@ -15,6 +17,9 @@ class Ledger:
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
         self._count = cluster.world.count
+        self._dead: set[str] = set()
+        """Boot ids of those killed since the plan in force is."""
+        self._since = -1.0
 
     def death(self, machine: Machine, *, wipe: bool) -> None:
         """A process is about to be killed."""
@@ -35,11 +40,28 @@ class Ledger:
             self._count("crash with a write under way")
         if process.worker.loading is not None:
             self._count("killed while loading")
+        self._death_of_replicas(process)
         if wipe and cluster.changing():
             self._count("state lost during an epoch change")
         serves = [c for c in cluster.clients.waiting if c.attempt and c.attempt.process is process]
         if leads and serves:
             self._count("leader killed that also serves a client")
+
+    def _death_of_replicas(self, process: Process) -> None:
+        cluster, judge = self._cluster, self._cluster.judge
+        if process.worker.bulk.filling:
+            self._count("standby killed while it filled")
+        if cluster.changing() and judge.promotes:
+            self._count("killed in the middle of a failover to replicas")
+        if self._since != judge.adopted_at:
+            self._since, self._dead = judge.adopted_at, set()
+        self._dead.add(process.boot_id)
+        if judge.in_force is not None:
+            for _, head in heads(judge.in_force):
+                both = {head.owner, *head.standbys}
+                if head.standbys and process.boot_id in both and both <= self._dead:
+                    self._count("owner and standbys of a unit killed")
+                    break
 
     def standstill(self, machine: Machine) -> None:
         """A process or its worker stops."""

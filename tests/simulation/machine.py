@@ -84,6 +84,7 @@ class Machine:
         self.name = f"node{number}"
         self.address = f"tcp://10.0.0.{number}:7720"
         self.steps_address = f"tcp://10.0.0.{number}:7721"
+        self.bulk_address = f"tcp://10.0.0.{number}:7722"
         self.disk = Disk(cluster.world, number)
         self.kind = 0
         self.weight = 1.0
@@ -164,6 +165,7 @@ class Process:
         return (
             (Plane.CONTROL, self.machine.address),
             (Plane.STEPS, self.machine.steps_address),
+            (Plane.BULK, self.machine.bulk_address),
         )
 
     # --- the network ------------------------------------------------------------------------------
@@ -174,26 +176,26 @@ class Process:
 
     def reads(self, plane: Plane) -> bool:
         """Whether it takes frames out of its queues."""
-        return not self.stalled if plane is Plane.CONTROL else not self.worker.hung
+        return not self.stalled if plane is Plane.CONTROL else self.worker.reads(plane)
 
     def link_up(self, plane: Plane, address: str) -> None:
         """Its link is connected."""
         if plane is Plane.CONTROL:
             self.take(e.LinkUp(address=address))
         else:
-            self.worker.link_up(address)
+            self.worker.link_up(plane, address)
 
     def link_down(self, plane: Plane, address: str) -> None:
         """Its link lost its connection."""
         if plane is Plane.CONTROL:
             self.take(e.LinkDown(address=address))
         else:
-            self.worker.link_down(address)
+            self.worker.link_down(plane, address)
 
     def arrived(self, plane: Plane, route: bytes, link: str, frame: bytes) -> None:
         """A frame came; nobody asks for one while this process does not read."""
-        if plane is Plane.STEPS:
-            self.worker.arrived(route, frame)
+        if plane is not Plane.CONTROL:
+            self.worker.arrived(plane, route, frame)
             return
         message = decode(frame, Plane.CONTROL)
         assert isinstance(message, ControlMessage)

@@ -79,6 +79,35 @@ def _succession(faults: Faults, rng: Random, machine: Machine) -> None:
     faults.world.watch(moment, watcher)
 
 
+def takeover(faults: Faults, rng: Random) -> None:
+    """An owner is killed while requests run, and then somebody while its standbys take over."""
+    for _ in range(rng.choice((1, 1, 2))):
+        faults.sometime(rng, partial(_takeover, faults, rng))
+
+
+def _takeover(faults: Faults, rng: Random, machine: Machine) -> None:
+    process = machine.process
+    assert process is not None
+    running = [p for p in faults.cluster.living() if len(p.worker.logs)]
+    owners = [p for p in running if p.worker.logs.coverage.computed] or [process]
+    moment = rng.choice(("Promotion", "Promotion", "KvRequest", "PlanLoaded", "ActivatePlan"))
+    left, delay = [rng.choice((0, 1, 1, 2))], rng.choice((0.0, 0.0, rng.uniform(0, 0.2)))
+
+    def again(target: Machine) -> None:
+        if target.running and not faults.cluster.calm:
+            faults.kill(target, _down(rng), silent=rng.random() < 0.2)
+
+    def watcher(number: int) -> None:
+        if faults.world.now > faults.end or left[0] <= 0:
+            return
+        left[0] -= 1
+        if left[0] == 0:
+            faults.world.later(delay, again, faults.cluster.machines[number - 1])
+
+    faults.kill(rng.choice(owners).machine, _down(rng) + rng.choice((0.0, 2.0)))
+    faults.world.watch(moment, watcher)
+
+
 def _down(rng: Random) -> float:
     return rng.choice((rng.uniform(0.0, 0.1), rng.uniform(0.1, 1.0), rng.uniform(0.5, 4.0)))
 

@@ -11,16 +11,31 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from p2pinfer.core import plan_maker, proposal, quorum, request_entry, request_log, voters
+from p2pinfer.bulk_links import Arrival, BulkLinks, index_of
+from p2pinfer.core import (
+    agreement,
+    plan_maker,
+    proposal,
+    quorum,
+    request_entry,
+    request_log,
+    voters,
+)
 from p2pinfer.core.commits import Commits
+from p2pinfer.core.coverage import Coverage, KvUnit
 from p2pinfer.core.durable import Durable
 from p2pinfer.core.election import Election
+from p2pinfer.core.replication import Replicas
 from p2pinfer.core.step_checks import StepMessage, check_frame
 from p2pinfer.core.step_gate import Drop, File, Gap, Hold, StepGate
 from p2pinfer.core.token_log import TokenLogs
 from p2pinfer.errors import RemoteProtocolError
-from p2pinfer.wire.messages import Forward, Slot
-from tests.simulation.toy_engine import Row, ToyEngine
+from p2pinfer.types import Plan
+from p2pinfer.wire.codec import decode
+from p2pinfer.wire.messages import Forward, KvDelta, Plane, Slot
+from tests.simulation.kv_judge import promoted
+from tests.simulation.toy_engine import ToyEngine
+from tests.simulation.toy_units import Row
 
 Mutation = Callable[[], AbstractContextManager[None]]
 
@@ -138,21 +153,26 @@ def _owners_not_needed() -> AbstractContextManager[None]:
 
 def _watermark_off_by_one() -> AbstractContextManager[None]:
     """Watermark off by one: of each log one position more counts as computed than is."""
-    snapshot, covered = TokenLogs.snapshot, TokenLogs.covered
+    covered, least = TokenLogs.covered, Coverage.least
 
-    def more(logs: TokenLogs) -> Any:
-        told, coverage = snapshot(logs)
-        return told, tuple(replace(each, positions=each.positions + 1) for each in coverage)
+    def more(logs: TokenLogs, plan: Plan) -> Any:
+        told = covered(logs, plan)
+        return tuple(replace(each, positions=each.positions + 1) for each in told)
 
-    def one_more(logs: TokenLogs, request_id: int) -> int:
-        return covered(logs, request_id) + 1
+    def one_more(coverage: Coverage, request_id: int) -> int:
+        return least(coverage, request_id) + 1
 
-    return _patched((TokenLogs, "snapshot", more), (TokenLogs, "covered", one_more))
+    return _patched((TokenLogs, "covered", more), (Coverage, "least", one_more))
 
 
 def _stale_coverage_trusted() -> AbstractContextManager[None]:
-    """Stale coverage trusted: what was computed of other units counts for those of a new plan."""
-    return _patched((TokenLogs, "lose_kv", lambda _logs: None))
+    """Stale coverage trusted: what was computed of units before a plan took them away counts when
+    they come back."""
+
+    def hold(coverage: Coverage, computed: Any, fed: Any) -> None:
+        coverage.computed, coverage.fed = frozenset(computed), frozenset(fed)
+
+    return _patched((Coverage, "hold", hold))
 
 
 def _slot_reused() -> AbstractContextManager[None]:
@@ -163,10 +183,113 @@ def _slot_reused() -> AbstractContextManager[None]:
     rows = ToyEngine._rows
 
     def placed(engine: ToyEngine, slot: Slot) -> list[Row]:
-        ids = sorted(engine._logs._logs)
-        return [replace(row, request_id=ids.index(row.request_id)) for row in rows(engine, slot)]
+        place = sorted(engine._logs._logs).index(slot.request_id)
+        engine._cache.open(place)
+        return [row._replace(request_id=place) for row in rows(engine, slot)]
 
     return _patched((ToyEngine, "_rows", placed))
+
+
+# --- replicas -------------------------------------------------------------------------------------
+
+
+def _delta_beyond_a_gap() -> AbstractContextManager[None]:
+    """Delta KV that does not join the watermark is written, and counts."""
+    joins = Replicas.joins
+
+    def lax(replicas: Replicas, unit: KvUnit, frame: KvDelta) -> bool:
+        end = frame.start + frame.tensor.shape[2]
+        known = replicas._logs.digest(frame.request_id, end)
+        return joins(replicas, unit, frame) or known == frame.log_digest
+
+    return _patched((Replicas, "joins", lax), (Coverage, "join", _join_anywhere))
+
+
+def _join_anywhere(
+    coverage: Coverage, request_id: int, unit: KvUnit, _start: int, end: int
+) -> None:
+    of = coverage._positions.setdefault(request_id, {})
+    of[unit] = max(of.get(unit, 0), end)
+
+
+def _delta_digest_unchecked() -> AbstractContextManager[None]:
+    """Delta KV is written whatever tokens it was computed for."""
+    joins = Replicas.joins
+
+    def lax(replicas: Replicas, unit: KvUnit, frame: KvDelta) -> bool:
+        covered = replicas._logs.coverage.of(frame.request_id, unit)
+        return joins(replicas, unit, frame) or frame.start <= covered
+
+    return _patched((Replicas, "joins", lax))
+
+
+def _coverage_not_cut() -> AbstractContextManager[None]:
+    """Coverage is not cut with the log."""
+    return _patched((Coverage, "cut", lambda *_: None))
+
+
+def _freed_replica_counted() -> AbstractContextManager[None]:
+    """A replica that was freed still counts when the unit is kept again."""
+    hold = Coverage.hold
+
+    def lax(coverage: Coverage, computed: Any, fed: Any) -> None:
+        freed = coverage.__dict__.setdefault("freed", {})
+        for request_id, of in coverage._positions.items():
+            for unit in of.keys() & (coverage.fed - computed - fed):
+                freed[request_id, unit] = of[unit]
+        hold(coverage, computed, fed)
+        for request_id, unit in [key for key in freed if key[1] in coverage.fed]:
+            if request_id in coverage._positions:
+                coverage._positions[request_id][unit] = freed.pop((request_id, unit))
+
+    return _patched((Coverage, "hold", lax))
+
+
+def _promotion_trusted() -> AbstractContextManager[None]:
+    """A standby that is promoted counts as having all, whatever its ACK says of its coverage."""
+    collect = proposal.Proposal.collect
+
+    def trusting(self: Any, *arguments: Any) -> Any:
+        before = self._before
+        known = agreement._covered
+        taken = {u.unit for u in promoted(before, self.plan)} if before is not None else set()
+
+        def covered(ack: Any, request_id: int, stage: int, units: set[int], agreed: Any) -> int:
+            asked = units - taken
+            return known(ack, request_id, stage, asked, agreed) if asked else agreed.length
+
+        with _patched((agreement, "_covered", covered)):
+            return collect(self, *arguments)
+
+    return _patched((proposal.Proposal, "collect", trusting))
+
+
+def _old_delta_taken() -> AbstractContextManager[None]:
+    """Delta KV of a plan that is over is taken after the log was cut.
+
+    To leave out the comparison of fences alone shows nothing: the digest tells whose KV it is. So
+    that is left out too, for such frames.
+    """
+    judge, joins = BulkLinks._judge, Replicas.joins
+
+    def lax_judge(links: BulkLinks, route: bytes, frame: bytes) -> Arrival:
+        message, plan, life = decode(frame, Plane.BULK), links._plan, links._routes.get(route)
+        old = isinstance(message, KvDelta) and plan is not None and message.fence < plan.fence
+        if not (old and links._in_force and plan is not None and life is not None):
+            return judge(links, route, frame)
+        sender = index_of(plan, life)
+        if sender not in links._partners:
+            return judge(links, route, frame)
+        return Arrival(len(frame), sender, replace(message, log_digest=""))
+
+    def lax_joins(replicas: Replicas, unit: KvUnit, frame: KvDelta) -> bool:
+        end = frame.start + frame.tensor.shape[2]
+        known = replicas._logs.digest(frame.request_id, end)
+        joined = frame.start <= replicas._logs.coverage.of(frame.request_id, unit)
+        old = not frame.log_digest and known is not None and joined
+        return joins(replicas, unit, frame) or old
+
+    return _patched((BulkLinks, "_judge", lax_judge), (Replicas, "joins", lax_joins))
 
 
 # --- plans and elections --------------------------------------------------------------------------
@@ -281,6 +404,12 @@ MUTATIONS: dict[str, Mutation] = {
     "watermark-off-by-one": _watermark_off_by_one,
     "stale-coverage-trusted": _stale_coverage_trusted,
     "slot-reused": _slot_reused,
+    "delta-beyond-a-gap": _delta_beyond_a_gap,
+    "delta-digest-unchecked": _delta_digest_unchecked,
+    "coverage-not-cut": _coverage_not_cut,
+    "freed-replica-counted": _freed_replica_counted,
+    "promotion-trusted": _promotion_trusted,
+    "old-delta-taken": _old_delta_taken,
     "vote-not-persisted": _vote_not_persisted,
     "votes-for-all": _votes_for_all,
     "older-plan-voted-for": _older_plan_voted_for,

@@ -8,10 +8,11 @@ twice, frames come only over two connections: the old one's last frames after th
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
-from p2pinfer.wire.messages import Plane
+from p2pinfer.wire.codec import decode
+from p2pinfer.wire.messages import KvDelta, Plane
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
@@ -22,7 +23,9 @@ SILENT_S = 5.0
 """A connection that carries nothing for so long is closed by ZeroMQ's own pings."""
 
 PROBE_S = 1.0
-HWM = 1000
+HWM = {Plane.CONTROL: 1000, Plane.STEPS: 1000, Plane.BULK: 24}
+"""Frames that wait for each connection and way."""
+
 LATENCY_S = (0.0003, 0.003)
 
 
@@ -291,14 +294,16 @@ class Network:
 
     def _push(self, lane: Lane, frame: bytes) -> bool:
         sender, receiver = lane.sender.number, lane.receiver.number
-        if len(lane.queue) >= min(self.hwm.get(sender, HWM), self.hwm.get(receiver, HWM)):
+        plane = lane.connection.plane
+        hwm = HWM[plane]
+        if len(lane.queue) >= min(self.hwm.get(sender, hwm), self.hwm.get(receiver, hwm)):
             return False
-        if self.losing and self._loses((sender, receiver, lane.connection.plane), frame):
+        if self.losing and self._loses((sender, receiver, plane), frame):
             return True
         lane.queue.append(frame)
         latency = self._random.uniform(*LATENCY_S)
         if self.slow:
-            latency += self.slow.get((sender, receiver, lane.connection.plane), 0.0)
+            latency += self.slow.get((sender, receiver, plane), 0.0)
         lane.arrives = max(lane.arrives, self.world.now + latency)
         self.world.at(lane.arrives, self._arrive, lane)
         return True
@@ -309,11 +314,20 @@ class Network:
             return False
         del self.losing[key]
         self.world.count("a frame was lost on a link that stayed")
+        self._lost(key[2], [frame])
         return True
+
+    def _lost(self, plane: Plane, frames: Iterable[bytes]) -> None:
+        """Frames will never arrive; of bulk, nothing else tells of it."""
+        if plane is Plane.BULK:
+            for frame in frames:
+                delta = isinstance(decode(frame, plane), KvDelta)
+                self.world.count("delta KV was lost" if delta else "credit or a question was lost")
 
     def _arrive(self, lane: Lane) -> None:
         connection, receiver = lane.connection, lane.receiver
         if not connection.up and self.world.now > connection.grace:
+            self._lost(connection.plane, lane.queue)
             lane.queue.clear()
             return
         if not lane.queue or not receiver.alive:

@@ -7,13 +7,13 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from p2pinfer.wire.codec import decode
-from p2pinfer.wire.messages import Plane, Step
+from p2pinfer.wire.messages import Credit, KvDelta, Plane, Step
 
 if TYPE_CHECKING:
     from tests.simulation.faults import Faults
     from tests.simulation.machine import Machine
 
-BOTH = (Plane.CONTROL, Plane.STEPS)
+ALL = (Plane.CONTROL, Plane.STEPS, Plane.BULK)
 
 
 def delay(faults: Faults, rng: Random) -> None:
@@ -30,7 +30,7 @@ def _delay(faults: Faults, rng: Random, machine: Machine) -> None:
     keys = [
         key
         for number in chosen
-        for plane in BOTH
+        for plane in ALL
         for key in ((machine.number, number, plane), (number, machine.number, plane))
         if rng.random() < 0.8
     ]
@@ -118,6 +118,63 @@ def last_tokens(frame: bytes) -> bool:
     return isinstance(message, Step) and not message.slots
 
 
+def bulk(faults: Faults, rng: Random) -> None:
+    """Replicas have it hard: their frames are lost or late, their links break or are cut."""
+    for _ in range(rng.randint(2, 6)):
+        strike = rng.choice((_bulk_loss, _bulk_loss, _bulk_reset, _bulk_delay, _bulk_cut))
+        faults.sometime(rng, partial(strike, faults, rng))
+
+
+def _bulk_loss(faults: Faults, rng: Random, machine: Machine) -> None:
+    other = rng.choice([m for m in faults.cluster.machines if m is not machine])
+    pair = (machine.number, other.number)
+    source, target = pair if rng.random() < 0.5 else pair[::-1]
+    lost = rng.choice((any_frame, delta, delta, credit))
+    faults.world.tell(source, f"its next {lost.__name__} in bulk to node{target} is lost")
+    faults.network.losing[source, target, Plane.BULK] = lost
+
+
+def delta(frame: bytes) -> bool:
+    """KV for a standby."""
+    return isinstance(decode(frame, Plane.BULK), KvDelta)
+
+
+def credit(frame: bytes) -> bool:
+    """A standby's credit."""
+    return isinstance(decode(frame, Plane.BULK), Credit)
+
+
+def _bulk_reset(faults: Faults, rng: Random, machine: Machine) -> None:
+    found = faults.network.connections(machine.number)
+    found = [connection for connection in found if connection.plane is Plane.BULK]
+    for connection in rng.sample(found, min(len(found), rng.choice((1, 1, 2)))):
+        faults.world.count("a bulk link was reset")
+        faults.world.tell(machine.number, f"its bulk link to {connection.dial.address} is reset")
+        faults.network.break_connection(connection, late_s=rng.choice((0.0, 0.2)))
+
+
+def _bulk_delay(faults: Faults, rng: Random, machine: Machine) -> None:
+    numbers = [m.number for m in faults.cluster.machines if m is not machine]
+    keys = [(machine.number, n, Plane.BULK) for n in numbers if rng.random() < 0.6]
+    keys += [(n, machine.number, Plane.BULK) for n in numbers if rng.random() < 0.6]
+    extra = rng.choice((0.05, 0.3, 1.5))
+    faults.world.tell(machine.number, f"bulk frames take {extra} s longer")
+    for key in keys:
+        faults.network.slow[key] = extra
+
+    def undo() -> None:
+        for key in keys:
+            faults.network.slow.pop(key, None)
+
+    faults.until(rng.uniform(0.2, 3.0), undo)
+
+
+def _bulk_cut(faults: Faults, rng: Random, machine: Machine) -> None:
+    other = rng.choice([m for m in faults.cluster.machines if m is not machine])
+    ways = [(machine.number, other.number), (other.number, machine.number)]
+    faults.cut(rng.choice((ways, ways[:1], ways[1:])), (Plane.BULK,), rng)
+
+
 def oneway(faults: Faults, rng: Random) -> None:
     """One machine does not reach another, which reaches it."""
     for _ in range(rng.randint(1, 3)):
@@ -127,7 +184,7 @@ def oneway(faults: Faults, rng: Random) -> None:
 def _oneway(faults: Faults, rng: Random, machine: Machine) -> None:
     other = rng.choice([m for m in faults.cluster.machines if m is not machine])
     pair = (machine.number, other.number)
-    planes = rng.choice((BOTH, BOTH, (Plane.CONTROL,), (Plane.STEPS,)))
+    planes = rng.choice((ALL, ALL, (Plane.CONTROL,), (Plane.STEPS,), (Plane.BULK,)))
     faults.cut([pair if rng.random() < 0.5 else pair[::-1]], planes, rng)
 
 
@@ -140,7 +197,7 @@ def pairs(faults: Faults, rng: Random) -> None:
 def _pairs(faults: Faults, rng: Random, machine: Machine) -> None:
     other = rng.choice([m for m in faults.cluster.machines if m is not machine])
     one, two = machine.number, other.number
-    planes = rng.choice((BOTH, BOTH, (Plane.CONTROL,), (Plane.STEPS,)))
+    planes = rng.choice((ALL, ALL, (Plane.CONTROL,), (Plane.STEPS,), (Plane.BULK,)))
     faults.cut([(one, two), (two, one)], planes, rng)
 
 
@@ -155,4 +212,4 @@ def _halves(faults: Faults, rng: Random, machine: Machine) -> None:
     ours = {machine.number, *(n for n in numbers if rng.random() < 0.4)}
     ways = [(a, b) for a in numbers for b in numbers if (a in ours) != (b in ours)]
     if ways:
-        faults.cut(ways, BOTH, rng)
+        faults.cut(ways, ALL, rng)

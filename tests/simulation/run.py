@@ -13,6 +13,7 @@ from tests.simulation import toy_model as toy
 from tests.simulation.cluster import Cluster, Setting
 from tests.simulation.faults import Faults, choose
 from tests.simulation.machine import MakeNode
+from tests.simulation.toy_bulk import narrow
 from tests.simulation.world import Violation, World
 
 FORMED_S = 12.0
@@ -54,7 +55,8 @@ def setting(rng: Random) -> Setting:
         nodes=nodes,
         layout=layout,
         quorum="majority",
-        replicas=rng.choice((0, 0, 1)),
+        replicas=rng.choice((0, 1, 1, 2)),
+        window=rng.choice((0, 0, 8, 24)),
         kinds=kinds,
         rates=tuple(rng.uniform(0.95, 1.05) if drifts else 1.0 for _ in range(6)),
         weights=tuple(rng.choice((1.0, 1.0, 1.0, 2.0)) for _ in range(6)),
@@ -121,9 +123,10 @@ class Simulation:
         """Clients that come while faults do."""
         rng = self.world.stream("load")
         clients = self.cluster.clients
-        for _ in range(rng.randint(2, 5)):
+        for _ in range(rng.randint(3, 6)):
             prompt = tuple(rng.randrange(1, 128) for _ in range(rng.randint(1, 14)))
-            client = clients.add(prompt, rng.choice((1, 4, 10, 16, 30)), rng.choice((1, 6, 6)))
+            length = rng.choice((1, 6, 16, 30, 60))
+            client = clients.add(prompt, length, rng.choice((1, 6, 6)))
             self.world.at(rng.uniform(begin, end - 0.5), clients.submit, client)
 
     def _quiet(self) -> bool:
@@ -158,7 +161,8 @@ def simulate(
     simulation = Simulation(seed, without, tell, make_node)
     outcome = Outcome(seed, simulation.classes)
     try:
-        simulation.run()
+        with narrow(simulation.setting.window):
+            simulation.run()
     except Violation as violation:
         outcome.violation = str(violation)
         outcome.detail = _chain(violation)

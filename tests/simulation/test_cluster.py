@@ -153,6 +153,73 @@ def test_a_reply_survives_the_death_of_any_other_node(seed: int, victim: int) ->
     assert story.cluster.agreed()
 
 
+def rungs(story: Story) -> list[str]:
+    """How the KV of each request came back after each failover."""
+    return [fact.rung for fact in story.told(e.RequestRestored)]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("count", "victim"), [(2, 2), (3, 1), (3, 2), (4, 1)])
+def test_a_reply_goes_on_from_replicas(seed: int, count: int, victim: int) -> None:
+    """An owner dies, the leader or another: its standbys have all but the last positions."""
+    story = formed(count, seed, replicas=count // 2)
+    client = story.submit(3 - victim, 60)
+    assert story.until(lambda: len(client.shown) > 15)
+    story.facts.clear()
+    story.cluster.crash(story.cluster.machines[victim - 1])
+    assert story.until(lambda: bool(story.told(e.RequestRestored)), 4)
+    restored = story.told(e.RequestRestored)[0]
+    assert restored.rung == "replica"
+    assert restored.restart >= restored.length - 4
+    assert story.until(lambda: bool(client.end))
+    assert client.end == "complete"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_new_standbys_are_filled_before_the_next_death(seed: int) -> None:
+    """One owner dies after the other: each time the reply goes on from replicas."""
+    story = formed(4, seed, replicas=1)
+    client = story.submit(4, 90, (5,))
+    for victim in (3, 2):
+        shown = len(client.shown)
+        assert story.until(lambda shown=shown: len(client.shown) > shown + 16)
+        story.facts.clear()
+        story.cluster.crash(story.cluster.machines[victim - 1])
+        assert story.until(lambda: bool(story.told(e.RequestRestored)), 4)
+        assert rungs(story) == ["replica"]
+    assert story.until(lambda: bool(client.end))
+    assert client.end == "complete"
+
+
+def test_a_standby_that_was_cut_off_makes_the_restart_smaller() -> None:
+    """No delta KV comes for a while, and the owner dies: the reply goes on from what there is."""
+    story = formed(3, replicas=1)
+    client = story.submit(1, 60)
+    assert story.until(lambda: len(client.shown) > 10)
+    for way in ((a, b) for a in (1, 2, 3) for b in (1, 2, 3) if a != b):
+        story.cluster.network.cut(*way, Plane.BULK)
+    assert story.until(lambda: len(client.shown) > 30)
+    assert not rungs(story)
+    story.cluster.crash(story.cluster.machines[1])
+    assert story.until(lambda: bool(story.told(e.RequestRestored)), 4)
+    restored = story.told(e.RequestRestored)[0]
+    assert restored.rung == "replica"
+    assert len(PROMPT) + 9 <= restored.restart <= len(PROMPT) + 16
+    assert story.until(lambda: bool(client.end))
+    assert client.end == "complete"
+
+
+def test_without_replicas_a_reply_is_replayed() -> None:
+    """An owner without a standby dies: all of the reply is computed again."""
+    story = formed(3)
+    client = story.submit(1, 60)
+    assert story.until(lambda: len(client.shown) > 10)
+    story.cluster.crash(story.cluster.machines[1])
+    assert story.until(lambda: bool(client.end))
+    assert client.end == "complete"
+    assert rungs(story) == ["replay"]
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_client_goes_on_after_its_own_node(seed: int) -> None:
     """The node that a client talks to is killed: another one goes on where it was."""

@@ -9,11 +9,13 @@ from msgspec.structs import replace
 
 from p2pinfer.core import events as e
 from p2pinfer.core.planner import make_plan
+from p2pinfer.core.standbys import name_standbys
 from p2pinfer.types import Fence, Member, Plan, SamplingParams
 from p2pinfer.wire.messages import Plane
 from tests.simulation import toy_model as toy
 from tests.simulation.cluster import Cluster, Setting
 from tests.simulation.machine import Machine
+from tests.simulation.toy_bulk import narrow
 from tests.simulation.world import Violation, World
 
 
@@ -36,10 +38,10 @@ class Chief:
     def machine(self, number: int) -> Machine:
         return self.cluster.machines[number - 1]
 
-    def plan(self, epoch: int, layout: str = "heads", *without: int) -> Plan:
+    def plan(self, epoch: int, layout: str = "heads", *without: int, replicas: int = 0) -> Plan:
         """A plan of all machines but some, led by the first one left."""
         members = [m for m in self.members() if m.pid and int(m.node_id, 16) not in without]
-        return make_plan(
+        plan = make_plan(
             members=members,
             model=toy.MODEL,
             layout=layout,
@@ -47,6 +49,8 @@ class Chief:
             cluster_id="ab" * 8,
             leader_id=members[0].node_id,
         )
+        able = {member.node_id for member in members}
+        return name_standbys(plan, able=able, replicas=replicas)
 
     def run(self, seconds: float = 5.0) -> None:
         self.world.run_until(self.world.now + seconds)
@@ -200,7 +204,7 @@ def test_kv_that_is_not_there_is_seen() -> None:
     request_id = chief.start(plan, (1, 2, 3), 30)
     chief.run(0.5)
     worker = chief.machine(2).process.worker
-    worker._cache.forget((request_id,))
+    worker.units.cache.forget((request_id,))
     with pytest.raises(Violation, match="KV of request"):
         chief.run()
 
@@ -237,3 +241,102 @@ def test_a_lost_worker_stops_commits_and_is_overdue() -> None:
     failed = chief.said(e.StepFailed)
     assert failed
     assert chief.machine(2).node_id in {report.node_id for report in failed}
+
+
+def least_fed(chief: Chief, request_id: int) -> int:
+    """The least that any standby has of a request's KV."""
+    return min(
+        process.worker.logs.coverage.of(request_id, unit)
+        for process in chief.cluster.living()
+        for unit in process.worker.logs.coverage.fed
+    )
+
+
+@pytest.mark.parametrize("window", [0, 8, 24])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_standbys_keep_up_with_their_owners(window: int, replicas: int) -> None:
+    """While a reply runs every standby is at most a few positions behind, however small windows."""
+    chief = Chief(3)
+    chief.run(0.5)
+    plan = chief.plan(1, replicas=replicas)
+    with narrow(window):
+        chief.adopt(plan)
+        request_id = chief.start(plan, tuple(range(1, 20)), 70)
+        chief.run(2.2)
+        logs = chief.machine(1).process.worker.logs
+        assert len(logs.tokens(request_id)) > 40
+        assert least_fed(chief, request_id) >= len(logs.tokens(request_id)) - 3 - window
+        chief.run(2.0)
+    assert chief.reply(request_id) == toy.Reference().reply(tuple(range(1, 20)), 70)
+    assert not chief.said(e.StepFailed)
+
+
+def test_kv_of_a_standby_is_that_of_its_owner() -> None:
+    """What a standby reports when the plan ends is in its cache, for its log, and true."""
+    chief = Chief(3)
+    chief.run(0.5)
+    plan = chief.plan(1, replicas=1)
+    chief.adopt(plan)
+    request_id = chief.start(plan, (4, 5, 6), 60)
+    chief.run(1.0)
+    second = replace(chief.plan(2, replicas=1), fence=Fence(1, 2))
+    chief.order(second, lambda index: e.LoadPlan(plan=second, me=index))
+    chief.run(0.5)
+    reports = [r for r in chief.said(e.PlanLoaded) if r.fence == second.fence]
+    told = [run for r in reports for run in r.coverage if run.request_id == request_id]
+    assert sum(len(run.units) for run in told) == 2 * toy.HEADS
+    assert min(run.positions for run in told) > 20
+    judge = chief.cluster.judge.kv
+    for process, report in zip(chief.cluster.living(), reports, strict=True):
+        judge.loaded(process, report, second)
+
+
+def test_kv_that_a_standby_has_not_is_seen() -> None:
+    """Who reports more than its cache has violates."""
+    chief = Chief(2)
+    chief.run(0.5)
+    plan = chief.plan(1, replicas=1)
+    chief.adopt(plan)
+    request_id = chief.start(plan, (4, 5, 6), 60)
+    chief.run(0.6)
+    process = chief.machine(2).process
+    logs = process.worker.logs
+    told = [replace(run, positions=run.positions + 1) for run in logs.covered(plan)]
+    report = e.PlanLoaded(fence=plan.fence, logs=logs.snapshot(), coverage=tuple(told))
+    with pytest.raises(Violation, match=f"KV of request {request_id}|has KV of"):
+        chief.cluster.judge.kv.loaded(process, report, plan)
+
+
+def test_bulk_links_that_break_hold_up_no_step() -> None:
+    """All bulk links break again and again: no step fails, and standbys catch up afterwards."""
+    chief = Chief(3)
+    chief.run(0.5)
+    plan = chief.plan(1, replicas=1)
+    chief.adopt(plan)
+    request_id = chief.start(plan, (7, 8, 9), 80)
+    network = chief.cluster.network
+    for _ in range(8):
+        chief.run(0.1)
+        for connection in network.connections():
+            if connection.plane is Plane.BULK:
+                network.break_connection(connection)
+    chief.run(1.0)
+    logs = chief.machine(1).process.worker.logs
+    assert least_fed(chief, request_id) >= len(logs.tokens(request_id)) - 3
+    chief.run(2.0)
+    assert chief.reply(request_id) == toy.Reference().reply((7, 8, 9), 80)
+    assert not chief.said(e.StepFailed)
+
+
+def test_weights_of_standbys_are_read_after_the_plan_is_in_force() -> None:
+    """A plan is loaded without the weights of standbys; they are ready a little later."""
+    chief = Chief(3)
+    chief.run(0.5)
+    plan = chief.plan(1, replicas=2)
+    chief.order(plan, lambda index: e.LoadPlan(plan=plan, me=index))
+    chief.run(0.5)
+    assert all(process.worker.units.complete for process in chief.cluster.living())
+    assert all(process.worker.units.lacking == 2 for process in chief.cluster.living())
+    chief.adopt(plan)
+    chief.run(3.0)
+    assert not any(process.worker.units.lacking for process in chief.cluster.living())

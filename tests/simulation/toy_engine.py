@@ -7,13 +7,14 @@ it was written for, so that a wrong token's cause is found where it arises.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator
 from struct import pack
 from typing import Protocol
 
 from msgspec import Struct
 
 from p2pinfer.core import tree
+from p2pinfer.core.replication import computed_units
 from p2pinfer.core.token_log import TokenLogs
 from p2pinfer.core.topology import Topology
 from p2pinfer.errors import RemoteProtocolError
@@ -21,6 +22,7 @@ from p2pinfer.wire.messages import Candidates, Hidden, Partial, Slot, Step, Step
 from p2pinfer.wire.tensors import Tensor, WireDType
 from tests.simulation import toy_model as toy
 from tests.simulation.toy_links import StepBroken, ToyLinks
+from tests.simulation.toy_units import Row, ToyCache
 from tests.simulation.world import check
 
 HALF_LAYER_S = 0.005
@@ -56,63 +58,6 @@ class Truth(Protocol):
         """The residual after `half` half layers of the position of `token`."""
 
 
-class Row(Struct, frozen=True):
-    """One position of a step."""
-
-    request_id: int
-    position: int
-    token: int
-    before: int
-    """The tag of the log up to this token, without it."""
-    name: int
-    """With it."""
-
-
-class ToyCache:
-    """KV by request, layer and position: for each head unit what was attended up to there."""
-
-    def __init__(self) -> None:
-        self._rows: dict[tuple[int, int], list[tuple[int, dict[int, int]]]] = {}
-        """By request and layer: (tag of the log that it was written for, value by unit)."""
-
-    def read(self, row: Row, layer: int) -> Mapping[int, int]:
-        """What is there for the position before `row`."""
-        if row.position == 0:
-            return {}
-        rows = self._rows.get((row.request_id, layer), [])
-        check(
-            len(rows) >= row.position,
-            f"KV of request {row.request_id} is read at {row.position - 1}: {len(rows)} are there",
-        )
-        name, values = rows[row.position - 1]
-        check(
-            name == row.before,
-            f"KV of request {row.request_id} at {row.position - 1} was written for another log",
-        )
-        return values
-
-    def write(self, row: Row, layer: int, values: dict[int, int]) -> None:
-        """Write a position; what follows it is void."""
-        rows = self._rows.setdefault((row.request_id, layer), [])
-        del rows[row.position :]
-        rows.append((row.name, values))
-
-    def cut(self, request_id: int, positions: int) -> None:
-        """Only so many positions stay."""
-        for (known, _), rows in self._rows.items():
-            if known == request_id:
-                del rows[positions:]
-
-    def forget(self, request_ids: Sequence[int]) -> None:
-        """Free what these requests hold."""
-        for key in [key for key in self._rows if key[0] in request_ids]:
-            del self._rows[key]
-
-    def clear(self) -> None:
-        """Free everything."""
-        self._rows.clear()
-
-
 class ToyEngine:
     """Computes steps; logs and cache outlive it."""
 
@@ -127,6 +72,7 @@ class ToyEngine:
         self._cache = cache
         self._links = links
         self._truth = truth
+        self._heads = tuple(computed_units(mine.plan, mine.me))
         self._subtrees = tuple(
             {node: _units_below(node, count) for node in mine.parts[half].get(mine.me, ())}
             for half, count in enumerate(mine.units)
@@ -146,13 +92,14 @@ class ToyEngine:
                 raise RemoteProtocolError("a step that was there before")
             self._logs.take(step)
             for slot in step.slots:
-                held = self.topology.holding.head_units
-                if held and self._logs.covered(slot.request_id) < slot.start:
+                if self._heads and self._logs.coverage.least(slot.request_id) < slot.start:
                     raise RemoteProtocolError("a slot beyond the positions that have their KV")
         except RemoteProtocolError as error:
             raise StepBroken(self._id(self.topology.plan.leader), str(error)) from error
         self.step = step.step
         self._cache.forget(step.ended)
+        for slot in step.slots:
+            self._cache.open(slot.request_id)
 
     def acknowledge(self, step: Step) -> None:
         """Tell the leader that the tokens are written."""
@@ -197,7 +144,7 @@ class ToyEngine:
             xs = yield from self._hidden(step, len(rows))
         for layer in range(*mine.holding.span):
             yield busy
-            own = self._heads(layer, rows, xs)
+            own = self._attend(layer, rows, xs)
             xs = yield from self._add(step, layer, 0, own, xs)
             self._check_rows(rows, 2 * layer + 1, xs)
             yield busy
@@ -208,17 +155,15 @@ class ToyEngine:
             self._give(step, receiver, xs)
         return self._offers(step, xs)
 
-    def _heads(self, layer: int, rows: list[Row], xs: list[int]) -> list[dict[int, int]]:
+    def _attend(self, layer: int, rows: list[Row], xs: list[int]) -> list[dict[int, int]]:
         own = []
         for row, x in zip(rows, xs, strict=True):
-            past = self._cache.read(row, layer)
-            values = {
-                unit: toy.attend(layer, unit, past.get(unit, 0), x)
-                for unit in self.topology.holding.head_units
-            }
-            check(not past or values.keys() <= past.keys(), "KV of a unit that was not held")
-            self._cache.write(row, layer, values)
-            own.append({u: toy.head_partial(layer, u, value, x) for u, value in values.items()})
+            partials = {}
+            for head in self._heads:
+                value = toy.attend(layer, head.unit, self._cache.past(head, layer, row), x)
+                self._cache.write(head, layer, row, value)
+                partials[head.unit] = toy.head_partial(layer, head.unit, value, x)
+            own.append(partials)
         return own
 
     def _check_rows(self, rows: list[Row], half: int, xs: list[int]) -> None:
@@ -334,6 +279,29 @@ class ToyEngine:
             lse=Tensor(WireDType.FLOAT32, shape[:2], bytes(4 * len(flat))),
         )
         self._links.send(mine.plan.leader, frame)
+
+    def collect(
+        self, step: Step, own: list[list[tuple[int, int]]]
+    ) -> Generator[Wait, None, list[list[tuple[int, int]]]]:
+        """[sampling slots] of candidates of all vocab units."""
+        mine, inbox = self.topology, self._links.inbox
+        owing = tuple(member for member in mine.vocab if member != mine.me)
+        slots = sum(slot.sample for slot in step.slots)
+        offers: list[list[tuple[int, int]]] = own or [[] for _ in range(slots)]
+        if owing:
+            yield Frames(inbox.candidates, step.step, owing)
+            for member, frame in inbox.candidates.pop(step.step).items():
+                if frame.ids.shape[:2] != (max(slots, 1), len(frame.units)):
+                    node_id = mine.plan.members[member].node_id
+                    raise StepBroken(node_id, "candidates for another number of slots")
+                ids = memoryview(frame.ids.data).cast("i")
+                scores = memoryview(frame.logits.data).cast("f")
+                width = len(frame.units)
+                for place, of_slot in enumerate(offers):
+                    for unit in range(width):
+                        at = place * width + unit
+                        of_slot.append((ids[at], int(scores[at])))
+        return offers
 
 
 def _add_to(totals: list[int], sums: list[int]) -> None:

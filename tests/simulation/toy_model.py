@@ -151,6 +151,10 @@ class Reference:
             known = self._known[name] = _compute(past, token, position)
         return known
 
+    def known(self, name: int) -> Computed | None:
+        """The last position of the log with that tag, if it was ever computed."""
+        return self._known.get(name)
+
     def log(self, tokens: Sequence[int]) -> Computed:
         """The last position of a log."""
         before = ROOT_TAG

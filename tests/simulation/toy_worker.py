@@ -2,7 +2,8 @@
 
 It joins the same pure parts as `p2pinfer/worker.py` and `leader.py` do (gate, logs, step maker,
 step clock, topology), but never blocks: what the true worker waits for, its task gives out, and it
-goes on when that is there.
+goes on when that is there. Between two steps, and while there is none, replicas are kept up to
+date; weights of standbys are read in the background.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from collections import deque
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING
 
+from msgspec.structs import replace
+
 from p2pinfer.core import events as e
+from p2pinfer.core.replication import computed_units
 from p2pinfer.core.step_clock import StepClock
 from p2pinfer.core.step_maker import StepMaker, StepReport
 from p2pinfer.core.token_log import TokenLogs
@@ -19,8 +23,10 @@ from p2pinfer.core.topology import Topology, topology
 from p2pinfer.types import Fence, ModelSpec
 from p2pinfer.wire.messages import Plane, Step
 from tests.simulation import toy_model as toy
-from tests.simulation.toy_engine import Frames, Sleep, ToyCache, ToyEngine, Wait
+from tests.simulation.toy_bulk import ToyBulk
+from tests.simulation.toy_engine import Frames, Sleep, ToyEngine, Wait
 from tests.simulation.toy_links import StepBroken, ToyLinks
+from tests.simulation.toy_units import ToyUnits
 from tests.simulation.world import check
 
 if TYPE_CHECKING:
@@ -34,6 +40,11 @@ MAX_STEP_TOKENS = 8
 STARTS_S = (0.05, 0.3)
 LOADS_S = (0.01, 0.25)
 RELOADS_S = 0.002
+STANDBY_LOADS_S = (0.05, 0.8)
+"""In the background, for the weights of one owner's units."""
+
+BULK_TURN_S = 0.001
+"""How long a portion of delta KV keeps a worker that has no step to do."""
 
 Task = Generator[Wait, None, None]
 
@@ -51,13 +62,16 @@ class ToyWorker:
         self.loading: Fence | None = None
         self.links = ToyLinks(process, self._look)
         self._model = model
-        self._cache = ToyCache()
+        self.units = ToyUnits(self.logs)
+        self.bulk = ToyBulk(process, self.logs, self.units.cache)
         self._steps = StepClock()
         self._random = self.world.stream(f"worker/{process.boot_id}")
         self._ready = self._over = False
         self._orders: deque[e.AnyOrder] = deque()
         self._frames: deque[tuple[bytes, bytes]] = deque()
         self._loaded: Topology | None = None
+        self._held = Fence()
+        """Of the plan whose units are held, loaded or not."""
         self._listeners: tuple[int, ...] = ()
         self._step: Step | None = None
         self._task: Task | None = None
@@ -93,7 +107,8 @@ class ToyWorker:
         self._guard(self._catch_up)
 
     def _catch_up(self) -> None:
-        self.process.network.resumed(self.process, Plane.STEPS)
+        for plane in (Plane.STEPS, Plane.BULK):
+            self.process.network.resumed(self.process, plane)
         if self._late:
             self._late = False
             self._wait = None
@@ -132,6 +147,7 @@ class ToyWorker:
         )
         self._say(stats)
         self._guard(self._check_time)
+        self._guard(self._turn)
 
     def _say(self, report: e.AnyReport) -> None:
         self.process.report(report)
@@ -144,19 +160,35 @@ class ToyWorker:
             self._orders.append(order)
             self._guard(self._turn)
 
-    def arrived(self, route: bytes, frame: bytes) -> None:
-        """A frame came on a step link."""
-        if not self._over:
+    def reads(self, plane: Plane) -> bool:
+        """Whether it takes in what comes on its links."""
+        return not self.hung and not (plane is Plane.BULK and self.bulk.pair.full)
+
+    def arrived(self, plane: Plane, route: bytes, frame: bytes) -> None:
+        """A frame came on a link."""
+        if self._over:
+            return
+        if plane is Plane.STEPS:
             self._frames.append((route, frame))
+        else:
+            self.bulk.pair.arrived(route, frame)
+        if not self.bulk.working:
             self._guard(self._turn)
 
-    def link_up(self, address: str) -> None:
-        """A step link is connected."""
-        self.links.changed(address, up=True)
+    def link_up(self, plane: Plane, address: str) -> None:
+        """A link is connected."""
+        self._link_changed(plane, address, up=True)
 
-    def link_down(self, address: str) -> None:
-        """A step link broke."""
-        self.links.changed(address, up=False)
+    def link_down(self, plane: Plane, address: str) -> None:
+        """A link broke."""
+        self._link_changed(plane, address, up=False)
+
+    def _link_changed(self, plane: Plane, address: str, *, up: bool) -> None:
+        if plane is Plane.STEPS:
+            self.links.changed(address, up=up)
+        else:
+            self.bulk.pair.changed(address, up=up)
+            self._guard(self._turn)
 
     def _look(self) -> None:
         """Time to look at what became of the links."""
@@ -201,7 +233,13 @@ class ToyWorker:
             elif self._orders:
                 self._obey(self._orders.popleft())
             elif not self._begin_step():
+                if self.bulk.turn():
+                    self.world.later(BULK_TURN_S, self._again)
                 return
+
+    def _again(self) -> None:
+        """A portion of delta KV is done; there may be more of it."""
+        self._guard(self._turn)
 
     def _file(self) -> None:
         while self._frames:
@@ -246,8 +284,7 @@ class ToyWorker:
         """Stop at once: what the step would have been is for a new epoch to say."""
         engine = self.engine
         self._drop_task()
-        self.engine = self.maker = None
-        self.links.close()
+        self._stop_steps()
         if engine is not None:
             failed = e.StepFailed(
                 fence=engine.topology.plan.fence,
@@ -266,8 +303,7 @@ class ToyWorker:
             case e.ActivatePlan():
                 self._activate(order)
             case e.Halt():
-                self.engine = self.maker = None
-                self.links.close()
+                self._stop_steps()
             case e.StartRequest():
                 self._start(order)
             case e.CancelRequest():
@@ -276,24 +312,43 @@ class ToyWorker:
             case e.StopWorker():
                 self.ended()
 
-    def _load(self, order: e.LoadPlan) -> None:
+    def _stop_steps(self) -> None:
+        """Obey no plan; logs and KV stay, and KV of its steps is still taken."""
         self.engine = self.maker = None
-        mine = topology(order.plan, order.me)
-        held, self._loaded = self._loaded, None
-        same = held is not None and _units(held) == _units(mine)
-        if not same:
-            self._cache.clear()
-            self.logs.lose_kv()
         self.links.close()
-        logs, coverage = self.logs.snapshot()
+        self.bulk.halt()
+
+    def _load(self, order: e.LoadPlan) -> None:
+        filling = self.bulk.filling
+        self.bulk.leave()
+        self._stop_steps()
+        self._loaded = None
+        mine = topology(order.plan, order.me)
+        taken = self.logs.coverage.fed & computed_units(order.plan, order.me).keys()
+        self.units.hold(mine)
+        self._held = order.plan.fence
+        if taken:
+            self._count_taken(filling)
+        logs, coverage = self.logs.snapshot(), self.logs.covered(order.plan)
         loaded = e.PlanLoaded(fence=order.plan.fence, logs=logs, coverage=coverage)
         self.loading = order.plan.fence
-        quick = same or mine.holding.stage is None
-        self._start_task(self._loads(mine, loaded, quick=quick))
+        self._start_task(self._loads(mine, loaded))
 
-    def _loads(self, mine: Topology, loaded: e.PlanLoaded, *, quick: bool) -> Task:
+    def _count_taken(self, filling: bool) -> None:
+        """A plan makes this node the owner of what it was a standby of."""
+        self.world.count("a standby is to take units over")
+        self.world.moment("Promotion", self.process.number)
+        if not self.units.complete:
+            self.world.count("units taken over before their weights were there")
+        if filling:
+            self.world.count("units taken over while they filled")
+
+    def _loads(self, mine: Topology, loaded: e.PlanLoaded) -> Task:
         """Read weights, then connect to the others."""
+        quick = self.units.complete
+        self.bulk.load(mine)
         yield Sleep(RELOADS_S if quick else self._random.uniform(*LOADS_S))
+        self.units.load()
         self.links.open(mine)
         until = self.world.now + LINK_TIMEOUT_S
         while member := self.links.unconnected():
@@ -311,17 +366,30 @@ class ToyWorker:
         mine = self._loaded
         if mine is None or mine.plan.fence != order.fence or self.engine is not None:
             return
-        self._cache.forget(self.logs.adopt(order.logs))
-        for log in order.logs:
-            self._cache.cut(log.request_id, self.logs.covered(log.request_id))
+        self.units.cache.forget(self.logs.adopt(order.logs))
         judge = self.process.cluster.judge
-        self.engine = ToyEngine(mine, self.logs, self._cache, self.links, judge)
+        self.engine = ToyEngine(mine, self.logs, self.units.cache, self.links, judge)
         judge.activated(self.process, order)
         if mine.leads:
             self._listeners = tuple(sorted(set(order.listeners) - {mine.me}))
             self.maker = StepMaker(mine, self._listeners, order.logs, MAX_STEP_TOKENS)
             self.links.on_ack = self._acked
         self.links.activate(mine)
+        self.bulk.activate(mine)
+        self._load_next(mine.plan.fence)
+
+    def _load_next(self, fence: Fence) -> None:
+        """In the background: read the weights that are kept for the next owner, if some lack."""
+        if self.units.lacking:
+            wait = self._random.uniform(*STANDBY_LOADS_S) * self.process.machine.pace
+            self.world.later(wait, self._loaded_next, fence)
+
+    def _loaded_next(self, fence: Fence) -> None:
+        if self._over or self._held != fence:
+            return
+        if not self.hung:
+            self.units.load_next()
+        self._load_next(fence)
 
     def _start(self, order: e.StartRequest) -> None:
         if self.maker is not None:
@@ -353,61 +421,45 @@ class ToyWorker:
         self._set_limit(step, began)
         for member in self._listeners:
             if member not in self.links.deaf:
-                self.links.send(member, _copy(step, self.links.next_sequence(member)))
+                number = self.links.next_sequence(member)
+                self.links.send(member, replace(step, link_seq=number))
         engine.write(step)
+        self.bulk.stepped(step)
         self._say_all(maker.sent(began))
+        self.bulk.turn()
         own = yield from engine.compute(step)
         drawn = {}
         if step.slots:
-            offers = yield from self._collect(engine, step, own)
+            offers = yield from engine.collect(step, own)
             kind = self.process.machine.kind
             sampling = (slot for slot in step.slots if slot.sample)
             for slot, of_slot in zip(sampling, offers, strict=True):
                 check(len(of_slot) == toy.VOCABS, "a vocab unit offered not exactly once")
                 drawn[slot.request_id] = toy.draw(of_slot, kind)
         maker.finished(step, drawn)
-        self._finish(engine, began)
-
-    def _collect(
-        self, engine: ToyEngine, step: Step, own: list[list[tuple[int, int]]]
-    ) -> Generator[Wait, None, list[list[tuple[int, int]]]]:
-        """[sampling slots] of candidates of all vocab units."""
-        mine, inbox = engine.topology, self.links.inbox
-        owing = tuple(member for member in mine.vocab if member != mine.me)
-        slots = sum(slot.sample for slot in step.slots)
-        offers: list[list[tuple[int, int]]] = own or [[] for _ in range(slots)]
-        if owing:
-            yield Frames(inbox.candidates, step.step, owing)
-            for member, frame in inbox.candidates.pop(step.step).items():
-                if frame.ids.shape[:2] != (max(slots, 1), len(frame.units)):
-                    node_id = mine.plan.members[member].node_id
-                    raise StepBroken(node_id, "candidates for another number of slots")
-                ids = memoryview(frame.ids.data).cast("i")
-                scores = memoryview(frame.logits.data).cast("f")
-                width = len(frame.units)
-                for place, of_slot in enumerate(offers):
-                    for unit in range(width):
-                        at = place * width + unit
-                        of_slot.append((ids[at], int(scores[at])))
-        return offers
+        # What it wrote is sent once the others have the next step to compute.
+        self._finish(engine, step, began)
 
     def _follow(self, engine: ToyEngine, step: Step) -> Task:
         began = self.process.machine.monotonic()
         self._set_limit(step, began)
         engine.write(step)
+        self.bulk.stepped(step)
         engine.acknowledge(step)
         offers = yield from engine.compute(step)
         if step.slots and engine.topology.holding.vocab_units:
             engine.send_candidates(step, offers)
-        self._finish(engine, began)
+        self._finish(engine, step, began)
+        self.bulk.turn()
 
     def _set_limit(self, step: Step, began: float) -> None:
         self._rows = sum(len(slot.tokens) for slot in step.slots)
         self._limit_at = began + self._steps.limit(self._rows)
 
-    def _finish(self, engine: ToyEngine, began: float) -> None:
+    def _finish(self, engine: ToyEngine, step: Step, began: float) -> None:
         self._steps.finished(self._rows, self.process.machine.monotonic() - began)
         engine.owes = 0
+        self.bulk.finished(step)
 
     def _check_time(self) -> None:
         """Is a step, or the acknowledgement of one, overdue?"""
@@ -436,18 +488,3 @@ class ToyWorker:
     def _say_all(self, reports: list[StepReport]) -> None:
         for report in reports:
             self._say(report)
-
-
-def _units(mine: Topology) -> tuple[object, ...]:
-    return (mine.holding.span, mine.holding.head_units)
-
-
-def _copy(step: Step, number: int) -> Step:
-    return Step(
-        fence=step.fence,
-        step=step.step,
-        link_seq=number,
-        slots=step.slots,
-        ended=step.ended,
-        finals=step.finals,
-    )

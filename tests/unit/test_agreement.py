@@ -13,6 +13,7 @@ from p2pinfer.core.agreement import (
     digest,
     reported,
     restart,
+    rung,
     same_bits,
     summary,
     tail_start,
@@ -210,6 +211,28 @@ def test_all_stages_must_be_covered() -> None:
     plan = plan_of(2, layout="layers")
     acks = (ack(1, log("abcd"), covered=3, plan=plan), ack(2, log("abcd"), covered=1, plan=plan))
     assert restarted(*acks, layout="layers") == 1
+
+
+def test_the_rung_says_where_the_kv_was() -> None:
+    """Computed again where there is none; a replica's where any head unit has another owner."""
+    two, three, layers = plan_of(2), plan_of(3), plan_of(2, layout="layers")
+    assert rung(two, two, 0) == rung(two, three, 0) == rung(None, two, 0) == "replay"
+    assert rung(two, two, 3) == rung(None, two, 3) == "none"
+    assert rung(two, three, 3) == rung(two, layers, 3) == "replica"
+
+
+def test_a_member_keeps_its_units_under_another_index() -> None:
+    """Owners are told by who they are, not by their place in the plan."""
+    before = plan_of(2)
+    stage = before.stages[0]
+    turned = {
+        kind: tuple(1 - i for i in getattr(stage, kind))
+        for kind in ("head_owners", "mlp_owners", "vocab_owners")
+    }
+    after = replace(before, members=before.members[::-1], stages=(replace(stage, **turned),))
+    assert rung(before, after, 3) == "none"
+    moved = replace(before, stages=(replace(stage, mlp_owners=(0,) * len(stage.mlp_owners)),))
+    assert rung(before, moved, 3) == "none"
 
 
 def test_bits_stay_the_same_where_each_unit_stays_in_its_class() -> None:

@@ -21,7 +21,7 @@ from p2pinfer.cli import main, node, root
 from p2pinfer.cli.interrupt import sigterm_is_ctrl_c
 from p2pinfer.cli.model import SHAPES_HELP
 from p2pinfer.cli.status_view import runs, status_view
-from p2pinfer.client import Event
+from p2pinfer.client import Event, Moved
 from p2pinfer.errors import ClusterError, InvalidRequestError, ModelError, UsageError
 from p2pinfer.limits import MAX_TEXT_CHARS
 from p2pinfer.types import Failover, SamplingParams
@@ -72,6 +72,8 @@ def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["node", "start", "--threads", "many"], "'many' is not a valid integer"),
         (["node", "start", "--quant", "int4"], "not available in this version"),
         (["node", "start", "--layout", "9x9"], "--layout 9x9"),
+        (["node", "start", "--replicas", "16"], "--replicas 16: allowed is a number from 0 to 15"),
+        (["cluster", "start", "--nodes", "2", "--replicas", "x"], "'x' is not a valid integer"),
         (["node", "start", "--join", "udp://x"], "only tcp:// is spoken"),
         (["node", "start", "--config", "/nonexistent.toml"], "/nonexistent.toml"),
         (["cluster", "start"], "Missing option '--nodes'"),
@@ -81,6 +83,8 @@ def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["submit", "prompt", "--token-ids", "1,x"], "write whole numbers"),
         (["submit", "prompt", "--token-ids", "1,-2"], "write whole numbers"),
         (["submit", "prompt", "hi", "--max-tokens", "0"], "max-tokens"),
+        (["submit", "prompt", "hi", "--retry-for", "-1"], "retry-for"),
+        (["submit", "prompt", "hi", "--retry-for", "nan"], "retry_for must be 0 or more"),
         (["model", "inspect", "/nonexistent"], "/nonexistent"),
         (["model", "make", "--shape", "giant", "/nonexistent/x"], "giant"),
         (["doctor", "--listen", "h:99999"], "the port must be"),
@@ -224,12 +228,23 @@ def test_status_view_shows_who_holds_what() -> None:
     )
     head, _, titles, first, second = text.splitlines()
     assert head.split() == ["m", "leader", "a", "term", "0", "epoch", "3", "ready"]
-    assert titles.split()[:5] == ["name", "state", "address", "layers", "heads"]
+    assert titles.split()[:6] == ["name", "state", "address", "layers", "heads", "keeps"]
     assert [*first.split()] == [
-        *("a", "alive", "127.0.0.1:7720", "0-3", "|", "4-7", "0-1", "|", "2"),
+        *("a", "alive", "127.0.0.1:7720", "0-3", "|", "4-7", "0-1", "|", "2", "-"),
         *("0", "|", "3", "0.2", "12.0", "1/1024"),
     ]
-    assert second.split() == ["b", "dead", "127.0.0.1:7720", *"------"]
+    assert second.split() == ["b", "dead", "127.0.0.1:7720", *"-------"]
+
+
+def test_status_view_shows_which_heads_a_member_keeps() -> None:
+    """A table of 80 columns has room for it in a plan of one stage, where all have all layers."""
+    part = {"span": [0, 4], "head_units": [0, 1, 2], "mlp_units": [0, 1], "vocab_units": [0]}
+    kept = [{**part, "head_units": [3, 4, 7]}]
+    text = rendered({"ready": True, "members": [member("node1", owned=[part], standby=kept)]})
+    _, _, titles, line = text.splitlines()
+    assert titles.split()[:6] == ["name", "state", "address", "heads", "keeps", "MLP"]
+    assert line.split()[2:6] == ["127.0.0.1:7720", "0-2", "3-4,7", "0-1"]
+    assert len(line.rstrip()) <= 80
 
 
 def test_status_view_says_what_is_waited_for() -> None:
@@ -284,7 +299,8 @@ PLAN: dict[str, Any] = {
             **member("a"),
             "voter": True,
             "witness": False,
-            "weight_bytes": 3 << 20,
+            "weight_bytes": 2 << 20,
+            "standby_bytes": 1 << 20,
             "memory_bytes": None,
             "kv_room_bytes": 7 << 20,
         },
@@ -293,6 +309,7 @@ PLAN: dict[str, Any] = {
             "voter": True,
             "witness": True,
             "weight_bytes": 0,
+            "standby_bytes": 0,
             "memory_bytes": 9 << 20,
             "kv_room_bytes": 9 << 20,
         },
@@ -307,10 +324,11 @@ class FakeClient:
         self.events = events
         self.asked: tuple[Any, SamplingParams] | None = None
         self.addresses: tuple[str, ...] = ()
+        self.retry_for = -1.0
         self.drained: str | None = None
 
-    def __call__(self, addresses: tuple[str, ...]) -> FakeClient:
-        self.addresses = addresses
+    def __call__(self, addresses: tuple[str, ...], retry_for: float = -1.0) -> FakeClient:
+        self.addresses, self.retry_for = addresses, retry_for
         return self
 
     def submit(self, prompt: str | tuple[int, ...], params: SamplingParams) -> Iterator[Event]:
@@ -384,7 +402,38 @@ def test_submit_prints_the_reply(
     """The reply's text is all that stdout gets; what it waited for goes to stderr."""
     client = ask("submit", "prompt", "hi", how, "--to", "h:1", "--to", "h:2")
     assert capsys.readouterr() == ("a fox ran\n", "waiting: 1 of 2 nodes ...\n")
-    assert client.addresses == ("h:1", "h:2")
+    assert (client.addresses, client.retry_for) == (("h:1", "h:2"), 30.0)
+
+
+@pytest.mark.parametrize(
+    ("code", "through", "notice"),
+    [
+        ("node_lost", "b", "a is gone; going on through b ...\n"),
+        ("node_lost", "a", "a is gone; going on through a again ...\n"),
+        ("leaving", "b", "a does not go on with it (leaving); going on through b ...\n"),
+        ("node_lost", "", "a is gone; asking the other nodes for 5 s ...\n"),
+    ],
+)
+@pytest.mark.parametrize("as_json", [False, True])
+def test_submit_says_where_a_reply_goes_on(
+    code: str,
+    through: str,
+    notice: str,
+    *,
+    as_json: bool,
+    ask: Callable[..., FakeClient],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In one line on stderr; the reply on stdout is as if nothing had been."""
+    waits, chunk, finished = REPLY
+    moved = Moved("a", ClusterError(code, "no more", retryable=True), through)
+    events = (chunk, moved, waits, waits, replace(waits, waiting=""), finished)
+    options = ("--retry-for", "5", *(["--json"] if as_json else []))
+    assert ask("submit", "prompt", "hi", *options, events=events).retry_for == 5.0
+    seen = capsys.readouterr()
+    assert seen.err == notice + "waiting: 1 of 2 nodes ...\n"
+    if not as_json:
+        assert seen.out == "a fox ran\n"
 
 
 def test_submit_passes_all_sampling_options(ask: Callable[..., FakeClient]) -> None:
@@ -486,7 +535,8 @@ def test_plan_shows_who_holds_what(
     assert " ".join(head.split()) == "m heads leader a term 2 epoch 5 quorum last-man"
     assert "4096 positions" in room and titles.split()[:2] == ["node", "votes"]
     assert first.split()[:2] == ["a", "yes"] and first.split()[-3:] == ["3", "-", "7"]
-    assert second.split() == ["w", "yes", *"-------"]
+    assert titles.split()[4] == "keeps" and first.split()[-6] == "-"
+    assert second.split() == ["w", "yes", *"--------"]
     ask("plan", "--json")
     assert json.loads(capsys.readouterr().out) == PLAN
 

@@ -98,6 +98,8 @@ def test_long_host_names_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--layout", {"layout": "columns"}),
         ("--layout", {"layout": "5x4"}),
         ("--layout", {"layout": "0x4"}),
+        ("--replicas", {"replicas": -1}),
+        ("--replicas", {"replicas": 16}),
         ("--threads", {"threads": 0}),
         ("--weight", {"weight": 0.0}),
         ("--weight", {"weight": float("nan")}),
@@ -183,6 +185,14 @@ def test_a_missing_or_binary_file_is_told(tmp_path: Path) -> None:
     for file in (tmp_path / "none.toml", binary):
         with pytest.raises(UsageError, match=file.name):
             load_settings({}, file)
+
+
+def test_one_replica_is_kept_unless_another_number_is_given(tmp_path: Path) -> None:
+    """By flag or file: none, or as many as there can be other nodes."""
+    file = tmp_path / "node.toml"
+    file.write_text("replicas = 15\n")
+    given = (load_settings({}), load_settings({"replicas": 0}), load_settings({}, file))
+    assert [settings.replicas for settings in given] == [1, 0, 15]
 
 
 def test_advertised_address() -> None:

@@ -17,6 +17,7 @@ from p2pinfer.core.events import (
     PeerJoined,
     PlanAdopted,
     RequestFinished,
+    StandbysReady,
     WorkerHung,
 )
 from p2pinfer.types import Fence, Member
@@ -133,6 +134,17 @@ def test_dropped_frames_are_no_news() -> None:
     logs.configure(stream)
     logs.log_fact(logs.node_logger("node1"), FrameDropped(reason="unknown sender"))
     assert stream.getvalue() == ""
+
+
+def test_standbys_that_cannot_be_loaded_are_a_warning() -> None:
+    """That they are ready is none."""
+    stream = io.StringIO()
+    logs.configure(stream)
+    for error in ("", "no memory"):
+        fact = StandbysReady(fence=Fence(1, 2), units=3, weight_bytes=4, error=error)
+        logs.log_fact(logs.node_logger("node1"), fact)
+    levels = [json.loads(line)["level"] for line in stream.getvalue().splitlines()]
+    assert levels == ["info", "warning"]
 
 
 def test_a_worker_that_moves_again_is_no_warning() -> None:

@@ -194,3 +194,20 @@ def test_the_table_stays_bounded() -> None:
     assert table.get(member(2).node_id) is None
     assert table.get(member(3).node_id) is not None
     assert table.get(member(59).node_id) is not None
+
+
+def test_contacts_are_those_who_take_requests() -> None:
+    """First who lives and stays, then who drains or is dead; nobody who left, and no witness."""
+    table = table_of(2, 3, 4, 5)
+    table.join(replace(member(6), witness=True), 10.0, spoke=True)
+    table.lose(member(2).node_id, MemberState.DEAD, 11.0)
+    table.lose(member(5).node_id, MemberState.LEFT, 11.0)
+    table.heard(heartbeat(member(3), draining=True), 12.0)
+    table.heard(heartbeat(member(4)), 12.0)
+    assert [(c.name, c.address) for c in table.contacts()] == [
+        ("node4", "tcp://h4:7720"),
+        ("node3", "tcp://h3:7720"),
+        ("node2", "tcp://h2:7720"),
+    ]
+    everybody = table_of(*range(2, MAX_NODES + 9))
+    assert len(everybody.contacts()) == MAX_NODES

@@ -376,7 +376,7 @@ def test_members_speak_for_themselves_only() -> None:
 def test_status_has_the_contracts_fields() -> None:
     """The status object: cluster, model, members with what they own."""
     bench = Bench.leader(TWO)
-    bench.worker(e.WorkerStats(kv_used_bytes=3, kv_limit_bytes=9))
+    bench.worker(e.WorkerStats(kv_used_bytes=1, kv_standby_bytes=2, kv_limit_bytes=9))
     status = bench.node.status(bench.now)
     assert status["model"]["num_units"] == {"head": 4, "mlp": 2, "vocab": 2}
     assert (status["epoch"], status["ready"], status["waiting"]) == (1, True, None)
@@ -399,3 +399,13 @@ def test_a_member_that_started_again_owns_nothing_yet() -> None:
     bench.hear(TWO, hello(replace(TWO, boot_id="9" * 16)))
     [row] = [r for r in bench.node.status(bench.now)["members"] if r["name"] == "node2"]
     assert (row["owned"], row["standby"]) == ([], [])
+
+
+def test_a_node_tells_when_it_could_take_over() -> None:
+    """The weights that it keeps for others are there, or cannot be loaded: both are facts."""
+    bench = Bench.leader(TWO, replicas=1)
+    for error in ("", "no memory"):
+        report = e.StandbysLoaded(fence=Fence(1, 1), units=4, weight_bytes=9, error=error)
+        bench.worker(report)
+        fact = e.StandbysReady(fence=Fence(1, 1), units=4, weight_bytes=9, error=error)
+        assert bench.told(e.StandbysReady)[-1] == fact

@@ -131,7 +131,11 @@ def test_orders_and_reports_come_out_as_they_went_in(ends: Ends) -> None:
     token = DrawnToken(request_id=7, index=0, token=42)
     reports: list[AnyReport] = [
         READY,
-        PlanLoaded(fence=fence, logs=(LOG,), coverage=(Covered(request_id=7, positions=3),)),
+        PlanLoaded(
+            fence=fence,
+            logs=(LOG,),
+            coverage=(Covered(request_id=7, stage=1, units=(0, 2), positions=3),),
+        ),
         FenceSettled(fence=fence),
         TokensCommitted(fence=fence, tokens=(token,)),
     ]

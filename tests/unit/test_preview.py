@@ -49,10 +49,10 @@ def test_a_plan_is_told_in_plain_values() -> None:
     ]
     assert first["standby"][0]["head_units"] == [4, 5, 6, 7]
     assert (first["weight_bytes"], first["standby_bytes"]) == (weights, weights)
-    assert (first["memory_bytes"], first["kv_room_bytes"]) == (offer, offer - weights)
+    assert (first["memory_bytes"], first["kv_room_bytes"]) == (offer, offer - 2 * weights)
     assert (second["memory_bytes"], second["kv_room_bytes"], second["voter"]) == (None, None, False)
     assert (third["owned"], third["standby"], third["witness"]) == ([], [], True)
-    assert told["kv_positions"] == (offer - weights) // (4 * KV)
+    assert told["kv_positions"] == (offer - 2 * weights) // (8 * KV)
     assert told["exact"] is True
 
 

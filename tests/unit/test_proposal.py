@@ -146,7 +146,7 @@ def test_restart_positions_are_those_of_the_acks() -> None:
     bench.ack(1, 2, 3, logs={1: [log("abcd")], 2: [log("abc")], 3: [log("abcd")]})
     entry(bench, "abcd", sender=1)
     (agreed, *_) = bench.requests.adopted[-1]
-    assert agreed == (Agreed(request_id=1, log=log("abcd", term=1), restart=3),)
+    assert agreed == (Agreed(request_id=1, log=log("abcd", term=1), restart=3, rung="none"),)
     assert bench.told(e.RequestRestored) == [
         e.RequestRestored(request_id=1, length=4, restart=3, rung="none")
     ]
@@ -159,6 +159,21 @@ def test_replay_is_told_where_nothing_was_covered() -> None:
     entry(bench, "abcd", sender=1)
     (fact,) = bench.told(e.RequestRestored)
     assert (fact.restart, fact.rung) == (0, "replay")
+
+
+def test_a_unit_that_goes_to_its_standby_keeps_its_replica() -> None:
+    """Its KV is where it was kept, as far as the standby says; others keep their own."""
+    bench = Office(3, replicas=1)
+    bench.served()
+    bench.lose(3)
+    bench.look()
+    bench.told(e.RequestRestored)
+    acks = {1: [log("abcd")], 2: [log("ab")]}
+    bench.ack(1, 2, logs=acks)
+    entry(bench, "abcd", sender=1)
+    assert bench.told(e.RequestRestored) == [
+        e.RequestRestored(request_id=1, length=4, restart=2, rung="replica")
+    ]
 
 
 def test_unwanted_logs_are_left_out() -> None:

@@ -12,10 +12,12 @@ from p2pinfer.core.agreement import Agreed
 from p2pinfer.core.outbox import Outbox
 from p2pinfer.core.request_log import (
     MAX_KEPT_REPLIES,
+    MAX_KEPT_TOKENS,
     MAX_STEP_FAILURES,
     MOVED_S,
     REPLY_KEPT_S,
     RequestLog,
+    surplus,
 )
 from p2pinfer.limits import MAX_FAILOVERS, MAX_NODES, MAX_REQUESTS, MAX_STEP_SLOTS
 from p2pinfer.types import Fence, Member, SamplingParams
@@ -129,8 +131,9 @@ def agreed(*tokens: int, restart: int = 0, prompt_tokens: int = 2, **values: Any
         params=values.pop("params", PARAMS),
         tokens=(*values.pop("prompt", PROMPT), *tokens),
     )
+    rung = values.pop("rung", "none")
     assert not values
-    return Agreed(request_id=request_id, log=log, restart=restart)
+    return Agreed(request_id=request_id, log=log, restart=restart, rung=rung)
 
 
 def started(orders: list[Any]) -> list[tuple[int, tuple[int, ...], int]]:
@@ -246,6 +249,55 @@ def test_finished_replies_are_forgotten_in_time() -> None:
     assert not ledger.log.wants(2)
     ledger.log.look(1e6)
     assert ledger.log.deadline == inf
+
+
+def test_kept_tokens_are_bounded() -> None:
+    """The latest replies are kept whose tokens, with their prompts, find room."""
+    for sizes, gone in (
+        ([], 0),
+        ([MAX_KEPT_TOKENS], 0),
+        ([MAX_KEPT_TOKENS, 1], 1),
+        ([MAX_KEPT_TOKENS + 1], 1),
+        ([1, MAX_KEPT_TOKENS + 1, 1], 2),
+        ([1] * MAX_KEPT_REPLIES, 0),
+        ([1] * (MAX_KEPT_REPLIES + 3), 3),
+    ):
+        assert surplus(sizes) == gone
+    ledger = Ledger().forward(prompt_ids=(7,) * MAX_KEPT_TOKENS).started().ended(0)
+    ledger.log.look(0.0)
+    assert ledger.log.deadline == REPLY_KEPT_S
+    ledger.forward(request_id=2).started().ended(0, request_id=2, now=1.0)
+    ledger.log.look(1.0)
+    assert ledger.log.deadline == 1.0 + REPLY_KEPT_S
+
+
+@pytest.mark.parametrize("received", [(), (10,), (10, 11)], ids=["none", "one", "all"])
+def test_a_client_that_lost_its_node_at_the_end_gets_the_rest(received: tuple[int, ...]) -> None:
+    """Through another node, with the same end; the same id with another prompt is refused."""
+    ledger = Ledger().forward(attempt=1).started().committed(0, 10, 11).ended(2, reason="length")
+    ledger.log.serving_lost(OTHER, 1.0)
+    ledger.take()
+    orders, sent = ledger.forward(2.0, serving=THIRD, received=received, attempt=2).take()
+    assert orders == []
+    *drawn, (to, ended) = sent
+    assert [token.token for _, message in drawn for token in message.tokens] == [10, 11][
+        len(received) :
+    ]
+    assert (to, ended.reason, ended.total_tokens, ended.code) == (THIRD, "length", 2, "")
+    [(_, refused)] = ledger.forward(3.0, serving=THIRD, prompt_ids=(9, 9), attempt=3).sent()
+    assert refused.code == "log_conflict"
+
+
+def test_a_finished_reply_that_is_forgotten_is_found_again() -> None:
+    """What the client has is forced: the worker draws the rest, or says at once that it is
+    complete."""
+    ledger = Ledger().forward().started().committed(0, 10, 11).ended(2)
+    ledger.log.look(REPLY_KEPT_S)
+    assert started(ledger.forward(99.0, serving=THIRD, received=(10, 11)).start()) == [
+        (1, (10, 11), 0)
+    ]
+    [(to, ended)] = ledger.ended(2).sent()
+    assert (to, ended.reason, ended.total_tokens) == (THIRD, "stop", 2)
 
 
 def test_failing_spares_what_has_not_begun() -> None:
@@ -729,6 +781,16 @@ def test_an_interruption_goes_with_the_first_token_after_it() -> None:
     assert told(ledger.committed(2, 12).committed(0, 5, request_id=2)) == []
     ledger.adopt(agreed(10, 11, 12, restart=4), lost=("n3",), exact=False).started()
     assert told(ledger.committed(3, 13)) == [(5, ("n3",), "none", 0.5, False)]
+
+
+def test_an_interruption_tells_how_the_kv_came_back() -> None:
+    """As it was agreed on, but where nothing of the KV is of use everything is computed again."""
+    ledger = Ledger().forward().started().committed(0, 10)
+    ledger.adopt(agreed(10, restart=2, rung="replica"), lost=("n2",)).started()
+    assert [rung for _, _, rung, *_ in told(ledger.committed(1, 11))] == ["replica"]
+    other = agreed(10, 11, restart=2, rung="replica", params=SamplingParams(seed=1))
+    ledger.adopt(other, lost=("n3",)).started()
+    assert [rung for _, _, rung, *_ in told(ledger.committed(2, 12))] == ["replay"]
 
 
 def test_a_lost_message_takes_no_interruption_with_it() -> None:

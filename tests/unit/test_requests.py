@@ -9,7 +9,7 @@ import pytest
 
 from p2pinfer.core import events as e
 from p2pinfer.core.outbox import Outbox
-from p2pinfer.core.request_log import MAX_KEPT_REPLIES, REPLY_KEPT_S
+from p2pinfer.core.request_log import MAX_KEPT_REPLIES, MAX_KEPT_TOKENS, REPLY_KEPT_S
 from p2pinfer.core.requests import TELL_AFTER_S, Serving
 from p2pinfer.limits import MAX_FAILOVERS, MAX_REQUESTS
 from p2pinfer.types import DType, Failover, Member, ModelSpec, SamplingParams
@@ -233,11 +233,26 @@ def test_a_token_for_any_reply_shows_that_the_cluster_works() -> None:
 
 
 def test_a_client_is_told_when_the_reason_changes() -> None:
-    """ACCEPTED goes out again for another reason, not for the same one, nor when it is over."""
+    """ACCEPTED goes out again for another reason and when there is none any more, not for the same
+    one."""
     desk = Desk(leader="").submit(waiting="a cluster to join")
     desk.look(0.1, ready=False, waiting="a cluster to join").look(0.2, ready=False, waiting="b")
-    desk.look(0.3, ready=False, waiting="b").look(0.4)
-    assert [a.waiting for a in desk.messages(m.Accepted)] == ["a cluster to join", "b"]
+    desk.look(0.3, ready=False, waiting="b").look(0.4).look(0.5)
+    assert [a.waiting for a in desk.messages(m.Accepted)] == ["a cluster to join", "b", ""]
+
+
+def test_a_client_is_told_where_else_it_may_go() -> None:
+    """With every ACCEPTED, as it is at that moment."""
+    others = [m.Contact(name="b", address="tcp://b:7720")]
+    desk = Desk()
+    desk.serving = Serving(
+        e.NodeConfig(member=ME, model=MODEL, cluster_id="5" * 16), desk.box, lambda: tuple(others)
+    )
+    desk.submit(waiting="a leader")
+    others.append(m.Contact(name="c", address="tcp://c:7720"))
+    desk.look(0.1)
+    told = [[other.name for other in a.others] for a in desk.messages(m.Accepted)]
+    assert told == [["b"], ["b", "c"]]
 
 
 def test_a_running_reply_tells_of_long_interruptions_only() -> None:
@@ -303,6 +318,20 @@ def test_kept_replies_are_bounded() -> None:
     assert desk.told(e.Conclude) == []
 
 
+def test_kept_tokens_are_bounded() -> None:
+    """However few they are, finished replies are kept only as long as their tokens find room."""
+    desk = Desk(model=None)
+    half = (7,) * (MAX_KEPT_TOKENS // 2)
+    for number in range(3):
+        desk.submit(0.01 * number, request_id=number, prompt_ids=half)
+        desk.ended(0, now=0.01 * number, request_id=number)
+    desk.outputs.clear()
+    desk.submit(1.0, request_id=1, prompt_ids=half)
+    assert desk.told(e.Conclude)
+    desk.submit(1.0, request_id=0, prompt_ids=half)
+    assert desk.told(e.Conclude) == []
+
+
 def test_more_tokens_than_the_log_has_extend_it() -> None:
     """A client that has more than this node makes it forward at once with those tokens."""
     desk = Desk().submit().drawn(0, 10)
@@ -362,6 +391,29 @@ def test_a_stop_string_ends_a_reply_well() -> None:
     assert desk.told(e.Conclude) == []
 
 
+@pytest.mark.parametrize("leader", [LEADER, ""])
+def test_a_client_that_has_the_stop_string_lacks_the_end_only(leader: str) -> None:
+    """It gets that at once. The leader is told that the request is this node's, so that this node
+    may end it."""
+    desk = Desk(leader).submit(received=(10, 11), attempt=5, stopped=True)
+    [end] = desk.told(e.Conclude)
+    assert (end.reason, end.code, end.total_tokens) == ("stop", "", 2)
+    sent = [o.message for o in desk.told(e.Send)]
+    assert [type(message) for message in sent] == ([m.Forward, m.Cancel] if leader else [])
+    assert all(getattr(message, "reason", "stop") == "stop" for message in sent)
+    desk.submit(received=(10, 11), attempt=6, stopped=True)
+    assert len(desk.told(e.Conclude)) == 1
+    assert desk.told(e.Send) == []
+
+
+def test_a_stop_string_of_another_reply_ends_nothing() -> None:
+    """Tokens that contradict the reply are refused, whatever they spell."""
+    desk = Desk().submit().drawn(0, 10)
+    desk.submit(route=b"b", received=(99,), stopped=True)
+    assert [failed.code for failed in desk.messages(m.Failed)] == ["log_conflict"]
+    assert desk.told(e.Conclude) == []
+
+
 def test_tokens_that_nobody_waits_for_are_cancelled() -> None:
     """The leader is told to stop a reply that this node does not know or has concluded."""
     desk = Desk().drawn(0, 10, request_id=6)
@@ -376,6 +428,14 @@ def test_a_cancelled_request_is_told_to_the_leader_if_there_is_one() -> None:
         desk.look(0.0)
         assert [end.code for end in desk.told(e.Conclude)] == ["cancelled"]
         assert len(desk.messages(m.Cancel)) == cancels
+
+
+def test_the_leader_learns_why_a_request_is_cancelled() -> None:
+    """Of a client that is gone another node may know more."""
+    desk = Desk().submit()
+    desk.serving.cancelled(e.ClientCancelled(request_id=1, reason="orphan"), 0.0)
+    desk.look(0.0)
+    assert [cancel.reason for cancel in desk.messages(m.Cancel)] == ["orphan"]
 
 
 def test_leaving_ends_open_replies_only() -> None:

@@ -223,6 +223,100 @@ def test_a_stop_string_cuts_the_text_and_ends_the_reply(
     assert last.total_tokens == sum(len(m.tokens) for m in client.messages if isinstance(m, Chunk))
 
 
+def test_a_reply_ends_with_the_token_that_completes_a_stop_string(
+    serving: Serving, client: Client, tokenizer: Tokenizer
+) -> None:
+    """However many tokens come at once: the client has the same ones each time."""
+    params, ids = SamplingParams(stop=("wood",)), reply_ids(tokenizer)
+    for request_id, size in enumerate((1, 3, len(ids)), start=1):
+        client.got.clear()
+        submit(serving, params=params, request_id=request_id)
+        for start in range(0, len(ids), size):
+            order = Deliver(
+                route=ROUTE, request_id=request_id, start=start, tokens=ids[start : start + size]
+            )
+            serving.deliver(order, 1.0)
+        chunks = [m for m in client.messages if isinstance(m, Chunk)]
+        tokens = tuple(token for m in chunks for token in m.tokens)
+        assert tokens == ids[: len(tokens)]
+        assert "wood" in tokenizer.decode(tokens)
+        assert "wood" not in tokenizer.decode(tokens[:-1])
+        assert client.text == TEXT[: TEXT.index("wood")]
+
+
+@pytest.mark.parametrize("text", [False, True], ids=["ids", "text"])
+def test_a_client_that_has_the_stop_string_already_needs_the_end_only(
+    serving: Serving, client: Client, tokenizer: Tokenizer, text: bool
+) -> None:
+    """The core is told so, and the end comes without a token."""
+    params, ids = SamplingParams(stop=("wood",)), reply_ids(tokenizer)
+    message = Submit(
+        request_id=1,
+        text=TEXT if text else "",
+        prompt_ids=() if text else (5, 6),
+        params=params,
+        received=ids,
+    )
+    given = serving.submit(ROUTE, message, 0.0)
+    if text:
+        assert client.woken.wait(10)
+        given = serving.tokenised()
+    (submitted,) = given
+    assert isinstance(submitted, ClientSubmitted)
+    assert submitted.stopped
+    serving.conclude(conclude("stop", len(ids)), 1.0)
+    (finished,) = client.messages
+    assert isinstance(finished, Finished)
+    assert (finished.reason, finished.text, finished.total_tokens) == ("stop", "", len(ids))
+
+
+@pytest.mark.parametrize("stop", ["", "wood", "forest", "\u4e16\u754c"])
+def test_a_reply_may_break_after_any_token(tokenizer: Tokenizer, stop: str) -> None:
+    """Text and tokens through two nodes are those through one, also where a character or a stop
+    string is divided between the two."""
+    params = SamplingParams(stop=(stop,) if stop else ())
+    said = "the fo wo woo wood \u4f60\u597d, \u4e16\u754c! \U0001f98a wood"
+    ids = reply_ids(tokenizer, said)
+
+    def through(*parts: int) -> tuple[str, list[int], str]:
+        text, tokens, reason = "", list[int](), ""
+        for end in (*parts, len(ids)):
+            client = Client()
+            node = Serving(
+                send=client.send,
+                wake=client.woken.set,
+                tokenizer=tokenizer,
+                vocab_size=load_config(MODEL_DIR).vocab_size,
+            )
+            received = tuple(tokens)
+            (given,) = node.submit(
+                ROUTE,
+                Submit(request_id=1, prompt_ids=(5, 6), params=params, received=received),
+                0.0,
+            )
+            assert isinstance(given, ClientSubmitted)
+            rest = ids[len(tokens) : end]
+            stopped = given.stopped or bool(node.deliver(deliver(len(tokens), rest), 1.0))
+            if stopped or end == len(ids):
+                node.conclude(conclude("stop" if stopped else "length", end), 2.0)
+            for message in client.messages:
+                if isinstance(message, Chunk):
+                    tokens += message.tokens
+                assert isinstance(message, Chunk | Finished)
+                text += message.text
+                reason = getattr(message, "reason", reason)
+            node.close()
+            if reason:
+                break
+        return text, tokens, reason
+
+    whole = through()
+    assert whole[0] == (said.partition(stop)[0] if stop in ("wood", "\u4e16\u754c") else said)
+    for at in range(len(ids)):
+        assert through(at) == whole
+        assert through(at, min(at + 1, len(ids))) == whole
+
+
 def test_a_reply_whose_stop_string_was_seen_is_complete_even_if_the_leader_dies(
     serving: Serving, client: Client, tokenizer: Tokenizer
 ) -> None:

@@ -8,11 +8,13 @@ import msgspec
 import pytest
 
 from p2pinfer.core.holdings import standby_holding, validate
+from p2pinfer.core.shares import least_kv_bytes
 from p2pinfer.core.standbys import name_standbys
 from p2pinfer.types import Plan
 from tests.unit.test_replan import (
     HEAD_BYTES,
     MLP_BYTES,
+    MODEL,
     VOCAB_BYTES,
     after,
     member,
@@ -93,6 +95,19 @@ def test_standbys_need_memory() -> None:
     assert heads(plan, 1) == [(0,)] * 4
     stage = plan.stages[0]
     assert {owner: set(c) for owner, c in zip(stage.mlp_owners, stage.mlp_standbys, strict=True)}
+
+
+def test_standbys_need_room_for_the_least_kv_of_all_that_they_have() -> None:
+    """A limit of KV is for owned and kept units together; weights without KV are kept all the
+    same."""
+    least = least_kv_bytes(MODEL, MODEL.num_layers)
+    members = [member(0), member(1, kv_bytes=6 * least), member(2, kv_bytes=3 * least - 1)]
+    plan = after(None, members[:2], replicas=1)
+    assert heads(plan, 0) == [(1,), (1,), (), ()]
+    assert {*plan.stages[0].mlp_standbys} == {(0,), (1,)}
+    plan = after(None, members, replicas=2)
+    assert sum(2 in copies for copies in plan.stages[0].head_standbys) == 0
+    assert owners(plan).count(2) == 2
 
 
 def test_a_heavier_member_is_standby_for_more() -> None:

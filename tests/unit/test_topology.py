@@ -8,7 +8,9 @@ import msgspec
 import pytest
 
 from p2pinfer.core import tree
+from p2pinfer.core.holdings import standby_holding
 from p2pinfer.core.planner import holding, make_plan
+from p2pinfer.core.standbys import name_standbys
 from p2pinfer.core.topology import kv_room, position_limit, topology, weight_bytes
 from p2pinfer.core.units import kv_bytes_per_position
 from p2pinfer.types import DType, Fence, ModelSpec, Plan
@@ -103,3 +105,28 @@ def test_room_for_kv_is_what_weights_leave_and_what_is_allowed() -> None:
     assert position_limit(plan) == left // per_position
     tight = plan_of(2, offer=Offer(memory_bytes=8 << 20, kv_bytes=100 * per_position))
     assert position_limit(tight) == 100
+
+
+def test_replicas_take_room_like_what_is_owned() -> None:
+    """Their weights come off the room for KV, and their KV off the positions."""
+    plan = plan_of(2, offer=Offer(memory_bytes=8 << 20))
+    kept = name_standbys(plan, able={m.node_id for m in plan.members}, replicas=1)
+    weights = weight_bytes(MODEL, holding(plan, 0)) + weight_bytes(MODEL, holding(plan, 1))
+    assert kv_room(kept, 0) == (8 << 20) - weights
+    per_position = 4 * kv_bytes_per_position(MODEL, MODEL.num_layers)
+    assert position_limit(kept) == ((8 << 20) - weights) // per_position
+    bounded = plan_of(2, offer=Offer(kv_bytes=MODEL.max_positions * per_position))
+    kept = name_standbys(bounded, able={m.node_id for m in plan.members}, replicas=1)
+    assert (position_limit(bounded), position_limit(kept)) == (1024, MODEL.max_positions)
+
+
+def test_who_only_keeps_replicas_limits_too() -> None:
+    """A member that owns nothing has no more room than it has."""
+    plan = plan_of(2)
+    spare = msgspec.structs.replace(plan.members[1], node_id="f" * 16, name="z", kv_bytes=4 << 20)
+    plan = msgspec.structs.replace(plan, members=(*plan.members, spare))
+    kept = name_standbys(plan, able={m.node_id for m in plan.members}, replicas=2)
+    units = len(standby_holding(kept, 2).head_units)
+    assert units == 4
+    row = kv_bytes_per_position(MODEL, MODEL.num_layers)
+    assert position_limit(kept) == (4 << 20) // (units * row)

@@ -2,39 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 
+from p2pinfer.core.holdings import Copies
 from p2pinfer.core.planner import make_plan
+from p2pinfer.core.replan import next_plan
+from p2pinfer.core.replication import computed_units, fed_units
 from p2pinfer.core.token_log import TokenLogs
-from p2pinfer.core.topology import Topology, topology, weight_bytes
+from p2pinfer.core.topology import topology, weight_bytes
 from p2pinfer.errors import LocalProtocolError
 from p2pinfer.model.config import load_config, model_spec
-from p2pinfer.types import Fence, Plan, SamplingParams
-from p2pinfer.unit_holder import UnitHolder
+from p2pinfer.model.llama import StageLoader
+from p2pinfer.model.part import Part
+from p2pinfer.model.runner import StageRunner
+from p2pinfer.types import DType, Fence, Member, Plan, SamplingParams, Stage
+from p2pinfer.unit_holder import UnitHolder, kept_units
 from p2pinfer.wire.messages import Slot
-from tests.lockstep import members
+from tests.lockstep import Lockstep, members
 from tests.random_models import write_random_model
 
 CPU = torch.device("cpu")
-SLOT = Slot(
-    request_id=1, start=0, tokens=(5, 6, 7), capacity=20, params=SamplingParams(), prompt_tokens=3
-)
+DEADLINE_S = 60.0
+PROMPT = tuple(range(5, 75))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model."""
+    """A small model: 4 head units, 2 MLP units, 5 vocab units, 2 layers."""
     return write_random_model(tmp_path_factory.mktemp("model"), seed=3)
 
 
-def plan(folder: Path) -> Plan:
-    """Two members hold the model."""
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def plan(folder: Path, nodes: int = 2) -> Plan:
+    """The members hold the model, without standbys."""
     return make_plan(
-        members=members(2),
+        members=members(nodes),
         model=model_spec(load_config(folder), name="t", model_id="0" * 64),
         layout="heads",
         fence=Fence(1, 1),
@@ -43,107 +56,488 @@ def plan(folder: Path) -> Plan:
     )
 
 
-def swapped(base: Plan, *kinds: str) -> Topology:
-    """Member 0's part where the two members change places for some kinds of units."""
-    stage = base.stages[0]
-    for kind in kinds:
-        owners = tuple(1 - owner for owner in getattr(stage, kind))
-        stage = msgspec.structs.replace(stage, **{kind: owners})
-    return topology(msgspec.structs.replace(base, stages=(stage,)), 0)
+def placed(base: Plan, heads: str, mlp: str = "01", vocab: str = "01010", **copies: Copies) -> Plan:
+    """The plan with these owners by unit, and standbys by kind."""
+    owners = [tuple(map(int, each)) for each in (heads, mlp, vocab)]
+    stage = Stage(
+        start=0,
+        end=2,
+        head_owners=owners[0],
+        mlp_owners=owners[1],
+        vocab_owners=owners[2],
+        **copies,
+    )
+    return msgspec.structs.replace(base, stages=(stage,))
 
 
-def holder(folder: Path | None, logs: TokenLogs) -> UnitHolder:
-    """A holder that tells nobody of its progress."""
-    return UnitHolder(folder, CPU, logs, lambda _done, _total: None)
+def copies(*standbys: Sequence[int]) -> Copies:
+    """Standbys by unit."""
+    return tuple(map(tuple, standbys))
 
 
-def holding_some(folder: Path) -> tuple[UnitHolder, TokenLogs, Plan]:
-    """Member 0 holds its units, and KV of three positions of request 1."""
-    logs, base = TokenLogs(), plan(folder)
-    units = holder(folder, logs)
-    units.hold(topology(base, 0))
-    assert units.runner is not None
-    logs.write(base.fence, SLOT)
-    units.runner.cache.open(1, 20)
-    units.runner.cache.finish(1, 3)
-    logs.finish((SLOT,))
-    return units, logs, base
+class Node:
+    """One member's holder and logs, as a worker has them."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.logs = TokenLogs()
+        self.told: list[tuple[int, int]] = []
+        self.units = UnitHolder(folder, CPU, self.logs, self._progress)
+
+    def _progress(self, done: int, total: int) -> None:
+        if total:  # what is copied may take a moment too
+            self.told.append((done, total))
+
+    def load(self, plan: Plan, me: int = 0) -> None:
+        """As a worker does when a plan comes; `told` is what was said of loading meanwhile."""
+        self.told.clear()
+        self.units.hold(topology(plan, me))
+        self.logs.coverage.hold(computed_units(plan, me).keys(), fed_units(plan, me).keys())
+
+    def write(self, request_id: int, positions: int, me: int = 0) -> None:
+        """KV of a request that is open, all 1.0: as if steps and frames had brought it."""
+        slot = Slot(
+            request_id=request_id,
+            start=0,
+            tokens=PROMPT[:positions],
+            params=SamplingParams(),
+            prompt_tokens=positions,
+        )
+        self.logs.write(Fence(1, 1), slot)
+        self.logs.finish((slot,))
+        for unit in self.logs.coverage.fed:
+            self.logs.coverage.join(request_id, unit, 0, positions)
+
+    @property
+    def runner(self) -> StageRunner:
+        """What computes."""
+        assert self.units.runner is not None
+        return self.units.runner
+
+
+class Fleet:
+    """Members under plans with standbys: their runners in lockstep, and their delta KV."""
+
+    def __init__(self, folder: Path, nodes: int, dtype: DType) -> None:
+        self.folder = folder
+        self.lockstep = Lockstep(folder, nodes=1, dtype=dtype)
+        self.whole = Lockstep(folder, nodes=1, dtype=dtype)
+        self.members = members(nodes)
+        self.nodes = {member.node_id: Node(folder) for member in self.members}
+        self.epoch = 0
+        self.plan: Plan | None = None
+        self.restarts: list[int] = []
+        """By epoch, from where a request's KV was there in all units."""
+
+    def adopt(self, alive: Sequence[Member], *, replicas: int = 1) -> None:
+        """The plan that follows, of those that are alive."""
+        self.epoch += 1
+        self.plan = next_plan(
+            previous=self.plan,
+            members=alive,
+            able={member.node_id for member in alive},
+            model=self.lockstep.model,
+            layout="heads",
+            fence=Fence(1, self.epoch),
+            cluster_id="0" * 16,
+            leader_id=alive[0].node_id,
+            voters=[member.node_id for member in alive],
+            replicas=replicas,
+        )
+        least = []
+        runners = {}
+        for me, member in enumerate(self.plan.members):
+            node = self.nodes[member.node_id]
+            node.load(self.plan, me)
+            if node.units.runner is not None:
+                runners[me] = node.units.runner
+            if node.logs.coverage.computed:
+                least.append(node.logs.coverage.least(1))
+        self.restarts.append(min(least))
+        self.lockstep.under(self.plan, runners)
+
+    def ready(self) -> None:
+        """Standbys load what they keep."""
+        for member in self.members:
+            units = self.nodes[member.node_id].units
+            units.start_standbys()
+            ready, wanted = units.await_standbys(DEADLINE_S)
+            assert ready == wanted
+
+    def step(self, slot: Slot) -> np.ndarray:
+        """Logits [vocab] of a slot; they are those of the unsplit model."""
+        assert self.plan is not None
+        for node in self.nodes.values():
+            node.logs.write(self.plan.fence, slot)
+        logits = self.lockstep.step((slot,))
+        for node in self.nodes.values():
+            node.logs.finish((slot,))
+        self.feed(slot.request_id)
+        assert np.array_equal(logits, self.whole.step((slot,)))
+        return logits[0]
+
+    def feed(self, request_id: int) -> None:
+        """Owners send their standbys what these lack."""
+        assert self.plan is not None
+        for me, member in enumerate(self.plan.members):
+            mine = self.nodes[member.node_id]
+            for unit, owner in fed_units(self.plan, me).items():
+                its = self.nodes[self.plan.members[owner].node_id]
+                start = mine.logs.coverage.of(request_id, unit)
+                end = its.logs.coverage.of(request_id, unit)
+                rows = its.units.read_kv(unit, request_id, start, end)
+                assert mine.units.write_kv(unit, request_id, start, rows)
+                mine.logs.coverage.join(request_id, unit, start, end)
+
+
+def slots(start: int, *pieces: int, capacity: int = 128) -> Iterator[Slot]:
+    """Slots of request 1 from a position on, each of so many tokens of the prompt."""
+    for number, count in enumerate(pieces):
+        first = not number
+        yield Slot(
+            request_id=1,
+            start=start,
+            tokens=PROMPT[start : start + count],
+            sample=True,
+            capacity=capacity if first else 0,
+            params=SamplingParams() if first else None,
+            prompt_tokens=len(PROMPT) if first else 0,
+        )
+        start += count
+
+
+@pytest.mark.parametrize("dtype", [DType.FLOAT32, DType.BFLOAT16])
+@pytest.mark.parametrize("ready", [True, False])
+def test_promoted_standbys_go_on_bit_by_bit(folder: Path, dtype: DType, ready: bool) -> None:
+    """One member after the other dies, each reply goes on where it was, and its logits are those
+    of the unsplit model; nothing is loaded then if the standbys were ready."""
+    fleet = Fleet(folder, 4, dtype)
+    alive = fleet.members
+    fleet.adopt(alive)
+    position = 0
+    while True:
+        if ready:
+            fleet.ready()
+        for slot in slots(position, 9, 1, 3):
+            fleet.step(slot)
+        position += 13
+        if len(alive) == 1:
+            break
+        alive = alive[1:]
+        fleet.adopt(alive)
+        assert any(fleet.nodes[member.node_id].told for member in alive) == (not ready)
+    assert fleet.restarts == [0, 13, 26, 39]
+
+
+def test_who_owns_nothing_keeps_replicas(folder: Path) -> None:
+    """A member without units of its own is sent KV, and takes over all of it."""
+    base, one = plan(folder), Lockstep(folder)
+    owner, keeper = Node(folder), Node(folder)
+    every = tuple((1,) for _ in range(5))
+    first = placed(
+        base,
+        "0000",
+        "00",
+        "00000",
+        head_standbys=every[:4],
+        mlp_standbys=every[:2],
+        vocab_standbys=every,
+    )
+    owner.load(first, 0)
+    keeper.load(first, 1)
+    one.under(first, {0: owner.runner, 1: keeper.runner})
+    keeper.units.start_standbys()
+    assert keeper.units.await_standbys(DEADLINE_S) == (11, 11)
+    logits = [one.step((slot,)) for slot in slots(0, 40, 1)]
+    for unit in fed_units(first, 1):
+        assert keeper.units.write_kv(unit, 1, 0, owner.units.read_kv(unit, 1, 0, 40))
+    assert (owner.units.kv_standby_bytes, keeper.units.kv_used_bytes) == (0, 0)
+    assert owner.units.kv_used_bytes == keeper.units.kv_standby_bytes > 0
+    assert owner.units.weight_bytes == keeper.units.standby_weight_bytes > 0
+    second = placed(base, "1111", "11", "11111")
+    keeper.load(second, 1)
+    assert not keeper.told
+    one.under(second, {1: keeper.runner})
+    assert np.array_equal(one.step(tuple(slots(40, 1))), logits[1])
+    assert keeper.units.standby_ready == (0, 0)
+
+
+def test_replicas_of_another_stage_do_not_compute(folder: Path) -> None:
+    """Their units have the same numbers as those that are owned."""
+    two = Lockstep(folder, nodes=2, layout="layers")
+    first, second = two.plan.stages
+    every = copies(*([0] for _ in second.head_owners))
+    second = msgspec.structs.replace(second, head_standbys=every)
+    two.under(msgspec.structs.replace(two.plan, stages=(first, second)), two.runners)
+    nodes = {me: Node(folder) for me in range(2)}
+    for me, node in nodes.items():
+        node.load(two.plan, me)
+        node.units.start_standbys()
+        node.units.await_standbys(DEADLINE_S)
+    assert nodes[0].units.standby_ready == (4, 4)
+    two.under(two.plan, {me: node.runner for me, node in nodes.items()})
+    whole = Lockstep(folder)
+    for slot in slots(0, 9, 1):
+        assert np.array_equal(two.step((slot,)), whole.step((slot,)))
+
+
+def two_with_standbys(base: Plan) -> Plan:
+    """Each of two members keeps all that the other owns."""
+    return placed(
+        base,
+        "0011",
+        head_standbys=copies([1], [1], [0], [0]),
+        mlp_standbys=copies([1], [0]),
+        vocab_standbys=copies([1], [0], [1], [0], [1]),
+    )
+
+
+def holding_some(folder: Path, *, standbys: bool = False) -> tuple[Node, Plan]:
+    """Member 0 of two holds its units, and KV of three positions of request 1."""
+    base = plan(folder)
+    base = two_with_standbys(base) if standbys else placed(base, "0011")
+    node = Node(folder)
+    node.load(base)
+    for slot in slots(0, 3):
+        run = node.runner.run((slot,))
+        need = next(run)
+        try:
+            while True:
+                need = run.send(torch.ones(need.partials[0].shape))
+        except StopIteration:
+            pass
+    node.write(1, 3)
+    return node, base
+
+
+def kv(node: Node, *units: int) -> list[bytes]:
+    """KV of the three positions, by head unit."""
+    coverage = node.logs.coverage
+    found = {unit.unit: unit for unit in coverage.computed | coverage.fed}
+    return [bytes(node.units.read_kv(found[unit], 1, 0, 3).data) for unit in units]
 
 
 def test_the_same_units_are_kept(folder: Path) -> None:
-    """With their KV; nothing is loaded again."""
-    units, logs, base = holding_some(folder)
-    before = units.runner
-    mine = topology(msgspec.structs.replace(base, fence=Fence(1, 2)), 0)
-    units.hold(mine)
-    assert units.runner is before
-    assert units.weight_bytes == weight_bytes(base.model, mine.holding)
-    assert (logs.covered(1), units.kv_used_bytes > 0) == (3, True)
+    """With their KV; nothing is loaded again, and what loads in the background goes on."""
+    node, base = holding_some(folder, standbys=True)
+    before = node.runner
+    node.units.start_standbys()
+    node.load(msgspec.structs.replace(base, fence=Fence(1, 2)))
+    assert node.units.runner is before
+    assert not node.told
+    assert node.units.await_standbys(DEADLINE_S) == (5, 5)
+    assert node.units.weight_bytes == sum(
+        weight_bytes(base.model, each) for each in (topology(base, 0).holding, *kept_units(base, 0))
+    )
+    assert node.logs.coverage.least(1) == 3
 
 
 def test_kv_stays_where_the_heads_stay(folder: Path) -> None:
     """Other MLP or vocab units are loaded, and the KV goes on."""
-    units, logs, base = holding_some(folder)
-    before = units.runner
-    assert before is not None
-    units.hold(swapped(base, "mlp_owners", "vocab_owners"))
-    assert units.runner is not None
-    assert units.runner is not before
-    assert units.runner.cache is before.cache
-    assert logs.covered(1) == 3
+    node, base = holding_some(folder)
+    before = kv(node, 0, 1)
+    node.load(placed(base, "0011", "10", "10101"))
+    assert node.told
+    assert kv(node, 0, 1) == before
+    assert node.logs.coverage.least(1) == 3
 
 
 def test_kv_of_other_heads_is_lost(folder: Path) -> None:
     """The logs stay, and say that nothing is covered."""
-    units, logs, base = holding_some(folder)
-    units.hold(swapped(base, "head_owners"))
-    assert (logs.covered(1), list(logs.tokens(1))) == (0, [5, 6, 7])
-    assert units.kv_used_bytes == 0
+    node, base = holding_some(folder)
+    node.load(placed(base, "1100"))
+    assert (node.logs.coverage.least(1), list(node.logs.tokens(1))) == (0, [5, 6, 7])
+    assert node.units.kv_used_bytes == 0
+
+
+def test_coverage_is_lost_with_the_units(folder: Path) -> None:
+    """Even where a load is never followed by what the worker does then."""
+    node, base = holding_some(folder)
+    unit = next(iter(node.logs.coverage.computed))
+    node.units.hold(topology(placed(base, "1100"), 0))
+    assert node.logs.coverage.of(1, unit) == 0
+
+
+def test_who_gives_units_away_may_keep_them(folder: Path) -> None:
+    """What is still owned is loaded anew, what was given away is a replica now; no KV is lost."""
+    node, base = holding_some(folder)
+    before = kv(node, 0, 1)
+    node.load(placed(base, "0111", head_standbys=copies([], [0], [], [])))
+    assert node.told
+    assert node.units.standby_ready == (0, 1)
+    assert kv(node, 0, 1) == before
+    assert node.units.kv_used_bytes == node.units.kv_standby_bytes > 0
+    node.units.start_standbys()
+    assert node.units.await_standbys(DEADLINE_S) == (1, 1)
+    node.load(base)
+    assert not node.told
+    assert kv(node, 0, 1) == before
+    assert node.logs.coverage.least(1) == 3
+
+
+def test_who_gives_everything_away_has_it_ready(folder: Path) -> None:
+    """A member that is drained keeps its units as they are, whoever owns them now."""
+    node, base = holding_some(folder)
+    before = kv(node, 0, 1)
+    node.load(
+        placed(
+            base,
+            "1211",
+            "11",
+            "11111",
+            head_standbys=copies([0], [0], [], []),
+            mlp_standbys=copies([0], []),
+            vocab_standbys=copies([0], [], [0], [], [0]),
+        )
+    )
+    assert not node.told
+    assert node.units.standby_ready == (6, 6)
+    assert kv(node, 0, 1) == before
+
+
+def test_a_replica_that_is_promoted_in_part_is_not_loaded_again(folder: Path) -> None:
+    """Whether or not the rest is still wanted: that would take long, and replies wait."""
+    node, base = holding_some(folder, standbys=True)
+    node.units.start_standbys()
+    node.units.await_standbys(DEADLINE_S)
+    before = kv(node, 0, 1, 2, 3)
+    mixed = placed(base, "0001", head_standbys=copies([], [], [], [0]))
+    node.load(mixed)
+    assert not node.told
+    assert kv(node, 0, 1, 2, 3) == before
+    node.load(placed(base, "0001"))
+    assert not node.told
+    assert kv(node, 0, 1, 2) == before[:3]
+    assert node.logs.coverage.least(1) == 3
+    node.load(placed(base, "0011"))
+    assert node.told == []
+    assert node.units.weight_bytes == weight_bytes(base.model, topology(base, 0).holding)
+
+
+def test_a_replica_of_less_is_loaded_anew(folder: Path) -> None:
+    """In the background, and its KV stays."""
+    node, base = holding_some(folder, standbys=True)
+    node.units.start_standbys()
+    node.units.await_standbys(DEADLINE_S)
+    before = kv(node, 2)
+    node.load(placed(base, "0011", head_standbys=copies([], [], [0], [])))
+    assert (node.told, node.units.standby_ready) == ([], (0, 1))
+    assert kv(node, 2) == before
+
+
+class Half:
+    """Loads one product, and is stopped then."""
+
+    def __init__(self, parts: Sequence[Part], loader: Callable[[], StageLoader]) -> None:
+        while not parts[0].loaded_bytes:
+            parts[0].load_piece(loader)
+
+    def stop(self) -> None:
+        """It is."""
+
+
+def test_what_was_loading_is_finished_by_who_needs_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replica that is half loaded stays so by a plan that still wants it; one that promotes it
+    goes on from there."""
+    monkeypatch.setattr("p2pinfer.unit_holder.StandbyLoader", Half)
+    node, base = holding_some(folder, standbys=True)
+    node.units.start_standbys()
+    loaded = node.units.standby_weight_bytes
+    kept = base.stages[0]
+    node.load(
+        placed(
+            base,
+            "0011",
+            vocab="11010",
+            head_standbys=kept.head_standbys,
+            mlp_standbys=kept.mlp_standbys,
+            vocab_standbys=copies([], [0], [], [0], []),
+        )
+    )
+    assert node.told[0][0] == 0
+    assert (node.units.standby_weight_bytes, node.units.standby_ready) == (loaded, (0, 5))
+    node.load(placed(base, "0000", "00", "10000"))
+    assert node.told[0][0] == loaded > 0
+    assert node.units.standby_ready == (0, 0)
+    assert node.logs.coverage.least(1) == 3
 
 
 def test_agreed_logs_say_what_is_of_use(folder: Path) -> None:
-    """KV of requests that are gone is freed, that of cut logs is cut."""
-    units, logs, _ = holding_some(folder)
-    assert units.runner is not None
-    cache = units.runner.cache
-    told = msgspec.structs.replace(logs.snapshot()[0][0], tokens=(5, 9))
-    units.adopt(logs.adopt((told,)), (1,))
-    assert (logs.covered(1), cache.covered(1)) == (1, 1)
-    units.adopt(logs.adopt(()), ())
-    assert len(cache) == 0
+    """KV of requests that are gone is freed, in replicas too."""
+    node, _ = holding_some(folder, standbys=True)
+    told = msgspec.structs.replace(node.logs.snapshot()[0], tokens=(5, 9))
+    node.units.adopt(node.logs.adopt((told,)), (1,))
+    assert node.logs.coverage.least(1) == 1
+    assert node.units.kv_used_bytes > 0
+    unit = next(iter(node.logs.coverage.fed))
+    rows = node.units.read_kv(unit, 1, 0, 3)
+    node.units.adopt(node.logs.adopt(()), ())
+    assert (node.units.kv_used_bytes, node.units.kv_standby_bytes) == (0, 0)
+    assert not node.units.write_kv(unit, 1, 0, rows)
 
 
 def test_a_witness_holds_nothing(folder: Path) -> None:
     """A plan that gives it units cannot be loaded."""
-    logs, base = TokenLogs(), plan(folder)
-    units = holder(None, logs)
+    base, node = plan(folder), Node(None)
     with pytest.raises(LocalProtocolError, match="witness"):
-        units.hold(topology(base, 0))
-    stage = msgspec.structs.replace(
-        base.stages[0],
-        head_owners=tuple(1 for _ in base.stages[0].head_owners),
-        mlp_owners=tuple(1 for _ in base.stages[0].mlp_owners),
-        vocab_owners=tuple(1 for _ in base.stages[0].vocab_owners),
-    )
-    units.hold(topology(msgspec.structs.replace(base, stages=(stage,)), 0))
-    units.adopt((), ())
+        node.load(base)
+    node.load(placed(base, "1111", "11", "11111"))
+    node.units.adopt((), ())
+    node.units.start_standbys()
+    units = node.units
     assert (units.runner, units.weight_bytes, units.kv_used_bytes) == (None, 0, 0)
+
+
+class Moved:
+    """Weights that can be taken away and put back."""
+
+    def __init__(self, folder: Path, copy: Path) -> None:
+        copy.mkdir()
+        for file in folder.iterdir():
+            (copy / file.name).write_bytes(file.read_bytes())
+        self.folder = copy
+        self._files = [file for file in copy.iterdir() if file.suffix == ".safetensors"]
+
+    def away(self) -> None:
+        """They cannot be found."""
+        for file in self._files:
+            file.rename(file.with_suffix(".away"))
+
+    def back(self) -> None:
+        """They are there again."""
+        for file in self._files:
+            file.with_suffix(".away").rename(file)
 
 
 def test_a_load_that_fails_leaves_nothing(folder: Path, tmp_path: Path) -> None:
     """Neither units nor coverage; the next plan is loaded from the beginning."""
-    copy = tmp_path / "model"
-    copy.mkdir()
-    for file in folder.iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
-    units, logs, base = holding_some(copy)
-    weights = [file for file in copy.iterdir() if file.suffix == ".safetensors"]
-    for file in weights:
-        file.rename(file.with_suffix(".away"))
+    model = Moved(folder, tmp_path / "model")
+    node, base = holding_some(model.folder)
+    model.away()
     with pytest.raises(Exception, match="safetensors"):
-        units.hold(swapped(base, "mlp_owners"))
-    assert (units.runner, logs.covered(1)) == (None, 0)
-    for file in weights:
-        file.with_suffix(".away").rename(file)
-    units.hold(topology(base, 0))
-    assert units.runner is not None
+        node.load(placed(base, "0011", "10"))
+    assert (node.units.runner, node.units.weight_bytes) == (None, 0)
+    assert node.logs.coverage.most(1) == 0
+    model.back()
+    node.load(base)
+    assert node.units.runner is not None
+
+
+def test_a_replica_that_cannot_be_loaded_is_tried_again(folder: Path, tmp_path: Path) -> None:
+    """The reason is told; the next plan tries again, and who needs it loads it at once."""
+    model = Moved(folder, tmp_path / "model")
+    node, base = holding_some(model.folder, standbys=True)
+    model.away()
+    node.units.start_standbys()
+    assert node.units.await_standbys(DEADLINE_S) == (0, 5)
+    assert "safetensors" in node.units.standby_error
+    assert node.logs.coverage.least(1) == 3
+    model.back()
+    node.units.start_standbys()
+    assert node.units.await_standbys(DEADLINE_S) == (5, 5)
+    assert node.units.standby_error == ""
+    again, _ = holding_some(model.folder, standbys=True)
+    again.load(placed(base, "0000", "00", "00000"))
+    assert again.told
+    assert again.logs.coverage.least(1) == 3

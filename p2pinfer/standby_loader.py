@@ -1,0 +1,67 @@
+"""Loads the weights of standby units while the node serves: in a thread of its own, out of the way.
+
+It has one of torch's threads and the lowest priority that the system knows, and can be stopped
+between two products. What it has loaded by then stays, for it or for somebody in a hurry to go on.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+import torch
+
+from p2pinfer.model.llama import StageLoader
+from p2pinfer.model.part import Part
+
+LOWEST_PRIORITY = 19
+"""The highest nice value."""
+
+
+class StandbyLoader:
+    """Loads `parts` in their order, from now on until done or stopped.
+
+    A part whose loading fails says so (`Part.error`), and the next one is begun.
+    """
+
+    def __init__(self, parts: Sequence[Part], loader: Callable[[], StageLoader]) -> None:
+        self._parts = tuple(parts)
+        self._loader = loader
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="standby-loader", daemon=True)
+        # A thread that is inside torch while the interpreter ends would crash it.
+        atexit.register(self.stop)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Returns when the product in hand is loaded and the thread is gone."""
+        self._stopping.set()
+        self._thread.join()
+        atexit.unregister(self.stop)
+
+    def wait(self, timeout: float) -> bool:
+        """Wait until all is loaded or has failed, in seconds; returns whether it is so."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        _be_last()
+        # Threads and gradients are settings of the calling thread.
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            for part in self._parts:
+                # The part keeps the reason.
+                with suppress(Exception):
+                    while not self._stopping.is_set() and part.load_piece(self._loader) is not None:
+                        pass
+
+
+def _be_last() -> None:
+    """Give this thread the lowest priority, where threads have one of their own."""
+    if sys.platform == "linux":
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
