@@ -100,7 +100,7 @@ class UnitHolder:
             weights = Weights(Checkpoint.open(self._folder, self._config))
             loader = StageLoader(weights, self._config, model, self._device, progress)
             stage = loader.load(holding)
-        except BaseException:
+        except BaseException:  # an order may break the load off, too: no KV is left without units
             self._logs.lose_kv()
             raise
         # What is loaded stays: without this a collection now and then walks all of torch, in the

@@ -6,9 +6,8 @@ import select
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 
-from p2pinfer.cluster import free_base_port
+from p2pinfer.cluster import StartStop, free_base_port
 from p2pinfer.core.events import (
     ActivatePlan,
     AnyReport,
@@ -31,7 +30,7 @@ from p2pinfer.worker_process import WorkerProcess
 DEADLINE_S = 60.0
 
 
-class Fleet:
+class Fleet(StartStop):
     """`nodes` workers holding the model in `folder` by one plan; the last `witnesses` of them
     hold nothing. `least_step_s` is long: the machine may be busy with other tests."""
 
@@ -84,23 +83,11 @@ class Fleet:
                 )
             )
 
-    def __enter__(self) -> Fleet:
-        try:
-            for i in range(len(self.workers)):
-                self.await_report(i, lambda r: isinstance(r, WorkerReady))
-            self.adopt(self.plan(Fence(1, 1)))
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.stop()
+    def start(self) -> None:
+        """Wait for the workers, and put the first plan in force."""
+        for i in range(len(self.workers)):
+            self.await_report(i, lambda r: isinstance(r, WorkerReady))
+        self.adopt(self.plan(Fence(1, 1)))
 
     def stop(self) -> None:
         """End all workers."""
@@ -159,7 +146,7 @@ class Fleet:
         for worker in self.workers:
             worker.pipe.send(ActivatePlan(fence=plan.fence, logs=logs, listeners=everybody))
 
-    def start(self, request_id: int, prompt: list[int], params: SamplingParams) -> None:
+    def submit(self, request_id: int, prompt: list[int], params: SamplingParams) -> None:
         """Enter a request at the leader."""
         self.started[request_id] = StartRequest(
             request_id=request_id, prompt_ids=tuple(prompt), received=(), params=params

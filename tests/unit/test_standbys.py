@@ -10,15 +10,7 @@ import pytest
 from p2pinfer.core.holdings import standby_holding, validate
 from p2pinfer.core.standbys import name_standbys
 from p2pinfer.types import Plan
-from tests.unit.test_replan import (
-    HEAD_BYTES,
-    MLP_BYTES,
-    VOCAB_BYTES,
-    after,
-    member,
-    nodes,
-    owners,
-)
+from tests.plan_series import HEAD_BYTES, MLP_BYTES, VOCAB_BYTES, after, member, nodes, owners
 
 
 def heads(plan: Plan, owner: int) -> list[tuple[int, ...]]:
