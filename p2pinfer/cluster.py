@@ -17,11 +17,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, Self
 
 import psutil
 
@@ -97,7 +98,50 @@ class LocalNode:
         return f"ended with exit code {code}" + (f": {said}" if said else "")
 
 
-class LocalCluster:
+class StartStop(ABC):
+    """What is started when it is entered, and stopped when it is left. A context manager."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Start all of it; what was started before a failure is stopped by `stop`."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Stop what was started, be it all or a part."""
+
+    def __enter__(self) -> Self:
+        """It is started."""
+        try:
+            self.start()
+        except BaseException:  # Ctrl-C while it starts must leave no process behind either
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """It is stopped."""
+        self.stop()
+
+
+def end(nodes: Sequence[LocalNode]) -> None:
+    """End the processes of these nodes: ask all, then kill. All are reaped on return."""
+    for node in nodes:
+        node.process.terminate()
+    deadline = time.monotonic() + STOP_S
+    for node in nodes:
+        try:
+            node.process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            node.process.kill()
+            node.process.wait()
+
+
+class LocalCluster(StartStop):
     """`nodes` nodes of one model; node i listens on `base_port` + 10 i. A context manager.
 
     `options` are more settings by field name (`layout`, `dtype`, ...), the same for all nodes.
@@ -145,24 +189,6 @@ class LocalCluster:
         self._keep = folder is not None
         self._folder = folder or Path()
         self.nodes: list[LocalNode] = []
-
-    def __enter__(self) -> LocalCluster:
-        """The cluster, ready."""
-        try:
-            self.start()
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """End all nodes."""
-        self.stop()
 
     def start(self, timeout: float = READY_S) -> None:
         """Start all nodes and return when the cluster is ready with all of them.
@@ -215,15 +241,7 @@ class LocalCluster:
         living = [node for node in self.nodes if not node.ending]
         if living:
             self._tell(f"stopping {_nodes(len(living))}")
-        for node in living:
-            node.process.terminate()
-        deadline = time.monotonic() + STOP_S
-        for node in self.nodes:
-            try:
-                node.process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                node.process.kill()
-                node.process.wait()
+        end(self.nodes)
         self.nodes.clear()
         if not self._keep and self._folder != Path():
             shutil.rmtree(self._folder, ignore_errors=True)

@@ -104,8 +104,8 @@ class NodeSettings:
     `advertise` empty means: found out from `listen` and the network. `cpus` pins the compute
     threads (empty: not pinned). `kv_memory` is the KV cache's limit in bytes (0: chosen from what
     is free). `replicas` is how many other nodes keep a copy of each unit's weights and KV; that of
-    the leader counts. `quorum` counts for the whole cluster, and is its founder's. Raises `UsageError` for a
-    value that is out of range.
+    the leader counts. `quorum` counts for the whole cluster, and is its founder's. Raises
+    `UsageError` for a value that is out of range.
     """
 
     model: str = "demo"

@@ -57,7 +57,7 @@ class StateDir:
                 f"--state-dir {path}: cannot be used: {error.strerror}; "
                 "give a folder that this user may write to, on a disk with room"
             ) from error
-        except BaseException:
+        except BaseException:  # nobody else could give a folder free that was never returned
             self.close()
             raise
 

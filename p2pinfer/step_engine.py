@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from p2pinfer.core.step_checks import write_down
 from p2pinfer.core.step_clock import StepClock
 from p2pinfer.core.token_log import TokenLogs
 from p2pinfer.core.topology import Topology
@@ -102,10 +103,7 @@ class StepEngine:
         Raises `StepBroken` when the step does not follow from those before it.
         """
         try:
-            if step.step <= self.step:
-                raise RemoteProtocolError("a step that was there before")
-            self._logs.take(step)
-            self._check_kv(step)
+            write_down(self.topology, self._logs, self.step, step)
         except RemoteProtocolError as error:
             raise StepBroken(self._id(self.topology.plan.leader), str(error)) from error
         self.step = step.step
@@ -120,14 +118,6 @@ class StepEngine:
         self._links.send(
             leader, StepAck(fence=self.topology.plan.fence, step=step.step, link_seq=number)
         )
-
-    def _check_kv(self, step: Step) -> None:
-        """A slot goes on where KV ends: what it reads below its start must have been written."""
-        if not self.topology.holding.head_units:
-            return
-        for slot in step.slots:
-            if self._logs.coverage.least(slot.request_id) < slot.start:
-                raise RemoteProtocolError("a slot beyond the positions that have their KV here")
 
     def compute(self, step: Step) -> list[list[UnitCandidates]]:
         """Compute a step that was written. Returns [sampling slots][owned vocab units].

@@ -21,9 +21,9 @@ import zmq
 from numpy.typing import NDArray
 from torch import Tensor
 
-from p2pinfer.core.commits import owners
 from p2pinfer.core.step_checks import StepMessage
 from p2pinfer.core.step_gate import Drop, File, Gap, StepGate
+from p2pinfer.core.step_paths import Trouble, needed, trouble
 from p2pinfer.core.topology import Topology
 from p2pinfer.errors import P2pinferError, RemoteProtocolError
 from p2pinfer.transport import LinkEvent, LinkKind, SocketPair
@@ -185,7 +185,6 @@ class StepLinks:
         """Called with (member, step) for each STEP_ACK; may raise `RemoteProtocolError`."""
         self._gate = StepGate(me)
         self._identity = me
-        self._owners: frozenset[int] = frozenset()
         self._interrupt = interrupt
         self._on_pause = on_pause
         self._deadline = math.inf
@@ -223,16 +222,15 @@ class StepLinks:
         """
         plan = mine.plan
         self._gate.load(plan)
-        self._owners = owners(plan)
         node_id, boot_id = self._identity
         self._opening = encode(LinkOpen(node_id=node_id, boot_id=boot_id, fence=plan.fence))
         self._opened.clear()
-        needed = self._receivers(mine)
+        waited_for = needed(mine)
         deadline = time.monotonic() + LINK_TIMEOUT_S
         for index in mine.others:
             member = plan.members[index]
             address = self._address(member)
-            while not self._introduce(address) and index in needed:
+            while not self._introduce(address) and index in waited_for:
                 if time.monotonic() > deadline:
                     raise StepBroken(
                         member.node_id,
@@ -245,14 +243,6 @@ class StepLinks:
         if self.pair.send(address, self._opening):
             self._opened.add(address)
         return address in self._opened
-
-    def _receivers(self, mine: Topology) -> set[int]:
-        """The members that steps cannot do without my sending to."""
-        if mine.leads:
-            return set(self._owners) - {mine.me}
-        if mine.me in self._owners:
-            return {mine.plan.leader, *mine.peers, *mine.hidden_to}
-        return set()
 
     def activate(self, mine: Topology) -> None:
         """The plan given to `open` is in force: number frames from 0 and file those held."""
@@ -374,12 +364,12 @@ class StepLinks:
 
     def _trouble(self, active: Topology, member: int, what: str) -> None:
         """A link to or from a member may have lost frames: does a step need them?"""
-        exchanged = (active.plan.leader, active.hidden_from, *active.peers, *active.hidden_to)
-        if active.leads and member not in self._owners:
-            self.deaf.add(member)
-        elif active.leads or member in exchanged:
-            name = active.plan.members[member]
-            raise LinkBroken(name.node_id, f"the step link of {name.name} {what}")
+        match trouble(active, member):
+            case Trouble.DEAF:
+                self.deaf.add(member)
+            case Trouble.BREAKS:
+                name = active.plan.members[member]
+                raise LinkBroken(name.node_id, f"the step link of {name.name} {what}")
 
     def heard_within(self, seconds: float) -> tuple[str, ...]:
         """Node ids heard on step links lately."""

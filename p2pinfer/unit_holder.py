@@ -147,7 +147,7 @@ class UnitHolder:
         try:
             self._arrange(model, *wanted)
             self._load_own(model, mine.holding)
-        except BaseException:
+        except BaseException:  # an order may break the load off, too: no KV is left without units
             self._own, self._parts, self._places, self._trunk = frozenset(), [], {}, None
             self._logs.coverage.lose(self._logs.coverage.computed | self._logs.coverage.fed)
             raise

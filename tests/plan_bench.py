@@ -14,26 +14,13 @@ from p2pinfer.core.outbox import Outbox
 from p2pinfer.core.plan_holder import PlanHolder
 from p2pinfer.core.plan_maker import PlanMaker
 from p2pinfer.core.plan_rules import View
-from p2pinfer.types import DType, Fence, Member, ModelSpec, Plan, SamplingParams
+from p2pinfer.types import Fence, Member, Plan, SamplingParams
 from p2pinfer.wire import messages as m
+from tests.model_specs import TWO_LAYERS
 
 T = TypeVar("T")
 CLUSTER = "c" * 16
-
-MODEL = ModelSpec(
-    name="toy",
-    model_id="ab" * 32,
-    num_layers=2,
-    hidden_size=16,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    head_dim=4,
-    intermediate_size=256,
-    vocab_size=128,
-    max_positions=96,
-    dtype=DType.FLOAT32,
-    kv_dtype=DType.FLOAT32,
-)
+MODEL = TWO_LAYERS
 
 
 def member(number: int, *, boot: int = 0, **values: Any) -> Member:
@@ -148,7 +135,7 @@ class Holding(Desk):
             if covered
         )
         report = e.PlanLoaded(fence=plan.fence, logs=logs, coverage=coverage, error=error)
-        self.holder.loaded(report, self.now)
+        self.holder.loaded(report)
 
     def _head_units(self, plan: Plan) -> Iterator[tuple[int, tuple[int, ...]]]:
         """By stage, the head units that this node owns or keeps by a plan."""
@@ -164,7 +151,7 @@ class Holding(Desk):
     def ready(self, plan: Plan, *logs: e.TokenLog, covered: int = 0) -> None:
         """Take a plan and acknowledge it."""
         if not self.holder.worker_ready:
-            self.holder.worker_started(self.now)
+            self.holder.worker_started()
         self.propose(plan)
         self.persist()
         self.load(plan, *logs, covered=covered)
@@ -312,3 +299,17 @@ class Office(Desk):
 def renamed(plan: Plan, fence: Fence, **values: Any) -> Plan:
     """The same plan under another fence."""
     return replace(plan, fence=fence, **values)
+
+
+def serving(count: int = 3, **settings: object) -> Office:
+    """A leader whose plan is in force on `count` members, all of them voters."""
+    bench = Office(count, **settings)
+    bench.served()
+    bench.proposed()
+    bench.told(e.PlanFailed)
+    return bench
+
+
+def plan_of(count: int) -> Plan:
+    """The plan of term 1 with which a cluster of `count` nodes settled."""
+    return serving(count).plan

@@ -123,7 +123,7 @@ def ask_together(addresses: Sequence[str], vocab: int, settings: Settings) -> fl
             client = Client([addresses[index % len(addresses)]], retry_for=0)
             prompt = prompt_of(vocab, settings.prompt_tokens, index)
             timings.append(ask(client, prompt, settings.max_tokens))
-        except BaseException as error:  # handed to the caller's thread
+        except BaseException as error:  # whatever it is, the caller's thread raises it
             timings.append(error)
 
     threads = [threading.Thread(target=one, args=(i,)) for i in range(settings.concurrent)]

@@ -25,7 +25,6 @@ from p2pinfer.types import Fence, Plan
 Then = Callable[[float], None]
 """What to do, at a time in seconds, once something is on the disk."""
 
-
 MAX_ADDRESSES = 4 * MAX_NODES
 """Of members of plans before, kept as hints."""
 

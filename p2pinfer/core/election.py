@@ -43,8 +43,8 @@ class ElectionView(Struct, frozen=True, kw_only=True):
 
     `members` are the living members as they describe themselves, this node among them; `lost` are
     the node ids of those known to be dead or to have left, and `gone` how they once described
-    themselves, for their names. `able` says whether this node may
-    campaign: its worker is ready and does not hang, it is no witness and not draining.
+    themselves, for their names. `able` says whether this node may campaign: its worker is ready and
+    does not hang, it is no witness and not draining.
     """
 
     members: tuple[Member, ...] = ()
@@ -123,7 +123,7 @@ class Election:
 
     # --- what happens -----------------------------------------------------------------------------
 
-    def found(self, cluster_id: str, now: float) -> None:
+    def found(self, cluster_id: str) -> None:
         """This node founds a cluster, and leads it once the disk has that: so nobody has ever been
         led by a founder that does not know of it after a crash."""
         self._durable.found(cluster_id, FOUNDING_TERM, self._me, self._founded)

@@ -82,8 +82,8 @@ class Hearing:
 
     # --- the control plane ------------------------------------------------------------------------
 
-    def heard(self, heartbeat: Heartbeat, now: float) -> None:
-        """A member says whom it hears; not `now` but its own clock counts."""
+    def heard(self, heartbeat: Heartbeat) -> None:
+        """A member says whom it hears, and when by its own clock, which counts."""
         self._news[heartbeat.node_id] = heartbeat
 
     def broken(self, members: Collection[Member], own: Heartbeat, now: float) -> frozenset[Pair]:

@@ -93,7 +93,7 @@ class Leadership:
 
     # --- what happens -----------------------------------------------------------------------------
 
-    def lost(self, peer: Peer, state: MemberState, now: float) -> None:
+    def lost(self, peer: Peer, now: float) -> None:
         """A member died or left."""
         self._hearing.member_lost()
         self.maker.lost(peer.member, silence_s=max(0.0, now - peer.heard_at))
@@ -102,7 +102,7 @@ class Leadership:
     def heard(self, heartbeat: Heartbeat, now: float) -> None:
         """A member's heartbeat: what it obeys, whom it hears, how fast it computes."""
         self.maker.obeys(heartbeat.node_id, heartbeat.fence)
-        self._hearing.heard(heartbeat, now)
+        self._hearing.heard(heartbeat)
         self._pace.heard(heartbeat, now)
 
     def said(self, message: ControlMessage, sender: str, now: float) -> bool:

@@ -191,7 +191,7 @@ class Node:
             )
         else:
             self._near.cluster_id = config.cluster_id
-            self._election.found(config.cluster_id, now)
+            self._election.found(config.cluster_id)
 
     def _take(self, event: Input, now: float) -> None:
         match event:
@@ -329,9 +329,12 @@ class Node:
         plan, table = self._durable.plan, self._near.table
         gone = (p.member.address for p in table.everybody() if p.state is MemberState.DEAD)
         planned = (m.address for m in plan.members if m.node_id != self._me) if plan else ()
-        alone = () if table.living() else self._config.join
+        # Others that have no plan either know no more than this node: who let it in may.
+        lost = not table.living() or (plan is None and not self._election.leader_id)
         before = () if self._durable.state.active else self._durable.state.addresses
-        return tuple(dict.fromkeys((*gone, *planned, *before, *alone)))
+        return tuple(
+            dict.fromkeys((*gone, *planned, *before, *(self._config.join if lost else ())))
+        )
 
     # --- joining, leaving, losing -----------------------------------------------------------------
 
@@ -354,7 +357,7 @@ class Node:
     def _lost(self, peer: Peer, state: MemberState, reason: str, now: float) -> None:
         """What the loss of a member means: for the leadership, its units and its requests."""
         if self._leadership:
-            self._leadership.lost(peer, state, now)
+            self._leadership.lost(peer, now)
         self._election.lost(peer.member.node_id, reason, now)
         self._departure.lost(peer.member, state)
 
@@ -370,7 +373,7 @@ class Node:
                 self._watch.loading = True
             case PlanLoaded() as report:
                 self._watch.loading = False
-                self._holder.loaded(report, now)
+                self._holder.loaded(report)
             case StandbysLoaded() as report:
                 self._holder.standbys_loaded(report)
             case TokensCommitted() | FenceSettled() | RequestEnded() as report:
@@ -397,7 +400,7 @@ class Node:
             table.me = me
             for address in self._near.links.connected():
                 self._greeter.greet(address, now)
-        self._holder.worker_started(now)
+        self._holder.worker_started()
 
     def _step_failed(self, report: StepFailed, now: float) -> None:
         """The leader begins a new epoch; any other node tells the leader."""
@@ -468,7 +471,7 @@ class Node:
             case LogEntry():
                 # The leader's own entries to itself are for both sides of it.
                 if leading:
-                    self._holder.log_entry(message, now)
+                    self._holder.log_entry(message)
                 if self._leadership:
                     self._leadership.said(message, sender, now)
             case Activate() if leading:

@@ -148,13 +148,13 @@ class PlanHolder:
                 f"(id {ours.model_id[:12]}…) as {ours.dtype}, {ours.quant}"
             )
 
-    def worker_started(self, now: float) -> None:
+    def worker_started(self) -> None:
         """The worker can take orders; a plan may be waiting for it."""
         self.worker_ready = True
         if self._next:
             self._box.order(LoadPlan(plan=self._next.plan, me=self._next.index))
 
-    def loaded(self, report: PlanLoaded, now: float) -> None:
+    def loaded(self, report: PlanLoaded) -> None:
         """The worker has loaded a plan, or failed to."""
         if self._next is None or report.fence != self._next.plan.fence:
             return
@@ -223,7 +223,7 @@ class PlanHolder:
                 )
                 self._box.send(sender, entry)
 
-    def log_entry(self, message: LogEntry, now: float) -> None:
+    def log_entry(self, message: LogEntry) -> None:
         """The leader sends what this node lacks of a log, ahead of ACTIVATE."""
         pending = self._next
         if pending and pending.report and message.fence == pending.plan.fence:

@@ -239,10 +239,7 @@ class PlanMaker:
 
     def _voters(self, view: View) -> tuple[NodeIds, NodeIds]:
         """Node ids of the next plan's voters, and of its old voters."""
-        if self._base is None:
-            ready = {member.node_id for member in self._able(view)}
-        else:
-            ready = self._acked(view) - view.draining if self.activated else set()
+        ready = self._acked(view) - view.draining if self.activated else set()
         return next_voters(
             self._base,
             base_active=self._base_active,

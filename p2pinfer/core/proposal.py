@@ -138,10 +138,8 @@ class Proposal:
         """
         plan, acked = self.plan, frozenset(self._acks)
         needed = {member.node_id for member in (*self.owners, plan.members[plan.leader])}
-        forgot = frozenset(member.node_id for member in plan.members if member.blank)
-        if not needed <= acked or not quorum.adopts(
-            plan, acked & self._heard, first=self._first, forgot=forgot, lost=lost
-        ):
+        heard = acked & self._heard
+        if not needed <= acked or not quorum.adopts(plan, heard, first=self._first, lost=lost):
             self._alone_since = inf
             return False
         if not self.unanswered(living):

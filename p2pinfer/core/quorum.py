@@ -61,18 +61,17 @@ def adopts(
     acked: AbstractSet[str],
     *,
     first: bool,
-    forgot: AbstractSet[str] = frozenset(),
     lost: AbstractSet[str] = frozenset(),
 ) -> bool:
     """Whether these acknowledgements put a plan in force. `first`: the first one of its leader.
 
-    `acked` are members in the boots that the plan lists; those that it lists as blank, and
-    `forgot`, are not heard among the voters before.
+    `acked` are members in the boots that the plan lists; those that it lists as blank are not heard
+    among the voters before.
     """
     leader = "" if first else plan.members[plan.leader].node_id
     yes = acked & credible(plan, plan.members)
     return all(
-        _agree(plan, voters, _said(plan, voters, yes, forgot), lost, leader)
+        _agree(plan, voters, _said(plan, voters, yes), lost, leader)
         for voters in electorate(plan, active=False)
     )
 
@@ -115,16 +114,11 @@ def tolerates(
     return tuple(names)
 
 
-def _said(
-    plan: Plan,
-    voters: Voters,
-    yes: AbstractSet[str],
-    forgot: AbstractSet[str] = frozenset(),
-) -> AbstractSet[str]:
+def _said(plan: Plan, voters: Voters, yes: AbstractSet[str]) -> AbstractSet[str]:
     """Whose yes counts among `voters`, of the electorate of a plan not known to be in force."""
     if voters != frozenset(plan.old_voters):
         return yes
-    return yes - forgot - {member.node_id for member in plan.members if member.blank}
+    return yes - {member.node_id for member in plan.members if member.blank}
 
 
 def _agree(

@@ -35,8 +35,8 @@ def make_status(
 
     Fields: as the README lists them; `rtt_ms` is null where none was measured, `waiting` is null
     when the cluster is ready. Members that are gone are listed with their state, and own nothing.
-    `counters` are those of the answering node's worker: times and `steps` since the plan in
-    force was adopted, the rest since it started.
+    `counters` are those of the answering node's worker: `steps` and the times but `wait_s` since
+    the plan in force was adopted, the rest since it started.
     """
     peers: list[tuple[Member, Peer | None]] = [(membership.me, None)]
     peers += [(peer.member, peer) for peer in membership.everybody()]

@@ -1,4 +1,4 @@
-"""What a plan lets a member send within a step: checked before a frame is filed.
+"""What a plan lets a member send within a step, and whether a step follows from those before it.
 
 The wire has checked that a frame is well formed; here its sender, its shape and its contents are
 held against the plan, so that whatever passes can be computed with.
@@ -6,6 +6,7 @@ held against the plan, so that whatever passes can be computed with.
 
 from __future__ import annotations
 
+from p2pinfer.core.token_log import TokenLogs
 from p2pinfer.core.topology import Topology
 from p2pinfer.core.units import unit_bounds
 from p2pinfer.errors import RemoteProtocolError
@@ -69,6 +70,21 @@ def _fits(topology: Topology, sender: int, message: StepMessage) -> bool:
                 and message.tensor.shape[1] == _width(plan.model, message.unit)
                 and message.tensor.dtype == WireDType.FLOAT32
             )
+
+
+def write_down(topology: Topology, logs: TokenLogs, newest: int, step: Step) -> None:
+    """Write a step's tokens in the logs, and forget what ended; `newest` is the step before it.
+
+    Raises `RemoteProtocolError` when it does not follow from the steps before: what a slot reads
+    below its start must have been computed here.
+    """
+    if step.step <= newest:
+        raise RemoteProtocolError("a step that was there before")
+    logs.take(step)
+    if not topology.holding.head_units:
+        return
+    if any(logs.coverage.least(slot.request_id) < slot.start for slot in step.slots):
+        raise RemoteProtocolError("a slot beyond the positions that have their KV here")
 
 
 def _width(model: ModelSpec, vocab_unit: int) -> int:

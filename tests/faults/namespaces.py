@@ -10,16 +10,14 @@ import ctypes
 import os
 import secrets
 import shutil
-import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
-from p2pinfer.cluster import STOP_S, LocalNode
+from p2pinfer.cluster import LocalNode, StartStop, end
 from p2pinfer.config import as_flags, format_address
 from p2pinfer.lifeline import child_environment
 from tests.faults.watching import until, whole
@@ -63,7 +61,7 @@ def enter(namespace: str) -> None:
             raise OSError(ctypes.get_errno(), f"setns {namespace}")
 
 
-class NamespacedCluster:
+class NamespacedCluster(StartStop):
     """`count` nodes, each in a namespace of its own, joined by a bridge. A context manager.
 
     `options` are settings of all nodes by field name.
@@ -77,26 +75,12 @@ class NamespacedCluster:
         self.switch = f"p2p-{tag}-switch"
         self.nodes: list[LocalNode] = []
 
-    def __enter__(self) -> NamespacedCluster:
-        """The cluster, ready, with all nodes as voters."""
-        try:
-            self._lay_cables()
-            for index in range(len(self._names)):
-                self.nodes.append(self.start_node(index))
-            until(self.all_vote, what="the cluster")
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """End the nodes and remove the namespaces."""
-        self.stop()
+    def start(self) -> None:
+        """Make the namespaces, and return when the cluster is ready with all nodes as voters."""
+        self._lay_cables()
+        for index in range(len(self._names)):
+            self.nodes.append(self.start_node(index))
+        until(self.all_vote, what="the cluster")
 
     def _lay_cables(self) -> None:
         run("netns", "add", self.switch)
@@ -145,14 +129,7 @@ class NamespacedCluster:
 
     def stop(self) -> None:
         """End the nodes and remove the namespaces. Safe to call at any time."""
-        for node in self.nodes:
-            node.process.send_signal(signal.SIGTERM)
-        for node in self.nodes:
-            try:
-                node.process.wait(STOP_S)
-            except subprocess.TimeoutExpired:
-                node.process.kill()
-                node.process.wait()
+        end(self.nodes)
         self.nodes.clear()
         for name in (*self._names, self.switch):
             if (NETNS_DIR / name).exists():
@@ -169,7 +146,7 @@ class NamespacedCluster:
             try:
                 enter(namespace or self.switch)
                 results.append(ask())
-            except BaseException as error:
+            except BaseException as error:  # an assertion or a skip too: the caller raises it
                 errors.append(error)
 
         thread = threading.Thread(target=work)

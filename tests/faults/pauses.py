@@ -66,7 +66,7 @@ def pause(node: LocalNode, draw: random.Random) -> tuple[str, float]:
     for process in processes:
         os.kill(process.pid, signal.SIGSTOP)
     try:
-        threading.Event().wait(seconds)
+        threading.Event().wait(seconds)  # the pause itself
     finally:
         for process in processes:
             os.kill(process.pid, signal.SIGCONT)
@@ -94,7 +94,7 @@ def main(minutes: float, nodes: int, seed: int) -> None:
             while time.monotonic() < end:
                 part, _ = pause(draw.choice(cluster.nodes), draw)
                 pauses[part] += 1
-                threading.Event().wait(draw.uniform(0.5, 1.5))
+                threading.Event().wait(draw.uniform(0.5, 1.5))  # until the next pause
                 if time.monotonic() - told >= 60:
                     told = time.monotonic()
                     print(_line(cluster, loads, pauses, since, told - began), file=sys.stderr)

@@ -152,6 +152,7 @@ class Proxy:
         async def deliver() -> None:
             while True:
                 due, data = await queue.get()
+                # This wait is the delay itself, not a guess at how long something takes.
                 await asyncio.sleep(max(0.0, due - self._loop.time()))
                 while self._direction(connection, inward) in self._cuts:
                     await self._changed.wait()
@@ -200,7 +201,7 @@ class Proxy:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.sleep(0)  # aborted transports close in the next turn
+        await asyncio.sleep(0)  # one turn of the loop, no time: aborted transports close in it
 
 
 def _abort(writer: asyncio.StreamWriter) -> None:

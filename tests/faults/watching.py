@@ -58,9 +58,13 @@ class Diary:
         return [fact for fact in self._facts if fact["event"] in events]
 
 
-def facts(node: LocalNode, *events: str, since: float = 0.0) -> list[Fact]:
-    """The facts of these kinds that a node logged after `since` (wall clock, seconds)."""
-    return [fact for fact in Diary(node, whole=True).facts(*events) if fact["at"] >= since]
+def facts(node: LocalNode, *events: str, since: float = 0.0, **fields: object) -> list[Fact]:
+    """The facts of these kinds that a node logged after `since` (wall clock), with these fields."""
+    return [
+        fact
+        for fact in Diary(node, whole=True).facts(*events)
+        if fact["at"] >= since and fields.items() <= fact.items()
+    ]
 
 
 def status(node: LocalNode) -> dict[str, Any]:

@@ -6,9 +6,8 @@ import select
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 
-from p2pinfer.cluster import free_base_port
+from p2pinfer.cluster import StartStop, free_base_port
 from p2pinfer.core.events import (
     ActivatePlan,
     AnyReport,
@@ -36,7 +35,7 @@ NEAR = 16
 """Tokens that a standby may be behind: those of the last steps, which its owner did not send."""
 
 
-class Fleet:
+class Fleet(StartStop):
     """`nodes` workers holding the model in `folder` by one plan; the last `witnesses` of them
     hold nothing, and of each unit `replicas` others keep a replica. `least_step_s` is long: the
     machine may be busy with other tests."""
@@ -92,23 +91,11 @@ class Fleet:
                 )
             )
 
-    def __enter__(self) -> Fleet:
-        try:
-            for i in range(len(self.workers)):
-                self.await_report(i, lambda r: isinstance(r, WorkerReady))
-            self.adopt(self.plan(Fence(1, 1)))
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.stop()
+    def start(self) -> None:
+        """Wait for the workers, and put the first plan in force."""
+        for i in range(len(self.workers)):
+            self.await_report(i, lambda r: isinstance(r, WorkerReady))
+        self.adopt(self.plan(Fence(1, 1)))
 
     def stop(self) -> None:
         """End all workers."""
@@ -195,7 +182,7 @@ class Fleet:
         by_id = {member.node_id: node for node, member in enumerate(self.members)}
         return [by_id[member.node_id] for member in plan.members]
 
-    def start(self, request_id: int, prompt: list[int], params: SamplingParams) -> None:
+    def submit(self, request_id: int, prompt: list[int], params: SamplingParams) -> None:
         """Enter a request at the leader."""
         self.started[request_id] = StartRequest(
             request_id=request_id, prompt_ids=tuple(prompt), received=(), params=params

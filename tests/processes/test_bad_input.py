@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import shutil
 import socket
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ import pytest
 from p2pinfer.cluster import LocalCluster, free_base_port
 from p2pinfer.demo import MODEL_DIR
 from p2pinfer.limits import MAX_TEXT_CHARS, MAX_VOCAB
+from tests.faults.watching import facts, until
 
 DEADLINE_S = 60.0
 WEIGHTS = "model.safetensors"
@@ -356,16 +355,14 @@ def test_extreme_sampling_values_that_are_allowed_harm_no_step(cluster: LocalClu
             assert (code, err) == (0, "")
 
 
-def finished(cluster: LocalCluster, reason: str) -> int:
-    """How many requests of the second node ended so."""
-    lines = cluster.nodes[1].log.read_text().splitlines()
-    facts = [json.loads(line) for line in lines if line.startswith("{")]
-    return sum(f["event"] == "request_finished" and f["reason"] == reason for f in facts)
+def cancelled(cluster: LocalCluster) -> int:
+    """How many requests of the second node were cancelled."""
+    return len(facts(cluster.nodes[1], "request_finished", reason="cancelled"))
 
 
 def test_a_reader_that_goes_away_ends_the_request(cluster: LocalCluster) -> None:
     """`submit ... | head -c 5`: exit code 1 without a word, and the slot is free."""
-    before = finished(cluster, "cancelled")
+    before = cancelled(cluster)
     command = ["submit", "prompt", "One day", "--to", cluster.nodes[1].address]
     with subprocess.Popen(
         [sys.executable, "-m", "p2pinfer", *command, "--max-tokens", "1900", "--ignore-eos"],
@@ -377,10 +374,7 @@ def test_a_reader_that_goes_away_ends_the_request(cluster: LocalCluster) -> None
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(DEADLINE_S) == 1
-    deadline = time.monotonic() + DEADLINE_S
-    while finished(cluster, "cancelled") == before:
-        assert time.monotonic() < deadline
-        select.select((), (), (), 0.02)
+    until(lambda: cancelled(cluster) > before, what="the free slot")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

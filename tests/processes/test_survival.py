@@ -8,8 +8,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,6 +34,7 @@ from tests.faults.watching import (
     status,
     until,
 )
+from tests.processes.command_line import finish, node_flags, start_cli
 
 pytestmark = pytest.mark.xdist_group("survival")
 
@@ -269,31 +268,14 @@ def test_nodes_leave_and_join_under_load(
     assert reading.tokens == undisturbed(replace(ENDLESS, max_tokens=len(reading.tokens)))
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    """Start `p2pinfer`."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "p2pinfer", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def test_a_copied_identity_is_refused(trio: LocalCluster, tmp_path: Path) -> None:
     """A second node with the state folder of a running one ends with the reason."""
     victim = trio.nodes[2]
     copy = tmp_path / "copy"
     shutil.copytree(victim.log.parent / victim.name, copy)
-    flags = {
-        "--listen": f"127.0.0.1:{free_base_port(1)}",
-        "--name": "copy",
-        "--threads": "1",
-        "--state-dir": str(copy),
-        "--join": trio.nodes[0].address,
-    }
-    process = start("node", "start", *(word for pair in flags.items() for word in pair))
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 1
+    flags = node_flags(tmp_path, free_base_port(1), copy.name)
+    code, _, err = finish(start_cli(*flags, "--join", trio.nodes[0].address))
+    assert code == 1
     assert "state" in err.splitlines()[-1]
     assert victim.name in err.splitlines()[-1]
     assert all_vote(trio, 3)

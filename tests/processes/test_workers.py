@@ -75,7 +75,7 @@ def test_the_messages_and_bytes_of_a_request_are_exactly_these(
     new = 9
     params = SamplingParams(max_tokens=new, ignore_eos=True)
     with Fleet(folder, nodes, layout, dtype) as fleet:
-        fleet.start(1, PROMPT, params)
+        fleet.submit(1, PROMPT, params)
         assert fleet.reply(1) == greedy(folder, new, dtype)
         plan = fleet.plan(Fence(1, 1))
         rows = [len(PROMPT)] + [1] * (new - 1)
@@ -163,7 +163,7 @@ def test_sampling_is_the_same_on_every_plan(folder: Path) -> None:
     for nodes, layout in ((1, "heads"), (3, "heads"), (2, "layers")):
         with Fleet(folder, nodes, layout) as fleet:
             for request_id, params in requests.items():
-                fleet.start(request_id, PROMPT, params)
+                fleet.submit(request_id, PROMPT, params)
             replies.append({request_id: fleet.reply(request_id) for request_id in requests})
     assert replies[0] == replies[1] == replies[2]
     assert len({tuple(reply) for reply in replies[0].values()}) == len(requests)
@@ -182,7 +182,7 @@ def test_a_new_plan_goes_on_where_kv_ends(folder: Path) -> None:
     params = SamplingParams(max_tokens=200, ignore_eos=True)
     expected = greedy(folder, 200, DType.FLOAT32)
     with Fleet(folder, 2) as fleet:
-        fleet.start(1, PROMPT, params)
+        fleet.submit(1, PROMPT, params)
         fleet.stats(0, 20)
         answers = fleet.adopt(fleet.plan(Fence(1, 2)))
         lengths = [len(answer.logs[0].tokens) for answer in answers]
@@ -246,7 +246,7 @@ def test_logs_are_cut_and_extended_to_what_was_agreed(folder: Path) -> None:
     params = SamplingParams(max_tokens=100, ignore_eos=True)
     expected = greedy(folder, 100, DType.FLOAT32)
     with Fleet(folder, 2) as fleet:
-        fleet.start(1, PROMPT, params)
+        fleet.submit(1, PROMPT, params)
         fleet.stats(0, 30)
         for epoch, change in ((2, -7), (3, 11)):
             answers = fleet.load(fleet.plan(Fence(1, epoch)))
@@ -283,7 +283,7 @@ def test_a_halted_worker_keeps_its_logs(folder: Path) -> None:
     """Without a leader no step is computed; what was is still there for the next plan."""
     params = SamplingParams(max_tokens=200, ignore_eos=True)
     with Fleet(folder, 2) as fleet:
-        fleet.start(1, PROMPT, params)
+        fleet.submit(1, PROMPT, params)
         fleet.stats(0, 20)
         for worker in fleet.workers:
             worker.pipe.send(Halt())
@@ -304,7 +304,7 @@ def test_a_step_that_a_member_leaves_fails_soon(
     """Killed: at once, since its link breaks; standing still: after ten times a step's time."""
     params = SamplingParams(max_tokens=400, ignore_eos=True)
     with Fleet(folder, 2, least_step_s=2.0) as fleet:
-        fleet.start(1, PROMPT, params)
+        fleet.submit(1, PROMPT, params)
         fleet.stats(0, 20)
         os.kill(fleet.workers[1].pid, way)
         began = time.monotonic()
@@ -319,7 +319,7 @@ def test_a_step_that_a_member_leaves_fails_soon(
 def test_a_link_that_is_opened_again_breaks_the_step(folder: Path) -> None:
     """What the connection before still held may be lost: a new epoch is the cure."""
     with Fleet(folder, 2) as fleet:
-        fleet.start(1, PROMPT, SamplingParams(max_tokens=3000, ignore_eos=True))
+        fleet.submit(1, PROMPT, SamplingParams(max_tokens=3000, ignore_eos=True))
         fleet.stats(1, 20)
         context = zmq.Context()
         dealer = context.socket(zmq.DEALER)
@@ -342,9 +342,9 @@ def test_a_witness_has_the_logs_and_no_model(folder: Path) -> None:
         ready = fleet.await_report(2, lambda r: isinstance(r, WorkerReady))
         assert isinstance(ready, WorkerReady)
         assert ready.numeric_class == ""
-        fleet.start(1, PROMPT, params)
+        fleet.submit(1, PROMPT, params)
         assert fleet.reply(1) == greedy(folder, 60, DType.FLOAT32)
-        fleet.start(2, PROMPT, params)
+        fleet.submit(2, PROMPT, params)
         fleet.stats(2, 70)
         answers = fleet.adopt(fleet.plan(Fence(1, 2)))
         length = len(PROMPT) + 8
@@ -376,10 +376,10 @@ def test_a_prompt_of_many_steps_is_right_on_every_layout(
     params = SamplingParams(max_tokens=5, ignore_eos=True)
     with Fleet(folder, nodes, layout, weights=weights) as fleet:
         for request_id in range(1, 4):
-            fleet.start(request_id, prompt, params)
+            fleet.submit(request_id, prompt, params)
             assert fleet.reply(request_id) == expected
         for request_id in range(4, 8):
-            fleet.start(request_id, prompt[:300] if request_id % 2 else prompt, params)
+            fleet.submit(request_id, prompt[:300] if request_id % 2 else prompt, params)
         assert fleet.reply(4) == fleet.reply(6) == expected
         assert fleet.reply(5) == fleet.reply(7)
 
@@ -389,7 +389,7 @@ def test_hostile_frames_are_dropped_and_counted(folder: Path) -> None:
     params = SamplingParams(max_tokens=60, ignore_eos=True)
     with Fleet(folder, 2) as fleet:
         plan = fleet.plan(Fence(1, 1))
-        fleet.start(1, PROMPT, params)
+        fleet.submit(1, PROMPT, params)
         context = zmq.Context()
         dealer = context.socket(zmq.DEALER)
         dealer.linger = 1000

@@ -26,7 +26,7 @@ class Exchange:
         self.orders: dict[int, e.ActivatePlan] = {}
         self._drops = drops
         for node in self.nodes.values():
-            node.holder.worker_started(node.now)
+            node.holder.worker_started()
 
     def pass_on(self) -> None:
         """Deliver what leader and members have sent; what one says to itself is never lost."""
@@ -51,7 +51,7 @@ class Exchange:
             case m.LogRequest():
                 node.holder.log_request(message, member(1).node_id)
             case m.LogEntry():
-                node.holder.log_entry(message, node.now)
+                node.holder.log_entry(message)
             case m.Activate():
                 node.holder.activate(message, node.now)
                 for done in node.ordered(e.ActivatePlan):

@@ -21,7 +21,7 @@ from p2pinfer.core.events import Persist, Send, StoredState
 from p2pinfer.core.outbox import Outbox
 from p2pinfer.core.timing import LAN
 from p2pinfer.core.voters import listed_as, next_voters
-from p2pinfer.types import DType, Fence, Member, ModelSpec, Plan, Stage
+from p2pinfer.types import Fence, Member, Plan, Stage
 from p2pinfer.wire.messages import (
     Ack,
     Activate,
@@ -33,22 +33,9 @@ from p2pinfer.wire.messages import (
     VoteReply,
     VoteRequest,
 )
+from tests.model_specs import NO_MODEL
 
 CLUSTER = "c" * 16
-MODEL = ModelSpec(
-    name="none",
-    model_id="",
-    num_layers=1,
-    hidden_size=1,
-    num_attention_heads=1,
-    num_key_value_heads=1,
-    head_dim=1,
-    intermediate_size=1,
-    vocab_size=1,
-    max_positions=1,
-    dtype=DType.FLOAT32,
-    kv_dtype=DType.FLOAT32,
-)
 STAGE = Stage(start=0, end=1, head_owners=(), mlp_owners=())
 
 
@@ -156,7 +143,7 @@ class Process:
             members=members,
             voters=tuple(index[node_id] for node_id in voters),
             old_voters=before,
-            model=MODEL,
+            model=NO_MODEL,
             stages=(STAGE,),
         )
         office.heard = quorum.credible(office.target, living)
@@ -221,7 +208,7 @@ class World:
         for node_id in self.ids:
             self.start(node_id)
         founder = self.up[self.ids[0]]
-        founder.election.found(CLUSTER, 0.0)
+        founder.election.found(CLUSTER)
         self.collect(founder)
         self.write(founder)
 

@@ -37,6 +37,13 @@ class Attempt:
         self.over = False
         self.liar = False
         self.answered_at = 0.0
+        self.answered_late: bool | None = None
+        """Whether the reply had been completed already when the first word of it came this way."""
+
+    def answered(self, *, late: bool) -> None:
+        """A node says something of the reply."""
+        if self.answered_late is None:
+            self.answered_late = late
 
 
 class Client:
@@ -53,6 +60,8 @@ class Client:
         """`complete`, or the code of the error that it took for an answer."""
         self.gone = False
         """It went away for good."""
+        self.concluded = False
+        """A node has said that its reply is complete, whether that reached it or not."""
         self.tries = 6
         self.lied_to = False
         """Somebody submitted its request with a wrong token."""
@@ -215,6 +224,7 @@ class Clients:
             f"tokens from {output.start} on where {attempt.next} was due",
         )
         attempt.next += len(output.tokens)
+        attempt.answered(late=client.concluded)
         if not attempt.open:
             self._notice(attempt)
             return
@@ -251,6 +261,8 @@ class Clients:
             output.total_tokens == attempt.next,
             f"{output.total_tokens} tokens are said, {attempt.next} were delivered",
         )
+        attempt.answered(late=attempt.client.concluded)
+        attempt.client.concluded |= not attempt.liar
         self._later(attempt, self._complete, output.reason)
 
     def answer(self, process: Process, route: bytes, message: ControlMessage) -> None:
@@ -267,7 +279,11 @@ class Clients:
         if attempt.liar:
             self.world.count("a wrong token was taken for true")
             attempt.open = False
-            check(client.end != "complete", "two replies that contradict each other are complete")
+            # After the end nobody remembers the request: it is a new one, which begins as it says.
+            check(
+                client.end != "complete" or attempt.answered_late,
+                "two replies that contradict each other are complete",
+            )
             client.end = client.end or "log_conflict"
             return
         if not attempt.open:

@@ -221,7 +221,7 @@ class Process:
         now = self.machine.seconds()
         try:
             outputs = self.node.handle(event, now)
-        except Exception as error:
+        except Exception as error:  # whatever a node raises is a defect of it
             raise Violation(f"node{self.number}: {error!r} at {type(event).__name__}") from error
         for output in outputs:
             self._do(output)

@@ -379,8 +379,7 @@ def _two_voters_added() -> AbstractContextManager[None]:
         more = {m.node_id for m in named["living"] if m.node_id in named["ready"]}
         return (tuple(sorted({*new, *more})) if named["base_active"] else new), old
 
-    owner = plan_maker if "next_voters" in plan_maker.__dict__ else proposal
-    return _patched((owner, "next_voters", many))
+    return _patched((plan_maker, "next_voters", many))
 
 
 def _resume_without_hash() -> AbstractContextManager[None]:

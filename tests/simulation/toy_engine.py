@@ -15,6 +15,7 @@ from msgspec import Struct
 
 from p2pinfer.core import tree
 from p2pinfer.core.replication import computed_units
+from p2pinfer.core.step_checks import write_down
 from p2pinfer.core.token_log import TokenLogs
 from p2pinfer.core.topology import Topology
 from p2pinfer.errors import RemoteProtocolError
@@ -88,12 +89,7 @@ class ToyEngine:
         Raises `StepBroken` when the step does not follow from those before it.
         """
         try:
-            if step.step <= self.step:
-                raise RemoteProtocolError("a step that was there before")
-            self._logs.take(step)
-            for slot in step.slots:
-                if self._heads and self._logs.coverage.least(slot.request_id) < slot.start:
-                    raise RemoteProtocolError("a slot beyond the positions that have their KV")
+            write_down(self.topology, self._logs, self.step, step)
         except RemoteProtocolError as error:
             raise StepBroken(self._id(self.topology.plan.leader), str(error)) from error
         self.step = step.step

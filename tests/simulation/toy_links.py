@@ -10,9 +10,9 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from p2pinfer.core.commits import owners
 from p2pinfer.core.step_checks import StepMessage
 from p2pinfer.core.step_gate import Drop, File, Gap, StepGate
+from p2pinfer.core.step_paths import Trouble, needed, trouble
 from p2pinfer.core.topology import Topology
 from p2pinfer.errors import RemoteProtocolError
 from p2pinfer.types import Member
@@ -82,7 +82,6 @@ class ToyLinks:
         self._network = process.network
         self._random = process.world.stream(f"links/{process.boot_id}")
         self._on_event = on_event
-        self._owners: frozenset[int] = frozenset()
         self._opening: LinkOpen | None = None
         self._open: dict[str, bool] = {}
         """Links, and whether LINK_OPEN was sent on the present connection."""
@@ -99,7 +98,6 @@ class ToyLinks:
         plan, process = mine.plan, self._process
         self.close()
         self.gate.load(plan)
-        self._owners = owners(plan)
         wanted = {steps_address(m): m for i, m in enumerate(plan.members) if i != mine.me}
         for address in [address for address in self._open if address not in wanted]:
             del self._open[address]
@@ -107,7 +105,7 @@ class ToyLinks:
         member = process.config.member
         self._opening = LinkOpen(node_id=member.node_id, boot_id=member.boot_id, fence=plan.fence)
         self._names = {address: m.node_id for address, m in wanted.items()}
-        self._needed = frozenset(steps_address(plan.members[i]) for i in self._receivers(mine))
+        self._needed = frozenset(steps_address(plan.members[i]) for i in needed(mine))
         for address in wanted:
             if address in self._open:
                 self._open[address] = self._say_open(address)
@@ -119,13 +117,6 @@ class ToyLinks:
         """A member whose link the loaded plan's steps need and which is not connected, or ""."""
         lacking = [address for address in self._needed if not self._open[address]]
         return self._names[min(lacking)] if lacking else ""
-
-    def _receivers(self, mine: Topology) -> set[int]:
-        if mine.leads:
-            return set(self._owners) - {mine.me}
-        if mine.me in self._owners:
-            return {mine.plan.leader, *mine.peers, *mine.hidden_to}
-        return set()
 
     def activate(self, mine: Topology) -> None:
         """The plan given to `open` is in force: number frames from 0 and file those held."""
@@ -193,12 +184,12 @@ class ToyLinks:
             self._trouble(active, member, "broke")
 
     def _trouble(self, active: Topology, member: int, what: str) -> None:
-        exchanged = (active.plan.leader, active.hidden_from, *active.peers, *active.hidden_to)
-        if active.leads and member not in self._owners:
-            self.deaf.add(member)
-        elif active.leads or member in exchanged:
-            name = active.plan.members[member]
-            raise StepBroken(name.node_id, f"the step link of {name.name} {what}")
+        match trouble(active, member):
+            case Trouble.DEAF:
+                self.deaf.add(member)
+            case Trouble.BREAKS:
+                name = active.plan.members[member]
+                raise StepBroken(name.node_id, f"the step link of {name.name} {what}")
 
     def heard_within(self, seconds: float) -> tuple[str, ...]:
         """Node ids heard on step links lately."""

@@ -12,29 +12,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from struct import pack, unpack
 
+from msgspec.structs import replace
+
 from p2pinfer.core.units import unit_bounds, unit_count
-from p2pinfer.types import DType, ModelSpec, UnitKind
+from p2pinfer.types import UnitKind
 from p2pinfer.wire.tensors import Tensor, WireDType
+from tests.model_specs import TWO_LAYERS
 
 EOS = 0
 COLUMNS = 4
 """An integer below 2^64 is four float32 of 16 bits each."""
 
-MODEL = ModelSpec(
-    name="toy",
-    model_id="ab" * 32,
-    num_layers=2,
-    hidden_size=COLUMNS,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    head_dim=4,
-    intermediate_size=256,
-    vocab_size=128,
-    max_positions=96,
-    dtype=DType.FLOAT32,
-    kv_dtype=DType.FLOAT32,
-    eos_token_ids=(EOS,),
-)
+MODEL = replace(TWO_LAYERS, hidden_size=COLUMNS, eos_token_ids=(EOS,))
 HEADS = unit_count(MODEL, UnitKind.HEAD)
 MLPS = unit_count(MODEL, UnitKind.MLP)
 VOCABS = unit_count(MODEL, UnitKind.VOCAB)

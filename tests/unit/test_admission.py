@@ -9,8 +9,9 @@ from msgspec.structs import replace
 
 from p2pinfer.core.admission import Gate, check_hello, common_version, make_hello
 from p2pinfer.limits import MAX_NODES
-from p2pinfer.types import DType, Member, ModelSpec
+from p2pinfer.types import Member
 from p2pinfer.wire.codec import VERSIONS
+from tests.model_specs import SIX_LAYERS
 
 ADDRESS, ELSEWHERE = "tcp://h2:7720", "tcp://h9:7720"
 
@@ -25,30 +26,14 @@ def member(number: int, *, boot: int = 0, address: str = "") -> Member:
     )
 
 
-MODEL = ModelSpec(
-    name="m",
-    model_id="ab" * 32,
-    num_layers=2,
-    hidden_size=64,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    head_dim=16,
-    intermediate_size=1024,
-    vocab_size=640,
-    max_positions=512,
-    dtype=DType.BFLOAT16,
-    kv_dtype=DType.BFLOAT16,
-)
-
-
 def code(gate: Gate, greeter: Member, **values: Any) -> str:
     """The code with which a fitting HELLO, changed in these fields, is refused, or ""."""
-    hello = make_hello(greeter, values.pop("model", MODEL), gate.cluster_id, "heads")
+    hello = make_hello(greeter, values.pop("model", SIX_LAYERS), gate.cluster_id, "heads")
     refused = check_hello(replace(hello, **values), gate)
     return refused.code if refused else ""
 
 
-GATE = Gate(member(1), MODEL, "c" * 16, (member(2),))
+GATE = Gate(member(1), SIX_LAYERS, "c" * 16, (member(2),))
 
 
 @pytest.mark.parametrize(
@@ -81,7 +66,9 @@ def test_a_witness_needs_no_model_and_judges_none() -> None:
 
 def test_a_node_without_a_cluster_welcomes_nobody_yet() -> None:
     """It refuses for a time, for it is itself on its way in."""
-    refused = check_hello(make_hello(member(9), MODEL, "", "heads"), Gate(member(1), MODEL, "", ()))
+    refused = check_hello(
+        make_hello(member(9), SIX_LAYERS, "", "heads"), Gate(member(1), SIX_LAYERS, "", ())
+    )
     assert refused is not None
     assert (refused.code, refused.retryable) == ("not_ready", True)
 
@@ -89,7 +76,7 @@ def test_a_node_without_a_cluster_welcomes_nobody_yet() -> None:
 def test_a_full_cluster_has_room_for_its_own() -> None:
     """The seventeenth node waits; a member that greets again does not."""
     others = tuple(member(number) for number in range(2, MAX_NODES + 1))
-    full = Gate(member(1), MODEL, "c" * 16, others)
+    full = Gate(member(1), SIX_LAYERS, "c" * 16, others)
     assert code(full, member(99)) == "cluster_full"
     assert code(full, others[-1]) == ""
 

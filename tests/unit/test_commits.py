@@ -11,7 +11,7 @@ from p2pinfer.core.commits import Commits, owners
 from p2pinfer.errors import RemoteProtocolError
 from p2pinfer.types import Plan
 from p2pinfer.wire.messages import DrawnToken
-from tests.unit.test_topology import plan_of
+from tests.step_plans import plan_of
 
 
 def token(index: int, request_id: int = 1) -> DrawnToken:

@@ -7,24 +7,11 @@ import pytest
 from p2pinfer.core.durable import MAX_ADDRESSES, Durable
 from p2pinfer.core.events import Persist, StoredState
 from p2pinfer.core.outbox import Outbox
-from p2pinfer.types import DType, Fence, Member, ModelSpec, Plan, Stage
+from p2pinfer.types import Fence, Member, Plan, Stage
+from tests.model_specs import NO_MODEL
 
 ME, OTHER, CLUSTER = "a" * 16, "b" * 16, "c" * 16
 BOOT = "1" * 16
-MODEL = ModelSpec(
-    name="none",
-    model_id="",
-    num_layers=1,
-    hidden_size=1,
-    num_attention_heads=1,
-    num_key_value_heads=1,
-    head_dim=1,
-    intermediate_size=1,
-    vocab_size=1,
-    max_positions=1,
-    dtype=DType.FLOAT32,
-    kv_dtype=DType.FLOAT32,
-)
 
 
 def member(node_id: str, memory: str, address: str = "tcp://h:1") -> Member:
@@ -52,7 +39,7 @@ def plan_of(
             member(OTHER, "2" * 16, addresses[1]),
         ),
         voters=voters,
-        model=MODEL,
+        model=NO_MODEL,
         stages=(Stage(start=0, end=1, head_owners=(0,), mlp_owners=(1,)),),
     )
 

@@ -375,6 +375,16 @@ def test_alone_a_member_asks_the_join_addresses_too() -> None:
     assert set(bench.node.known_addresses()) == {member(n).address for n in (1, 2, 9)}
 
 
+def test_without_plan_and_leader_the_join_addresses_are_asked() -> None:
+    """The founder may be there again, and nobody told it who these nodes are."""
+    bench = Bench.joined(ONE, TWO, join=(1,))
+    bench.hear(ONE, m.Leave(node_id=ONE.node_id, boot_id=ONE.boot_id))
+    bench.told(e.OpenLink)
+    bench.run(1.5, TWO)
+    assert bench.states() == {"node1": "left", "node2": "alive"}
+    assert e.OpenLink(address=ONE.address) in bench.told(e.OpenLink)
+
+
 def test_a_link_that_broke_makes_its_member_suspect() -> None:
     """It is probed; a heartbeat clears it, and whoever is unknown is nobody."""
     bench = Bench.leader(TWO)

@@ -55,7 +55,7 @@ class Bench:
     def say(self, teller: Member, at: float) -> None:
         others = (m.node_id for m in self.members if m.node_id != teller.node_id)
         hears = tuple(i for i in others if (teller.node_id, i) not in self.deaf)
-        self.hearing.heard(word(teller, at, hears), self.now)
+        self.hearing.heard(word(teller, at, hears))
 
     def broken(self) -> frozenset[Pair]:
         return self.hearing.broken(self.members, self.own(), self.now)

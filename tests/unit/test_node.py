@@ -313,7 +313,7 @@ def test_heartbeats_carry_what_the_worker_says() -> None:
     bench.run(0.15, TWO)
     word = bench.sent(m.Heartbeat)[-1][1]
     assert (word.steps, word.tokens_per_s, word.hears_steps) == (4, 2.5, (TWO.node_id,))
-    assert word.fence == FIRST
+    assert word.fence == Fence(1, 2)
 
 
 # --- members that go, and strangers ---------------------------------------------------------------
@@ -379,7 +379,7 @@ def test_status_has_the_contracts_fields() -> None:
     bench.worker(e.WorkerStats(kv_used_bytes=1, kv_standby_bytes=2, kv_limit_bytes=9))
     status = bench.node.status(bench.now)
     assert status["model"]["num_units"] == {"head": 4, "mlp": 2, "vocab": 2}
-    assert (status["epoch"], status["ready"], status["waiting"]) == (1, True, None)
+    assert (status["epoch"], status["ready"], status["waiting"]) == (2, True, None)
     assert status["voters"] == ["node2", "node5"]
     assert status["tolerates"] == ["node2"]
     other, own = status["members"]

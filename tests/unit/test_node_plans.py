@@ -71,6 +71,7 @@ def test_members_are_waited_for_at_first() -> None:
     bench.meet(TWO)
     assert [fact.members for fact in bench.told(e.PlanProposed)] == [("node2", "node5")]
     bench.load_all(TWO)
+    assert [fact.why for fact in bench.told(e.PlanProposed)] == ["node2 to vote"]
     bench.meet(THREE)
     bench.run(LAN.settle - 0.1, TWO, THREE)
     assert bench.told(e.PlanProposed) == []
@@ -89,6 +90,9 @@ def test_a_plan_is_in_force_when_all_owners_say_so() -> None:
     bench.worker_ready()
     bench.meet(TWO)
     bench.run(0.4, TWO)
+    bench.load(TWO)
+    bench.ordered(e.ActivatePlan)
+    bench.run(0.1, TWO)
     fence = bench.ordered(e.LoadPlan)[-1].plan.fence
     bench.worker(e.PlanLoaded(fence=fence))
     assert bench.node.waiting == "node2 to load the weights"

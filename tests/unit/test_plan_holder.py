@@ -57,7 +57,7 @@ def entry(text: str, start: int = 0, plan: Plan = PLAN) -> m.LogEntry:
 def node() -> Holding:
     """Node 2, whose worker is ready."""
     bench = Holding(2)
-    bench.holder.worker_started(bench.now)
+    bench.holder.worker_started()
     return bench
 
 
@@ -112,7 +112,7 @@ def test_a_plan_waits_for_the_worker_to_start() -> None:
     node = Holding(2)
     node.propose(PLAN)
     assert not node.ordered(e.LoadPlan)
-    node.holder.worker_started(node.now)
+    node.holder.worker_started()
     assert node.ordered(e.LoadPlan) == [e.LoadPlan(plan=PLAN, me=1)]
 
 
@@ -266,7 +266,7 @@ def test_a_tail_from_the_leader_completes_a_log(
 ) -> None:
     """What a node lacks, or has otherwise, comes before ACTIVATE, with the request's settings."""
     node.ready(PLAN, *([log(own)] if own else []))
-    node.holder.log_entry(entry(text, start), node.now)
+    node.holder.log_entry(entry(text, start))
     node.activate(PLAN, agreed(text))
     (order,) = node.ordered(e.ActivatePlan)
     assert order.logs == (replace(log(text, term=3), prompt_tokens=2),)
@@ -285,22 +285,22 @@ def test_activate_is_dropped_until_the_logs_match(node: Holding) -> None:
     node.ready(PLAN, log("ab"))
     for wrong in (None, entry("abcd", 3), entry("abxx", 2), entry("abc", 2)):
         if wrong:
-            node.holder.log_entry(wrong, node.now)
+            node.holder.log_entry(wrong)
         node.activate(PLAN, agreed("abcd"))
         assert node.dropped() == ["ACTIVATE of (3, 1): the log of request 1 lacks"]
-    node.holder.log_entry(entry("abcd", 2), node.now)
+    node.holder.log_entry(entry("abcd", 2))
     node.activate(PLAN, agreed("abcd"))
     assert node.holder.obeyed == PLAN.fence
 
 
 def test_log_entries_of_another_fence_or_too_early_are_ignored(node: Holding) -> None:
     """A tail counts only for the plan that is loaded and pending."""
-    node.holder.log_entry(entry("ab"), node.now)
+    node.holder.log_entry(entry("ab"))
     node.propose(PLAN)
-    node.holder.log_entry(entry("ab"), node.now)
+    node.holder.log_entry(entry("ab"))
     node.load(PLAN)
     node.persist()
-    node.holder.log_entry(entry("ab", plan=NEXT), node.now)
+    node.holder.log_entry(entry("ab", plan=NEXT))
     node.activate(PLAN, agreed("ab"))
     assert len(node.dropped()) == 1
 
@@ -388,7 +388,7 @@ def test_after_a_restart_nothing_is_in_force() -> None:
     """The accepted plan is known, not loaded; only a newer one is taken."""
     state = e.StoredState(cluster_id=CLUSTER, term=3, plan=PLAN, active=True)
     node = Holding(2, stored=state, boot=1)
-    node.holder.worker_started(node.now)
+    node.holder.worker_started()
     assert node.holder.obeyed == Fence()
     node.propose(PLAN)
     assert len(node.dropped()) == 1

@@ -11,14 +11,7 @@ from p2pinfer.core.preview import fits_without, plan_object, preview
 from p2pinfer.core.quorum import tolerates
 from p2pinfer.errors import ClusterError
 from p2pinfer.types import Plan
-from tests.unit.test_replan import (
-    HEAD_BYTES,
-    MLP_BYTES,
-    VOCAB_BYTES,
-    after,
-    member,
-    nodes,
-)
+from tests.plan_series import HEAD_BYTES, MLP_BYTES, VOCAB_BYTES, after, member, nodes
 
 KV = 4 * 2 * 16 * 4
 """Bytes of the KV of one head unit and position, over all layers."""

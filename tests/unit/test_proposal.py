@@ -8,7 +8,7 @@ from p2pinfer.core import events as e
 from p2pinfer.core.agreement import Agreed, digest
 from p2pinfer.types import Fence
 from p2pinfer.wire import messages as m
-from tests.plan_bench import Office, log, member
+from tests.plan_bench import Office, log, member, plan_of
 
 
 def office(count: int = 3) -> Office:
@@ -72,7 +72,7 @@ def test_a_plan_needs_a_quorum_of_voters() -> None:
 
 def test_members_that_own_nothing_are_waited_for_a_little() -> None:
     """Once all that must have answered, the others have `straggle` to take part."""
-    bench = Office(2)
+    bench = Office(2, base=plan_of(2), term=7)
     bench.members[3] = member(3, weight=0.0)
     bench.look()
     bench.ack(1, 2)
@@ -244,7 +244,8 @@ def test_a_voter_that_turns_up_when_all_is_done_gets_the_proposal() -> None:
 
 def test_activate_is_sent_again_until_the_member_obeys() -> None:
     """With what the member lacks; its heartbeat says when it is enough. The leader obeys itself."""
-    bench = office(2)
+    bench = Office(2, base=plan_of(2), term=7)
+    bench.look()
     bench.ack(1, 2, logs={1: [log("ab")]})
     entry(bench, "ab", sender=1)
     for kind in (m.Activate, m.LogEntry):
@@ -278,7 +279,7 @@ def test_an_ack_of_a_member_that_was_lost_does_not_count() -> None:
 
 def test_a_late_ack_is_noted_for_the_next_plan() -> None:
     """Who acknowledges when the plan is in force takes no part in it."""
-    bench = Office(2)
+    bench = Office(2, base=plan_of(2), term=7)
     bench.members[3] = member(3, weight=0.0)
     bench.look()
     bench.ack(1, 2)

@@ -8,22 +8,9 @@ from itertools import combinations
 from msgspec.structs import replace
 
 from p2pinfer.core import quorum
-from p2pinfer.types import DType, Fence, Member, ModelSpec, Plan, Stage
+from p2pinfer.types import Fence, Member, Plan, Stage
+from tests.model_specs import NO_MODEL
 
-MODEL = ModelSpec(
-    name="none",
-    model_id="",
-    num_layers=1,
-    hidden_size=1,
-    num_attention_heads=1,
-    num_key_value_heads=1,
-    head_dim=1,
-    intermediate_size=1,
-    vocab_size=1,
-    max_positions=1,
-    dtype=DType.FLOAT32,
-    kv_dtype=DType.FLOAT32,
-)
 NONE: frozenset[str] = frozenset()
 
 
@@ -58,7 +45,7 @@ def plan_of(
         voters=tuple(names.index(name) for name in voters),
         old_voters=tuple(old),
         quorum=rule,
-        model=MODEL,
+        model=NO_MODEL,
         stages=(Stage(start=0, end=1, head_owners=(0,), mlp_owners=(0,)),),
     )
 
@@ -161,7 +148,6 @@ def test_the_word_of_a_blank_member_counts_where_its_memory_is_named() -> None:
     assert not quorum.elects(same, ids("AD"), active=False)
     assert quorum.elects(same, ids("AD"), active=True)
     assert not quorum.adopts(same, ids("AD"), first=False)
-    assert not quorum.adopts(plan_of("ABD", "ABD"), ids("AD"), first=False, forgot=ids("D"))
     # Nor is that of who has no vote by the plan, though it had one before.
     assert not quorum.adopts(plan_of("A", "ABD", others="D", blank="D"), ids("AD"), first=False)
 

@@ -11,7 +11,7 @@ from p2pinfer.core.holdings import standby_holding, validate
 from p2pinfer.core.shares import least_kv_bytes
 from p2pinfer.core.standbys import name_standbys
 from p2pinfer.types import Plan
-from tests.unit.test_replan import (
+from tests.plan_series import (
     HEAD_BYTES,
     MLP_BYTES,
     MODEL,

@@ -12,23 +12,10 @@ from p2pinfer.core.events import Persisted, PersistFailed, StoredState
 from p2pinfer.disk import DiskWriter
 from p2pinfer.errors import UsageError
 from p2pinfer.state_dir import CLUSTER_FILE, StateDir
-from p2pinfer.types import DType, Fence, Member, ModelSpec, Plan, Stage
+from p2pinfer.types import Fence, Member, Plan, Stage
+from tests.model_specs import NO_MODEL
 
 CLUSTER = "c" * 16
-MODEL = ModelSpec(
-    name="none",
-    model_id="",
-    num_layers=1,
-    hidden_size=1,
-    num_attention_heads=1,
-    num_key_value_heads=1,
-    head_dim=1,
-    intermediate_size=1,
-    vocab_size=1,
-    max_positions=1,
-    dtype=DType.FLOAT32,
-    kv_dtype=DType.FLOAT32,
-)
 PLAN = Plan(
     fence=Fence(4, 2),
     cluster_id=CLUSTER,
@@ -38,7 +25,7 @@ PLAN = Plan(
     ),
     voters=(0,),
     old_voters=("a" * 16,),
-    model=MODEL,
+    model=NO_MODEL,
     stages=(Stage(start=0, end=1, head_owners=(0,), mlp_owners=(0,)),),
 )
 STATE = StoredState(cluster_id=CLUSTER, term=4, voted_for="a" * 16, plan=PLAN, active=True)

@@ -1,4 +1,4 @@
-"""What a plan lets a member send within a step."""
+"""What a plan lets a member send within a step, and which steps follow from those before."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from p2pinfer.core.step_checks import StepMessage, check_frame
+from p2pinfer.core.step_checks import StepMessage, check_frame, write_down
+from p2pinfer.core.token_log import TokenLogs
 from p2pinfer.core.topology import topology
 from p2pinfer.errors import RemoteProtocolError
-from p2pinfer.types import Fence
+from p2pinfer.types import Fence, SamplingParams
 from p2pinfer.wire.messages import (
     Candidates,
     FinalToken,
@@ -23,7 +24,8 @@ from p2pinfer.wire.messages import (
     StepAck,
 )
 from p2pinfer.wire.tensors import Tensor, WireDType
-from tests.unit.test_topology import MODEL, plan_of
+from tests.model_specs import SIX_LAYERS
+from tests.step_plans import plan_of
 
 FRAME: dict[str, Any] = {"fence": Fence(1, 1), "step": 1, "link_seq": 0}
 HEADS = plan_of(2)
@@ -52,7 +54,7 @@ def partial(**changes: Any) -> Partial:
         "layer": 0,
         "half": 0,
         "parts": parts,
-        "tensor": floats(len(parts), 3, MODEL.hidden_size),
+        "tensor": floats(len(parts), 3, SIX_LAYERS.hidden_size),
     }
     return Partial(**FRAME, **(fields | changes))
 
@@ -73,9 +75,9 @@ GOOD = Slot(request_id=1, start=10, tokens=(1, 2), capacity=12)
     ("slot", "taken"),
     [
         (GOOD, True),
-        (msgspec.structs.replace(GOOD, tokens=(1, MODEL.vocab_size)), False),
+        (msgspec.structs.replace(GOOD, tokens=(1, SIX_LAYERS.vocab_size)), False),
         (msgspec.structs.replace(GOOD, capacity=11), False),
-        (msgspec.structs.replace(GOOD, start=MODEL.max_positions - 1, capacity=0), False),
+        (msgspec.structs.replace(GOOD, start=SIX_LAYERS.max_positions - 1, capacity=0), False),
         (msgspec.structs.replace(GOOD, start=0, tokens=(0,) * 500, capacity=0), True),
     ],
 )
@@ -94,7 +96,7 @@ def test_a_step_has_no_more_rows_than_the_limit() -> None:
 
 def test_last_tokens_are_of_the_model() -> None:
     """Their ids and positions exist in it."""
-    last, words = MODEL.max_positions - 1, MODEL.vocab_size
+    last, words = SIX_LAYERS.max_positions - 1, SIX_LAYERS.vocab_size
     for position, token, taken in (
         (last, words - 1, True),
         (last + 1, 0, False),
@@ -116,9 +118,9 @@ def test_a_partial_has_the_parts_that_the_plan_says() -> None:
     for changes in (
         {"parts": (0,)},
         {"tensor": floats(1, 3, 16)},
-        {"tensor": floats(1, 1025, MODEL.hidden_size)},
-        {"tensor": floats(1, 3, MODEL.hidden_size, dtype=WireDType.BFLOAT16)},
-        {"layer": MODEL.num_layers},
+        {"tensor": floats(1, 1025, SIX_LAYERS.hidden_size)},
+        {"tensor": floats(1, 3, SIX_LAYERS.hidden_size, dtype=WireDType.BFLOAT16)},
+        {"layer": SIX_LAYERS.num_layers},
     ):
         assert not accepts(HEADS, 0, 1, partial(**changes)), changes
     assert not accepts(STAGES, 0, 1, partial())
@@ -126,7 +128,7 @@ def test_a_partial_has_the_parts_that_the_plan_says() -> None:
 
 def test_hidden_states_come_from_the_stage_before() -> None:
     """Only the sender that the plan names, and only of the model's width."""
-    message = Hidden(**FRAME, sender=0, stage=0, tensor=floats(3, MODEL.hidden_size))
+    message = Hidden(**FRAME, sender=0, stage=0, tensor=floats(3, SIX_LAYERS.hidden_size))
     assert accepts(STAGES, 1, 0, message)
     assert not accepts(STAGES, 0, 1, message)
     narrow = Hidden(**FRAME, sender=0, stage=0, tensor=floats(3, 8))
@@ -147,7 +149,7 @@ def test_only_the_leader_gets_candidates_and_logits() -> None:
     )
     assert accepts(HEADS, 0, 1, offer)
     assert not accepts(HEADS, 1, 0, offer)
-    width = MODEL.vocab_size // 10
+    width = SIX_LAYERS.vocab_size // 10
     whole = Logits(**FRAME, sender=1, unit=units[0], tensor=floats(1, width))
     assert accepts(HEADS, 0, 1, whole)
     assert not accepts(HEADS, 0, 1, msgspec.structs.replace(whole, unit=0))
@@ -155,3 +157,29 @@ def test_only_the_leader_gets_candidates_and_logits() -> None:
     asked = LogitsRequest(**FRAME, slots=(0,))
     assert accepts(HEADS, 1, 0, asked)
     assert not accepts(HEADS, 0, 1, asked)
+
+
+def test_a_step_follows_from_those_before() -> None:
+    """It is written once, and begins no slot beyond what was computed here."""
+    mine, logs = topology(HEADS, 1), TokenLogs()
+    first = Slot(request_id=1, start=0, tokens=(5, 6), params=SamplingParams(), prompt_tokens=2)
+    write_down(mine, logs, 0, step(first))
+    assert logs.tokens(1) == [5, 6]
+    with pytest.raises(RemoteProtocolError, match="there before"):
+        write_down(mine, logs, 1, step(first))
+    later = msgspec.structs.replace(step(Slot(request_id=1, start=2, tokens=(7,))), step=2)
+    with pytest.raises(RemoteProtocolError, match="beyond the positions"):
+        write_down(mine, logs, 1, later)
+    logs.finish((first,))
+    write_down(mine, logs, 1, later)
+    assert logs.tokens(1) == [5, 6, 7]
+
+
+def test_a_member_without_head_units_needs_no_kv() -> None:
+    """It only keeps the logs."""
+    spare, logs = topology(plan_of(5, "2x2"), 4), TokenLogs()
+    first = Slot(request_id=1, start=0, tokens=(5, 6), params=SamplingParams(), prompt_tokens=2)
+    write_down(spare, logs, 0, step(first))
+    later = msgspec.structs.replace(step(Slot(request_id=1, start=2, tokens=(7,))), step=2)
+    write_down(spare, logs, 1, later)
+    assert logs.tokens(1) == [5, 6, 7]

@@ -15,7 +15,8 @@ from p2pinfer.limits import MAX_HELD_BYTES
 from p2pinfer.types import Fence, Plan
 from p2pinfer.wire.messages import Heartbeat, LinkOpen, Partial, Slot, Step, StepAck
 from p2pinfer.wire.tensors import Tensor, WireDType
-from tests.unit.test_topology import MODEL, plan_of
+from tests.model_specs import SIX_LAYERS
+from tests.step_plans import plan_of
 
 ROUTE, OTHER = b"r1", b"r2"
 NEW = Fence(2, 2)
@@ -46,8 +47,8 @@ def partial(number: int, sender: int, **changes: Any) -> Partial:
     parts = topology(FIRST, 1).parts[0][0]
     tensor = Tensor(
         WireDType.FLOAT32,
-        (len(parts), 1, MODEL.hidden_size),
-        bytes(4 * len(parts) * MODEL.hidden_size),
+        (len(parts), 1, SIX_LAYERS.hidden_size),
+        bytes(4 * len(parts) * SIX_LAYERS.hidden_size),
     )
     made = Partial(
         fence=FIRST.fence,
@@ -130,7 +131,7 @@ def test_nobody_speaks_for_another() -> None:
 def test_what_the_plan_does_not_allow_is_dropped() -> None:
     """It counts as the frame of its number all the same."""
     work = gate()
-    wrong = partial(0, 0, layer=MODEL.num_layers)
+    wrong = partial(0, 0, layer=SIX_LAYERS.num_layers)
     assert isinstance(work.arrived(ROUTE, 10, wrong), Drop)
     assert work.arrived(ROUTE, 10, step(1)) == File(0)
 
@@ -167,7 +168,7 @@ def test_frames_of_the_plan_that_is_loaded_are_held() -> None:
 def test_held_frames_are_checked_against_the_plan() -> None:
     """What it will not allow takes no room."""
     work = gate(active=False)
-    wrong = partial(0, 0, layer=MODEL.num_layers)
+    wrong = partial(0, 0, layer=SIX_LAYERS.num_layers)
     assert isinstance(work.arrived(ROUTE, 10, wrong), Drop)
     work.opened(OTHER, opening(9))
     assert isinstance(work.arrived(OTHER, 10, step(0)), Drop)

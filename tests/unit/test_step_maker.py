@@ -18,7 +18,7 @@ from p2pinfer.errors import RemoteProtocolError
 from p2pinfer.limits import MAX_STEP_SLOTS
 from p2pinfer.types import SamplingParams
 from p2pinfer.wire.messages import DrawnToken, FinalToken, Step
-from tests.unit.test_topology import Offer, plan_of
+from tests.step_plans import Offer, plan_of
 
 PLAN = plan_of(2)
 FENCE = PLAN.fence

@@ -2,59 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import msgspec
 import pytest
 
 from p2pinfer.core import tree
 from p2pinfer.core.holdings import standby_holding
-from p2pinfer.core.planner import holding, make_plan
+from p2pinfer.core.planner import holding
 from p2pinfer.core.standbys import name_standbys
 from p2pinfer.core.topology import kv_room, position_limit, topology, weight_bytes
 from p2pinfer.core.units import kv_bytes_per_position
-from p2pinfer.types import DType, Fence, ModelSpec, Plan
-from tests.lockstep import members
-
-MODEL = ModelSpec(
-    name="m",
-    model_id="0" * 64,
-    num_layers=6,
-    hidden_size=64,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    head_dim=16,
-    intermediate_size=1024,
-    vocab_size=640,
-    max_positions=512,
-    dtype=DType.BFLOAT16,
-    kv_dtype=DType.BFLOAT16,
-)
-
-
-@dataclass(frozen=True)
-class Offer:
-    """What a member offers."""
-
-    memory_bytes: int = 0
-    kv_bytes: int = 0
-
-
-def plan_of(nodes: int, layout: str = "heads", offer: Offer | None = None) -> Plan:
-    """A plan of `nodes` members that all offer the same."""
-    offer = offer or Offer()
-    everybody = [
-        msgspec.structs.replace(m, memory_bytes=offer.memory_bytes, kv_bytes=offer.kv_bytes)
-        for m in members(nodes)
-    ]
-    return make_plan(
-        members=everybody,
-        model=MODEL,
-        layout=layout,
-        fence=Fence(1, 1),
-        cluster_id="0" * 16,
-        leader_id="0" * 16,
-    )
+from tests.model_specs import SIX_LAYERS
+from tests.step_plans import Offer, plan_of
 
 
 @pytest.mark.parametrize(
@@ -99,9 +57,9 @@ def test_room_for_kv_is_what_weights_leave_and_what_is_allowed() -> None:
     assert kv_room(plan_of(2), 0) is None
     assert position_limit(plan_of(2)) > 1 << 20
     plan = plan_of(2, offer=Offer(memory_bytes=8 << 20))
-    left = (8 << 20) - weight_bytes(MODEL, holding(plan, 0))
+    left = (8 << 20) - weight_bytes(SIX_LAYERS, holding(plan, 0))
     assert kv_room(plan, 0) == left
-    per_position = 2 * kv_bytes_per_position(MODEL, MODEL.num_layers)
+    per_position = 2 * kv_bytes_per_position(SIX_LAYERS, SIX_LAYERS.num_layers)
     assert position_limit(plan) == left // per_position
     tight = plan_of(2, offer=Offer(memory_bytes=8 << 20, kv_bytes=100 * per_position))
     assert position_limit(tight) == 100
@@ -111,13 +69,15 @@ def test_replicas_take_room_like_what_is_owned() -> None:
     """Their weights come off the room for KV, and their KV off the positions."""
     plan = plan_of(2, offer=Offer(memory_bytes=8 << 20))
     kept = name_standbys(plan, able={m.node_id for m in plan.members}, replicas=1)
-    weights = weight_bytes(MODEL, holding(plan, 0)) + weight_bytes(MODEL, holding(plan, 1))
+    weights = weight_bytes(SIX_LAYERS, holding(plan, 0)) + weight_bytes(
+        SIX_LAYERS, holding(plan, 1)
+    )
     assert kv_room(kept, 0) == (8 << 20) - weights
-    per_position = 4 * kv_bytes_per_position(MODEL, MODEL.num_layers)
+    per_position = 4 * kv_bytes_per_position(SIX_LAYERS, SIX_LAYERS.num_layers)
     assert position_limit(kept) == ((8 << 20) - weights) // per_position
-    bounded = plan_of(2, offer=Offer(kv_bytes=MODEL.max_positions * per_position))
+    bounded = plan_of(2, offer=Offer(kv_bytes=SIX_LAYERS.max_positions * per_position))
     kept = name_standbys(bounded, able={m.node_id for m in plan.members}, replicas=1)
-    assert (position_limit(bounded), position_limit(kept)) == (1024, MODEL.max_positions)
+    assert (position_limit(bounded), position_limit(kept)) == (1024, SIX_LAYERS.max_positions)
 
 
 def test_who_only_keeps_replicas_limits_too() -> None:
@@ -128,5 +88,5 @@ def test_who_only_keeps_replicas_limits_too() -> None:
     kept = name_standbys(plan, able={m.node_id for m in plan.members}, replicas=2)
     units = len(standby_holding(kept, 2).head_units)
     assert units == 4
-    row = kv_bytes_per_position(MODEL, MODEL.num_layers)
+    row = kv_bytes_per_position(SIX_LAYERS, SIX_LAYERS.num_layers)
     assert position_limit(kept) == (4 << 20) // (units * row)

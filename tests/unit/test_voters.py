@@ -6,22 +6,8 @@ import msgspec
 import pytest
 
 from p2pinfer.core.voters import change_of_votes, listed_as, next_voters
-from p2pinfer.types import DType, Fence, Member, ModelSpec, Plan, Stage
-
-MODEL = ModelSpec(
-    name="m",
-    model_id="",
-    num_layers=1,
-    hidden_size=8,
-    num_attention_heads=1,
-    num_key_value_heads=1,
-    head_dim=8,
-    intermediate_size=8,
-    vocab_size=8,
-    max_positions=8,
-    dtype=DType.FLOAT32,
-    kv_dtype=DType.FLOAT32,
-)
+from p2pinfer.types import Fence, Member, Plan, Stage
+from tests.model_specs import NO_MODEL
 
 
 def member(letter: str, boot: int = 1, memory: int = 1, **changes: bool) -> Member:
@@ -51,7 +37,7 @@ def plan(voters: str, old: str = "", members: str = "") -> Plan:
         members=tuple(member(name) for name in names),
         voters=tuple(names.index(name) for name in voters),
         old_voters=ids(old),
-        model=MODEL,
+        model=NO_MODEL,
         stages=(Stage(start=0, end=1, head_owners=(0,), mlp_owners=(0,), vocab_owners=(0,)),),
     )
 
