@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from p2pinfer.core.replication import computed_units
 from p2pinfer.core.step_checks import StepMessage, check_frame, write_down
 from p2pinfer.core.token_log import TokenLogs
 from p2pinfer.core.topology import topology
@@ -162,6 +163,7 @@ def test_only_the_leader_gets_candidates_and_logits() -> None:
 def test_a_step_follows_from_those_before() -> None:
     """It is written once, and begins no slot beyond what was computed here."""
     mine, logs = topology(HEADS, 1), TokenLogs()
+    logs.coverage.hold(computed_units(mine.plan, mine.me).keys(), set())
     first = Slot(request_id=1, start=0, tokens=(5, 6), params=SamplingParams(), prompt_tokens=2)
     write_down(mine, logs, 0, step(first))
     assert logs.tokens(1) == [5, 6]
