@@ -55,12 +55,14 @@ class Moved(NamedTuple):
     """A reply that broke off goes on elsewhere.
 
     `lost` is the name of the node that it came through (its address, where no name is known), and
-    `error` why it does no more; `through` is who goes on with it: empty while nobody does.
+    `error` why it does no more; `through` is who goes on with it, empty while nobody does, and
+    `waiting` what that one waits for first, if anything.
     """
 
     lost: str
     error: ClusterError
     through: str
+    waiting: str = ""
 
 
 Event = Accepted | Chunk | Finished | Moved
@@ -329,7 +331,7 @@ class _Reply:
         """All nodes were asked, and none goes on with it."""
         if self._broken and self._told is None:
             self._told = ""
-            yield Moved(*self._broken, through="")
+            yield Moved(*self._broken, "")
 
     def accepted(self, message: Accepted) -> Iterator[Event]:
         """A node has it."""
@@ -339,7 +341,7 @@ class _Reply:
         if self._broken:
             if not self._told or (self._told != message.served_by and not message.waiting):
                 self._told = message.served_by
-                yield Moved(*self._broken, through=message.served_by)
+                yield Moved(*self._broken, message.served_by, message.waiting)
             if not message.waiting:
                 self._broken = None
         yield message

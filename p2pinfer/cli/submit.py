@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import sys
+import time
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,6 +13,9 @@ import click
 from p2pinfer.cli.options import json_option, to_option
 from p2pinfer.errors import InvalidRequestError
 from p2pinfer.limits import MAX_TEXT_CHARS, MAX_VOCAB
+
+SETTLE_S = 1.0
+"""After a move, what a node waits for in turn (a leader, its plan) is not worth a line each."""
 
 if TYPE_CHECKING:
     from p2pinfer.client import Client, Event, Moved
@@ -148,6 +153,7 @@ class _Notices:
         """The reply is in the middle of a line of stdout."""
         self._retry_for = retry_for
         self._told = ""
+        self._moved_at = -inf
 
     def show(self, event: Event) -> None:
         """Say that the reply goes on elsewhere, or what the cluster waits for, each once."""
@@ -155,10 +161,11 @@ class _Notices:
         from p2pinfer.wire.messages import Accepted
 
         if isinstance(event, Moved):
+            self._moved_at = time.monotonic()
             self._say(_moved(event, self._retry_for))
         elif isinstance(event, Accepted) and event.waiting != self._told:
             self._told = event.waiting
-            if event.waiting:
+            if event.waiting and time.monotonic() >= self._moved_at + SETTLE_S:
                 self._say(f"waiting: {event.waiting}")
 
     def _say(self, text: str) -> None:
@@ -173,7 +180,8 @@ def _moved(event: Moved, retry_for: float) -> str:
     if not event.through:
         return f"{event.lost} {end}; asking the other nodes for {retry_for:g} s"
     again = " again" if event.through == event.lost else ""
-    return f"{event.lost} {end}; going on through {event.through}{again}"
+    waits = f", which waits for {event.waiting}" if event.waiting else ""
+    return f"{event.lost} {end}; going on through {event.through}{again}{waits}"
 
 
 def _print_object(

@@ -183,8 +183,6 @@ def _holds(message: Ack, name: Name) -> str:
 
 
 def _covered(message: Ack, request_id: int) -> str:
-    """How many positions; by head units where these differ."""
+    """How many positions, and of which head units; others have none."""
     runs = [run for run in message.coverage if run.request_id == request_id]
-    if len(runs) < 2:
-        return str(runs[0].positions if runs else 0)
-    return ", ".join(f"{run.positions} of heads {_units(run.units)}" for run in runs)
+    return ", ".join(f"{run.positions} of heads {_units(run.units)}" for run in runs) or "0"

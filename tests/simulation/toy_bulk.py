@@ -21,7 +21,7 @@ from p2pinfer.transport import SocketPair
 from p2pinfer.wire.messages import Step
 from tests.simulation import toy_model as toy
 from tests.simulation.toy_pair import ToyPair
-from tests.simulation.toy_units import ToyCache
+from tests.simulation.toy_units import ToyUnits
 
 if TYPE_CHECKING:
     from tests.simulation.machine import Process
@@ -62,15 +62,15 @@ def narrow(rows: int) -> Iterator[None]:
 
 
 class ToyBulk:
-    """Exchanges delta KV under the plan in force; `stage` is the node's own part of it."""
+    """Exchanges delta KV under the plan in force."""
 
-    def __init__(self, process: Process, logs: TokenLogs, cache: ToyCache) -> None:
+    def __init__(self, process: Process, logs: TokenLogs, units: ToyUnits) -> None:
         self.pair = ToyPair(process)
         self.working = False
         """It is at it: whatever comes now is read later."""
         self._process = process
         self._logs = logs
-        self._cache = cache
+        self._units = units
         member = process.config.member
         pair = cast(SocketPair, self.pair)
         self._links = BulkLinks(pair, (member.node_id, member.boot_id))
@@ -102,7 +102,7 @@ class ToyBulk:
     def activate(self, mine: Topology) -> None:
         """The plan is in force."""
         self._links.activate()
-        self._replicator = Replicator(mine, self._cache, self._links, self._logs)
+        self._replicator = Replicator(mine, self._units.cache, self._links, self._logs)
         self._out = set()
 
     def halt(self) -> None:
@@ -131,8 +131,11 @@ class ToyBulk:
             if at_work is None:
                 # Whatever comes now is of a plan that is over, or is kept for one to come.
                 return self._links.receive() is not None
+            answered = self.pair.answered
             busy = at_work.turn()
             self._look_at_credit(at_work)
+        if self.pair.answered > answered and self._units.lacking:
+            self._process.world.count("KV came before the weights of standbys were there")
         return busy
 
     @contextmanager

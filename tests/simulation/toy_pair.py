@@ -33,6 +33,7 @@ class ToyPair:
         self._open: dict[str, None] = {}
         self.asked: dict[Question, None] = {}
         """Questions on their way, or on the way back."""
+        self.answered = 0
 
     # --- what the network does --------------------------------------------------------------------
 
@@ -89,6 +90,7 @@ class ToyPair:
         message = self._note("bulk<", frame)
         if isinstance(message, KvDelta) and _question(message) in self.asked:
             del self.asked[_question(message)]
+            self.answered += 1
             self._process.world.count("a question for KV was answered")
         if was_full:
             self._network.resumed(self._process, Plane.BULK)

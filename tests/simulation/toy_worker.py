@@ -63,7 +63,7 @@ class ToyWorker:
         self.links = ToyLinks(process, self._look)
         self._model = model
         self.units = ToyUnits(self.logs)
-        self.bulk = ToyBulk(process, self.logs, self.units.cache)
+        self.bulk = ToyBulk(process, self.logs, self.units)
         self._steps = StepClock()
         self._random = self.world.stream(f"worker/{process.boot_id}")
         self._ready = self._over = False

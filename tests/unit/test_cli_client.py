@@ -114,6 +114,7 @@ def test_submit_prints_the_reply(
         ("node_lost", "a", "a is gone; going on through a again ...\n"),
         ("leaving", "b", "a does not go on with it (leaving); going on through b ...\n"),
         ("node_lost", "", "a is gone; asking the other nodes for 5 s ...\n"),
+        ("node_lost", "w", "a is gone; going on through w, which waits for a plan ...\n"),
     ],
 )
 @pytest.mark.parametrize("as_json", [False, True])
@@ -126,14 +127,20 @@ def test_submit_says_where_a_reply_goes_on(
     ask: Callable[..., FakeClient],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """In one line on stderr; the reply on stdout is as if nothing had been."""
+    """In one line on stderr, whatever is waited for just then; the reply on stdout is as if nothing
+    had been."""
     waits, chunk, finished = REPLY
-    moved = Moved("a", ClusterError(code, "no more", retryable=True), through)
-    events = (chunk, moved, waits, waits, replace(waits, waiting=""), finished)
+    moved = Moved(
+        "a",
+        ClusterError(code, "no more", retryable=True),
+        through,
+        "a plan" if through == "w" else "",
+    )
+    events = (waits, waits, chunk, moved, replace(waits, waiting="a plan"), finished)
     options = ("--retry-for", "5", *(["--json"] if as_json else []))
     assert ask("submit", "prompt", "hi", *options, events=events).retry_for == 5.0
     seen = capsys.readouterr()
-    assert seen.err == notice + "waiting: 1 of 2 nodes ...\n"
+    assert seen.err == "waiting: 1 of 2 nodes ...\n" + notice
     if not as_json:
         assert seen.out == "a fox ran\n"
 
