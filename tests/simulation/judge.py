@@ -53,6 +53,8 @@ class Judge:
         self._cluster = cluster
         self._reference = reference
         self._leaders: dict[tuple[str, int], str] = {}
+        self._began_with: dict[tuple[str, int], Fence] = {}
+        """The plan that the leader of a term had accepted when it was elected."""
         self._plans: dict[Mark, bytes] = {}
         self._valid: dict[Mark, Plan] = {}
         self._accepted: dict[int, Mark] = {}
@@ -73,7 +75,9 @@ class Judge:
             process.leads_in = 0
         elif isinstance(fact, e.RequestRestored):
             plan = self._valid[self._accepted[process.number]]
-            self.kv.restored(fact, self.in_force, plan)
+            mark = (plan.cluster_id, plan.fence.term)
+            knows = self.adopted.term == mark[1] or self.adopted == self._began_with.get(mark)
+            self.kv.restored(fact, self.in_force, plan, knows=knows)
 
     def sent(self, process: Process, message: ControlMessage) -> None:
         """A node sends a message to another."""
@@ -103,6 +107,7 @@ class Judge:
         accepted = self._accepted.get(process.number)
         known = accepted[1] if accepted is not None else Fence()
         check(known >= newest, f"{process.boot_id} leads in term {term} and lacks {newest}")
+        self._began_with[cluster_id, term] = known
 
     def _plan(self, plan: Plan) -> Mark:
         """All that name a fence mean the same, valid plan; it adds one voter at most."""

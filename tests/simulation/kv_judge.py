@@ -123,8 +123,13 @@ class KvJudge:
 
     # --- what is made of it -----------------------------------------------------------------------
 
-    def restored(self, fact: e.RequestRestored, before: Plan | None, plan: Plan) -> None:
-        """A leader goes on with a request: every owner has said that it has what comes before."""
+    def restored(
+        self, fact: e.RequestRestored, before: Plan | None, plan: Plan, *, knows: bool
+    ) -> None:
+        """A leader goes on with a request: every owner has said that it has what comes before.
+
+        `before` was in force; the leader `knows` that it was.
+        """
         least: dict[KvUnit, int] = {}
         for unit, head in heads(plan):
             has = self._reported.get((plan.fence, head.owner), {})
@@ -137,11 +142,10 @@ class KvJudge:
         check((fact.rung == "replay") == (fact.restart == 0), f"rung {fact.rung} at {fact.restart}")
         taken = promoted(before, plan) if before is not None else set()
         moved = before is not None and _owners(before) != _owners(plan)
-        if fact.rung == "replica":
-            check(moved, "a rung says that a replica was used; all units stay where they were")
-        elif moved and fact.restart:
-            # The leader goes by the plan that it accepted last, and that never was in force.
-            self._world.count("a replica was used and the rung does not say so")
+        if (fact.rung == "replica") != (moved and fact.restart > 0):
+            # Otherwise it goes by a plan that it has accepted and that never was in force.
+            check(not knows, f"rung {fact.rung} at {fact.restart}; units moved: {moved}")
+            self._world.count("a rung goes by a plan that never was in force")
         if taken and fact.restart:
             self._count_restored(fact, taken, least)
         if self._death is not None:
