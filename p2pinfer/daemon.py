@@ -66,7 +66,6 @@ from p2pinfer.transport import LinkKind, PairLimits, Reply, SocketPair
 from p2pinfer.types import Member, ModelSpec
 from p2pinfer.wire.codec import decode, encode
 from p2pinfer.wire.messages import (
-    Cancel,
     ControlMessage,
     Failed,
     Plane,
@@ -304,8 +303,6 @@ class Daemon:
         match message:
             case Submit():
                 self._feed(*self._serving.submit(route, message, self._clock()))
-            case Cancel() if cancelled := self._serving.cancel(message.request_id):
-                self._feed(*cancelled)
             case StatusRequest():
                 body = json.dumps(self._node.status(self._clock())).encode()
                 self._reply(route, StatusReply(request_id=message.request_id, body=body))

@@ -84,6 +84,7 @@ class Replicator:
         self._logs = logs
         self._feed = Feed(mine.plan, mine.me, logs)
         self._replicas = Replicas(mine.plan, mine.me, logs)
+        self._alone = not partners(mine.plan, mine.me)
         self._dtype = KV_DTYPES[mine.plan.model.kv_dtype]
         self._unsent: dict[int, Slot] = {}
         """By request: a run of positions that finished steps have written, oldest first."""
@@ -98,7 +99,7 @@ class Replicator:
     @property
     def has_room(self) -> bool:
         """Whether a frame that arrives now would be read before the next step."""
-        return self._to_read > 0
+        return self._to_read > 0 and not self._alone
 
     @property
     def lacking(self) -> int:
@@ -134,11 +135,13 @@ class Replicator:
 
     def turn(self) -> bool:
         """Send, read, answer and ask, as far as there is room; returns whether there was any of it
-        to do."""
+        to do. Without partners that is nothing while steps run."""
         now = time.monotonic()
         idle = now >= self._stepped + IDLE_AFTER_S
         if idle:
             self._refill(IDLE_ROOM)
+        elif self._alone:
+            return False
         for member in self._links.begun():
             self._relink(member)
         if self._halted:

@@ -160,12 +160,6 @@ class Serving:
             else:
                 found.append(_submitted(reply, result))
 
-    def cancel(self, request_id: int) -> list[Input]:
-        """A client cancels: nothing if this node does not serve that request."""
-        if not self._of_request(request_id):
-            return []
-        return [ClientCancelled(request_id=request_id)]
-
     def forget(self, route: bytes, request_id: int) -> None:
         """The core has answered the request by FAILED itself."""
         self._replies.pop((route, request_id), None)

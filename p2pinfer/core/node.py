@@ -60,6 +60,7 @@ from p2pinfer.core.plan_holder import PlanHolder
 from p2pinfer.core.requests import Serving
 from p2pinfer.wire.messages import (
     Activate,
+    Cancel,
     ControlMessage,
     Drain,
     Drawn,
@@ -434,6 +435,9 @@ class Node:
                 self._greeter.refused(message, event.link, now)
             case Hello() as message if event.route:
                 self._greeter.greeted(message, event.route, now)
+            case Cancel() as message if event.route and not self._near.sender(event.route):
+                if message.reason == "client":  # not what a lost member says of a client it lost
+                    self._serving.cancelled(ClientCancelled(request_id=message.request_id), now)
             case Drain() as message if event.route and not self._near.sender(event.route):
                 self._departure.asked(message, event.route, now)
             case message:

@@ -75,13 +75,28 @@ def test_a_request_without_a_cluster_ends_as_not_ready() -> None:
 
 
 def test_a_client_cancels() -> None:
-    """ClientCancelled ends the reply and takes it from the worker."""
+    """CANCEL of whoever knows the id ends the reply and takes it from the worker."""
     bench = Bench.leader()
     bench.submit(3)
-    bench.take(e.ClientCancelled(request_id=3))
+    bench.client(m.Cancel(request_id=4))
+    assert not bench.told(e.Conclude)
+    bench.client(m.Cancel(request_id=3))
     assert [order.request_id for order in bench.ordered(e.CancelRequest)] == [3]
     [end] = bench.told(e.Conclude)
     assert (end.reason, end.code) == ("cancelled", "cancelled")
+
+
+def test_a_member_that_lost_a_client_does_not_end_its_reply_here() -> None:
+    """The client came from there to the leader: what that member says is of its own connection,
+    whether it counts as a member still or not."""
+    bench = Bench.leader(TWO, THREE)
+    bench.hear(TWO, forward(TWO, 3))
+    bench.submit(3, attempt=1)
+    bench.hear(TWO, m.Cancel(request_id=3, reason="orphan"))
+    bench.hear(TWO, m.Cancel(request_id=3))
+    bench.client(m.Cancel(request_id=3, reason="orphan"), b"some connection of old")
+    assert not bench.told(e.Conclude)
+    assert not bench.ordered(e.CancelRequest)
 
 
 def test_a_follower_forwards_and_delivers() -> None:
