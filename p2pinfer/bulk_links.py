@@ -134,7 +134,12 @@ class BulkLinks:
     def ready(self, member: int) -> bool:
         """Whether the link to a partner is connected; says whose it is before any other frame."""
         address = self._partners[member]
-        if address not in self._opened and self.pair.send(address, self._opening):
+        # A link that goes down takes frames for a moment longer, and loses them: hence `is_up`.
+        if (
+            address not in self._opened
+            and self.pair.is_up(address)
+            and self.pair.send(address, self._opening)
+        ):
             self._opened.add(address)
             self._begun.add(member)
         return address in self._opened

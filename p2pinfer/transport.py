@@ -191,6 +191,11 @@ class SocketPair:
             link.close()
             self.version += 1
 
+    def is_up(self, address: str) -> bool:
+        """Whether our link to `address` is connected, as far as `events` has told."""
+        link = self._links.get(address)
+        return link is not None and link.up
+
     def send(self, address: str, frame: Frame) -> bool:
         """Queue a frame on our link. False: the queue is full, or no such link is connected."""
         link = self._links.get(address)
