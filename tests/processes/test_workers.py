@@ -125,10 +125,10 @@ def test_delta_kv_is_each_row_once(folder: Path) -> None:
     with Fleet(folder, 3, replicas=1) as fleet:
         plan = fleet.plan(Fence(1, 1))
         # Before the first request is over, all have been granted credit.
-        fleet.start(1, PROMPT, params)
+        fleet.submit(1, PROMPT, params)
         fleet.reply(1)
         before = [fleet.deltas(node) for node in range(3)]
-        fleet.start(2, PROMPT, params)
+        fleet.submit(2, PROMPT, params)
         assert fleet.reply(2) == greedy(folder, new, DType.FLOAT32)
         after = [fleet.deltas(node) for node in range(3)]
         rows, row = len(PROMPT) + new - 1, kv_bytes_per_position(plan.model, plan.model.num_layers)
@@ -142,7 +142,7 @@ def test_delta_kv_is_each_row_once(folder: Path) -> None:
         fleet.replicas = 0
         fleet.adopt(fleet.plan(Fence(1, 2)))
         before = [fleet.deltas(node) for node in range(3)]
-        fleet.start(3, PROMPT, params)
+        fleet.submit(3, PROMPT, params)
         fleet.reply(3)
         after = [fleet.deltas(node) for node in range(3)]
         assert [s.delta_bytes_sent for s in after] == [s.delta_bytes_sent for s in before]
@@ -208,7 +208,7 @@ def test_standbys_go_on_where_lost_owners_stopped(
     params = SamplingParams(max_tokens=1500, ignore_eos=True)
     with Fleet(folder, nodes, layout, replicas=len(lost)) as fleet:
         plan = fleet.plan(Fence(1, 1))
-        fleet.start(1, PROMPT, params)
+        fleet.submit(1, PROMPT, params)
         for count, node in enumerate(lost, 1):
             fleet.some_of(1, 20 * count)
             fleet.await_standbys(plan)
@@ -226,7 +226,7 @@ def test_a_new_standby_catches_up(folder: Path) -> None:
     prompt = [2 + (i * i + 7 * i) % 600 for i in range(400)]
     params = SamplingParams(max_tokens=1500, ignore_eos=True)
     with Fleet(folder, 3) as fleet:
-        fleet.start(1, prompt, params)
+        fleet.submit(1, prompt, params)
         fleet.some_of(1, 10)
         fleet.replicas = 1
         plan = fleet.plan(Fence(1, 2))
