@@ -241,3 +241,11 @@ class Greeter:
         self._box.add(
             PeerRefused(address=address, code=refused.code, message=refused.message, by_us=by_us)
         )
+
+    def unknown(self, route: bytes) -> None:
+        """Tell somebody who takes us for a fellow member that it must greet us (again)."""
+        name = self._config.member.name
+        answer = Refused(
+            code="not_a_member", message=f"{name} does not know you; greet it", retryable=True
+        )
+        self._box.add(ReplyTo(route=route, message=answer))

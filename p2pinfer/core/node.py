@@ -34,7 +34,6 @@ from p2pinfer.core.events import (
     PlanLoaded,
     ProbeAnswered,
     Received,
-    ReplyTo,
     RequestEnded,
     ShutdownAsked,
     StandbysLoaded,
@@ -428,6 +427,7 @@ class Node:
     # --- messages ---------------------------------------------------------------------------------
 
     def _received(self, event: Received, now: float) -> None:
+        sender = self._near.sender(event.route)
         match event.message:
             case Welcome() as message if event.link:
                 self._greeter.welcomed(message, event.link, now)
@@ -435,26 +435,20 @@ class Node:
                 self._greeter.refused(message, event.link, now)
             case Hello() as message if event.route:
                 self._greeter.greeted(message, event.route, now)
-            case Cancel() as message if event.route and not self._near.sender(event.route):
-                if message.reason == "client":  # not what a lost member says of a client it lost
-                    self._serving.cancelled(ClientCancelled(request_id=message.request_id), now)
-            case Drain() as message if event.route and not self._near.sender(event.route):
+            case Cancel(reason="client") as message if event.route and not sender:
+                self._serving.cancelled(ClientCancelled(request_id=message.request_id), now)
+            case Drain() as message if event.route and not sender:
                 self._departure.asked(message, event.route, now)
+            case message if sender:
+                self._member_said(message, sender, now)
             case message:
-                if sender := self._near.sender(event.route):
-                    self._member_said(message, sender, now)
-                else:
-                    self._stranger_said(message, event.route)
+                self._stranger_said(message, event.route)
 
     def _stranger_said(self, message: ControlMessage, route: bytes) -> None:
-        """Somebody takes us for a fellow member: it must greet us (again)."""
+        """Somebody takes us for a fellow member."""
         self._near.drop(message, "its sender is no member")
         if isinstance(message, Heartbeat) and route:
-            name = self._config.member.name
-            answer = Refused(
-                code="not_a_member", message=f"{name} does not know you; greet it", retryable=True
-            )
-            self._box.add(ReplyTo(route=route, message=answer))
+            self._greeter.unknown(route)
 
     def _member_said(self, message: ControlMessage, sender: str, now: float) -> None:
         """A message of a living member, or of this node to itself."""

@@ -30,7 +30,8 @@ class ToyPair:
         self._network = process.network
         self._frames: deque[tuple[bytes, bytes]] = deque()
         self._events: list[LinkEvent] = []
-        self._open: dict[str, None] = {}
+        self._open: dict[str, bool] = {}
+        """By address: whether the link is up, as far as `events` has told."""
         self.asked: dict[Question, None] = {}
         """Questions on their way, or on the way back."""
         self.answered = 0
@@ -61,7 +62,7 @@ class ToyPair:
     def open(self, address: str) -> None:
         """Connect, and go on trying."""
         if address not in self._open:
-            self._open[address] = None
+            self._open[address] = False
             self._network.open(self._process, Plane.BULK, address)
 
     def close(self, address: str) -> None:
@@ -69,6 +70,10 @@ class ToyPair:
         if address in self._open:
             del self._open[address]
             self._network.close(self._process, Plane.BULK, address)
+
+    def is_up(self, address: str) -> bool:
+        """Whether a link is connected, as far as `events` has told."""
+        return self._open.get(address, False)
 
     def send(self, address: str, frame: bytes) -> bool:
         """Queue a frame. False: the queue is full, or the link is down."""
@@ -98,8 +103,11 @@ class ToyPair:
 
     def events(self) -> list[LinkEvent]:
         """What became of links since the last call."""
-        events, self._events = self._events, []
-        return [event for event in events if event.address in self._open]
+        events = [event for event in self._events if event.address in self._open]
+        self._events.clear()
+        for event in events:
+            self._open[event.address] = event.kind is LinkKind.UP
+        return events
 
     def _note(self, what: str, frame: bytes) -> Message:
         process = self._process
