@@ -196,6 +196,8 @@ class KvJudge:
             living = [boot for boot in (head.owner, *head.standbys) if boot in death.has]
             if not living:
                 return
+            if unit not in now:  # The stages were made anew.
+                return
             owner = now[unit].owner
             if owner not in known:
                 self._world.count("units given to a newcomer after one death")
