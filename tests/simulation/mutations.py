@@ -11,7 +11,6 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from p2pinfer.bulk_links import Arrival, BulkLinks, index_of
 from p2pinfer.core import (
     agreement,
     plan_maker,
@@ -31,8 +30,7 @@ from p2pinfer.core.step_gate import Drop, File, Gap, Hold, StepGate
 from p2pinfer.core.token_log import TokenLogs
 from p2pinfer.errors import RemoteProtocolError
 from p2pinfer.types import Plan
-from p2pinfer.wire.codec import decode
-from p2pinfer.wire.messages import Forward, KvDelta, Plane, Slot
+from p2pinfer.wire.messages import Forward, KvDelta, LinkOpen, Slot
 from tests.simulation.kv_judge import promoted
 from tests.simulation.toy_engine import ToyEngine
 from tests.simulation.toy_units import Row
@@ -56,9 +54,9 @@ def _patched(*patches: tuple[Any, str, Any]) -> Iterator[None]:
 # --- the data plane -------------------------------------------------------------------------------
 
 
-def _as_a_member(gate: StepGate, route: bytes) -> int | None:
-    """Which member of the plan in force a route is of."""
-    opening, active = gate._routes.get(route), gate.active
+def _as_a_member(gate: StepGate, opening: LinkOpen | None) -> int | None:
+    """Which member of the plan in force a link is of."""
+    active = gate.active
     if opening is None or active is None:
         return None
     lives = [(member.node_id, member.boot_id) for member in active.plan.members]
@@ -70,12 +68,21 @@ def _fence_unchecked() -> AbstractContextManager[None]:
     """Fence check removed: a frame of a plan that is over is filed with those of this one.
 
     To leave out the comparison alone shows nothing: numbers begin anew with each fence, so that a
-    late frame is taken for a gap, and the cure of a gap is right. So it is not numbered either.
+    late frame is taken for a gap, and the cure of a gap is right; and it mostly comes on a link
+    that another took the place of. So it is not numbered either, and no link is forgotten.
     """
-    arrived = StepGate.arrived
+    arrived, opened = StepGate.arrived, StepGate.opened
+
+    def remembered(gate: StepGate) -> dict[bytes, LinkOpen]:
+        routes: dict[bytes, LinkOpen] = gate.__dict__.setdefault("all_routes", {})
+        return routes
+
+    def remember(gate: StepGate, route: bytes, message: LinkOpen) -> int | None:
+        remembered(gate)[route] = message
+        return opened(gate, route, message)
 
     def lax(gate: StepGate, route: bytes, nbytes: int, message: Any) -> Any:
-        active, sender = gate.active, _as_a_member(gate, route)
+        active, sender = gate.active, _as_a_member(gate, remembered(gate).get(route))
         if active is None or sender is None or not isinstance(message, StepMessage):
             return arrived(gate, route, nbytes, message)
         if message.fence == active.plan.fence:
@@ -86,7 +93,7 @@ def _fence_unchecked() -> AbstractContextManager[None]:
             return Drop(str(error))
         return File(sender)
 
-    return _patched((StepGate, "arrived", lax))
+    return _patched((StepGate, "arrived", lax), (StepGate, "opened", remember))
 
 
 def _gap_unchecked() -> AbstractContextManager[None]:
@@ -113,7 +120,7 @@ def _held_unchecked() -> AbstractContextManager[None]:
     def lax(gate: StepGate, route: bytes, nbytes: int, message: Any) -> Any:
         kept = gate.__dict__.setdefault("kept_unchecked", [])
         if any(message is frame for frame in kept):
-            sender = _as_a_member(gate, route)
+            sender = _as_a_member(gate, gate._routes.get(route))
             return Drop("no member") if sender is None else File(sender)
         pending = gate._pending
         if (
@@ -264,34 +271,6 @@ def _promotion_trusted() -> AbstractContextManager[None]:
     return _patched((proposal.Proposal, "collect", trusting))
 
 
-def _old_delta_taken() -> AbstractContextManager[None]:
-    """Delta KV of a plan that is over is taken after the log was cut.
-
-    To leave out the comparison of fences alone shows nothing: the digest tells whose KV it is. So
-    that is left out too, for such frames.
-    """
-    judge, joins = BulkLinks._judge, Replicas.joins
-
-    def lax_judge(links: BulkLinks, route: bytes, frame: bytes) -> Arrival:
-        message, plan, life = decode(frame, Plane.BULK), links._plan, links._routes.get(route)
-        old = isinstance(message, KvDelta) and plan is not None and message.fence < plan.fence
-        if not (old and links._in_force and plan is not None and life is not None):
-            return judge(links, route, frame)
-        sender = index_of(plan, life)
-        if sender not in links._partners:
-            return judge(links, route, frame)
-        return Arrival(len(frame), sender, replace(message, log_digest=""))
-
-    def lax_joins(replicas: Replicas, unit: KvUnit, frame: KvDelta) -> bool:
-        end = frame.start + frame.tensor.shape[2]
-        known = replicas._logs.digest(frame.request_id, end)
-        joined = frame.start <= replicas._logs.coverage.of(frame.request_id, unit)
-        old = not frame.log_digest and known is not None and joined
-        return joins(replicas, unit, frame) or old
-
-    return _patched((BulkLinks, "_judge", lax_judge), (Replicas, "joins", lax_joins))
-
-
 # --- plans and elections --------------------------------------------------------------------------
 
 
@@ -408,7 +387,6 @@ MUTATIONS: dict[str, Mutation] = {
     "coverage-not-cut": _coverage_not_cut,
     "freed-replica-counted": _freed_replica_counted,
     "promotion-trusted": _promotion_trusted,
-    "old-delta-taken": _old_delta_taken,
     "vote-not-persisted": _vote_not_persisted,
     "votes-for-all": _votes_for_all,
     "older-plan-voted-for": _older_plan_voted_for,

@@ -56,7 +56,7 @@ class Process(Protocol):
 class Lane:
     """One direction of a connection."""
 
-    __slots__ = ("arrives", "connection", "owed", "queue", "receiver", "sender")
+    __slots__ = ("arrives", "connection", "held_until", "owed", "queue", "receiver", "sender")
 
     def __init__(self, connection: Connection, sender: Process, receiver: Process) -> None:
         self.connection = connection
@@ -64,6 +64,8 @@ class Lane:
         self.receiver = receiver
         self.queue: deque[bytes] = deque()
         self.arrives = 0.0
+        self.held_until = 0.0
+        """Nothing that is on its way arrives sooner."""
         self.owed = 0
         """Frames whose time has come, but not their way or their receiver."""
 
@@ -223,6 +225,8 @@ class Network:
         dial = connection.dial
         if twice and connection.plane is Plane.CONTROL:
             dial.again = list(connection.forth.queue)
+        for lane in (connection.forth, connection.back) if late_s else ():
+            lane.held_until = self.world.now + self._random.uniform(0, late_s)
         self._end(connection, late_s or self._random.uniform(0, 0.002))
         if dial.process.alive and not dial.closed:
             self.world.later(self._random.uniform(0, 0.01), self._went_down, dial)
@@ -326,6 +330,9 @@ class Network:
 
     def _arrive(self, lane: Lane) -> None:
         connection, receiver = lane.connection, lane.receiver
+        if self.world.now < lane.held_until:
+            self.world.at(lane.held_until, self._arrive, lane)
+            return
         if not connection.up and self.world.now > connection.grace:
             self._lost(connection.plane, lane.queue)
             lane.queue.clear()

@@ -60,12 +60,16 @@ def reorder(faults: Faults, rng: Random) -> None:
 
 def _reset(faults: Faults, rng: Random, late: bool, machine: Machine) -> None:
     connections = faults.network.connections(machine.number)
+    if late:  # Only what is on its way can be late.
+        busy = [c for c in connections if c.forth.queue or c.back.queue]
+        steps = [c for c in busy if c.plane is Plane.STEPS]
+        connections = (steps if rng.random() < 0.5 else busy) or connections
     for connection in rng.sample(connections, min(len(connections), rng.choice((1, 1, 2, 8)))):
         faults.ledger.reset()
         faults.world.count("a connection was reset")
         pair = (connection.dial.process.number, connection.dial.address)
         faults.world.tell(pair[0], f"its {connection.plane} link to {pair[1]} is reset")
-        late_s = rng.uniform(0.05, 0.4) if late else 0.0
+        late_s = rng.choice((0.1, 0.4, 0.8, 1.5)) * rng.random() if late else 0.0
         faults.network.break_connection(connection, late_s=late_s, twice=late)
 
 
