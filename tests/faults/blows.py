@@ -39,8 +39,9 @@ def strike(
     if fault == "move":
         kill(victim)
         return lambda: move(cluster, victim)
-    if fault in ("stop", "hang"):
-        return _stopped(victim, whole=fault == "stop")
+    if fault in ("stop", "hang", "freeze"):
+        control, *workers = processes(victim)
+        return _stopped({"stop": [control, *workers], "hang": workers}.get(fault, [control]))
     if fault == "disk-full":
         return _full(cluster, victim)
     if isinstance(cluster, NamespacedCluster) and fault == "cut":
@@ -84,9 +85,7 @@ def processes(node: LocalNode) -> list[psutil.Process]:
         return []
 
 
-def _stopped(victim: LocalNode, *, whole: bool) -> Undo:
-    control, *workers = processes(victim)
-    stopped = [control, *workers] if whole else workers
+def _stopped(stopped: list[psutil.Process]) -> Undo:
     for each in stopped:
         os.kill(each.pid, signal.SIGSTOP)
 

@@ -15,6 +15,7 @@ Fault = Literal[
     "kill",  # SIGKILL of the control process; its worker ends with it
     "stop",  # SIGSTOP of the whole node, then SIGCONT
     "hang",  # SIGSTOP of its worker alone
+    "freeze",  # SIGSTOP of its control process alone
     "cut",  # it reaches nobody and nobody reaches it, and nobody is told
     "one-way",  # nothing that it sends to one other arrives
     "delay",  # all between it and the others is late
@@ -103,6 +104,8 @@ CASES: tuple[Case, ...] = (
     Case("stop-serving", "stop", serving="struck", targets={"noticed_s": 1.0}),
     Case("hang-follower", "hang", targets=_SILENT),
     Case("hang-leader", "hang", ("leader",), targets=_SILENT),
+    Case("freeze-follower", "freeze", targets=_SILENT),
+    Case("freeze-leader", "freeze", ("leader",), targets=_SILENT),
     # --- the network ------------------------------------------------------------------------------
     Case("cut-follower", "cut", network="namespaces", targets=_SILENT),
     Case("cut-leader", "cut", ("leader",), network="namespaces", targets=_SILENT),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ class Truth(StartStop):
         self._whole: set[tuple[str, SamplingParams]] = set()
         # Asked from a thread that stays in this network when the caller enters another one.
         self._asking = ThreadPoolExecutor(1)
+        self._lock = threading.Lock()
 
     def start(self) -> None:
         """Start the node."""
@@ -38,7 +40,11 @@ class Truth(StartStop):
         self._cluster.stop()
 
     def tokens(self, prompt: str, params: SamplingParams, count: int) -> list[int]:
-        """The first `count` tokens of a reply; fewer where it ends by itself."""
+        """The first `count` tokens of a reply; fewer where it ends by itself. From any thread."""
+        with self._lock:
+            return self._tokens(prompt, params, count)
+
+    def _tokens(self, prompt: str, params: SamplingParams, count: int) -> list[int]:
         key = (prompt, replace(params, max_tokens=1))
         known = self._known.get(key, [])
         if len(known) < count and key not in self._whole:
@@ -54,9 +60,11 @@ class Truth(StartStop):
         client = Client([self._cluster.nodes[0].address], timeout=60.0)
         return client.submit_json_object(prompt, params)
 
-    def difference(self, prompt: str, params: SamplingParams, tokens: list[int]) -> str:
+    def difference(
+        self, prompt: str, params: SamplingParams, tokens: list[int], *, complete: bool = False
+    ) -> str:
         """Where a reply, or its beginning, is not the true one; empty when it is."""
-        right = self.tokens(prompt, params, len(tokens))
+        right = self.tokens(prompt, params, params.max_tokens if complete else len(tokens))
         if tokens == right:
             return ""
         pairs = enumerate(zip(tokens, right, strict=False))
