@@ -34,6 +34,9 @@ NONE_LOST: Rungs = frozenset({"none"})
 MANY_LOST: Rungs = frozenset({"replica", "replay", "none"})
 """Of two nodes that die together, one may have had the only replica of what the other owned."""
 
+WITHOUT_REPLICAS: Rungs = frozenset({"replay", "none"})
+"""Whatever the case, of a cluster that keeps none."""
+
 
 @dataclass(frozen=True)
 class Case:

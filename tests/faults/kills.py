@@ -97,7 +97,7 @@ class Suite:
         census = Census()
         try:
             with cluster_for(case.network, identity["nodes"], place, options) as cluster:
-                until(lambda: whole(cluster), PATIENCE_S, "the cluster")
+                until(lambda: whole(cluster, self._wanted.replicas), PATIENCE_S, "the cluster")
                 for number in range(begun, self._wanted.kills):
                     quota.hold(cluster.nodes)
                     record, known = self._one(case, cluster, number, census)
@@ -120,7 +120,7 @@ class Suite:
     ) -> tuple[dict[str, Any], bool]:
         """One run's record, and whether the cluster is as it was."""
         draw = random.Random(f"{self._wanted.seed}/{case.name}/{number}")
-        play = Play(case, cluster, self._truth, draw, census)
+        play = Play(case, cluster, self._truth, draw, census, self._wanted.replicas)
         began = time.monotonic()
         try:
             found, known = play.run(), True
@@ -148,7 +148,7 @@ def _cases(names: Sequence[str]) -> tuple[Case, ...]:
 @click.command()
 @click.option("--kills", default=10, show_default=True, help="Of each case, with those done.")
 @click.option("--case", "names", multiple=True, type=click.Choice(list(BY_NAME)), metavar="CASE")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True)
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.jsonl")
 @click.option("--nodes", type=click.IntRange(2, 16), help="Default: what the case needs.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
 @click.option("--replicas", type=click.IntRange(0, 3), default=1, show_default=True)
@@ -169,6 +169,8 @@ def main(
         for case in CASES:
             print(f"{case.name:22} {case.fault} {', '.join(case.struck)} {case.moment}")
         return
+    if options["out"] is None:
+        raise click.UsageError("--out FILE.jsonl is missing: where the records are, or go")
     wanted = Wanted(cases=_cases(names), **options)
     failed = 0
     if not only_table:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -149,18 +150,24 @@ class Customer(threading.Thread):
     def run(self) -> None:
         """Ask until told to end."""
         while not self._over.is_set():
-            (manner,) = self._draw.choices(list(MANNERS), list(MANNERS.values()))
-            prompt, params = self._draw.choice(self._pool)
-            params = replace(params, max_tokens=self._draw.randrange(1, MAX_TOKENS + 1))
-            if manner == "garbage":
-                self._send_garbage()
-            elif manner == "abandon":
-                self._abandon(prompt, params)
-            else:
-                stop_at = self._draw.randrange(params.max_tokens) if manner == "cancel" else None
-                self._read(prompt, params, manner, stop_at)
+            try:
+                self._ask()
+            except Exception as error:  # a fault of this program must not look like calm
+                self._ledger.complain(self._ledger.errors, f"{self.name}: {error!r}")
             self._ledger.hears(self._number, "")
             self._over.wait(self._draw.expovariate(4.0))
+
+    def _ask(self) -> None:
+        (manner,) = self._draw.choices(list(MANNERS), list(MANNERS.values()))
+        prompt, params = self._draw.choice(self._pool)
+        params = replace(params, max_tokens=self._draw.randrange(1, MAX_TOKENS + 1))
+        if manner == "garbage":
+            self._send_garbage()
+        elif manner == "abandon":
+            self._abandon(prompt, params)
+        else:
+            stop_at = self._draw.randrange(params.max_tokens) if manner == "cancel" else None
+            self._read(prompt, params, manner, stop_at)
 
     def _shuffled(self) -> list[str]:
         addresses = list(self._addresses.values())
@@ -199,7 +206,7 @@ class Customer(threading.Thread):
 
     def _abandon(self, prompt: str, params: SamplingParams) -> None:
         """Ask, and close the connection in the middle of the answer, without a CANCEL."""
-        with client_sockets() as pair:
+        with client_sockets() as pair, suppress(ClusterError):  # the node may be gone by then
             link = ClientLink(pair, self._shuffled()[0])
             if link.is_up(ANSWER_S):
                 link.send(Submit(request_id=new_request_id(), text=prompt, params=params))

@@ -16,7 +16,7 @@ from p2pinfer.cluster import LocalNode
 from p2pinfer.errors import ClusterError
 from p2pinfer.types import SamplingParams
 from tests.faults.blows import restart, strike
-from tests.faults.cases import ONE_LOST, Case, Role
+from tests.faults.cases import ONE_LOST, WITHOUT_REPLICAS, Case, Role
 from tests.faults.clusters import Nodes
 from tests.faults.timeline import Timeline
 from tests.faults.truth import Truth
@@ -46,10 +46,11 @@ LONG_PROMPT = "The little fox ran into the wood. " * 120
 AFTER_LONG = 60
 
 
-def whole(cluster: Nodes) -> bool:
-    """Whether all nodes vote, own units, and have replicas of them."""
-    count = len(cluster.nodes)
-    return all_vote(cluster, count) and all_own(cluster) and all_protected(cluster)
+def whole(cluster: Nodes, replicas: int = 1) -> bool:
+    """Whether all nodes vote, own units, and have replicas of them if there are to be any."""
+    if not all_vote(cluster, len(cluster.nodes)) or not all_own(cluster):
+        return False
+    return replicas == 0 or all_protected(cluster)
 
 
 @dataclass
@@ -61,6 +62,7 @@ class Play:
     truth: Truth
     draw: random.Random
     census: Census
+    replicas: int = 1
     failures: list[str] = field(default_factory=list)
     readings: list[Reading] = field(default_factory=list)
     _undo: list[Callable[[], None]] = field(default_factory=list)
@@ -69,7 +71,7 @@ class Play:
         """Play it; returns what was seen. Raises `AssertionError` where something did not come
         about in time: the cluster is then in no known state."""
         self.census.take(self.cluster)
-        kv_before = kv_bytes(self.cluster)
+        kv_before = max(0, kv_bytes(self.cluster))
         self._cast()
         try:
             if self.case.moment == "join":
@@ -270,8 +272,9 @@ class Play:
         began = time.monotonic()
         for reading in self.readings:
             reading.stop()
-        until(lambda: whole(self.cluster), PATIENCE_S, "the cluster as it was")
-        until(lambda: kv_bytes(self.cluster) <= kv_before, PATIENCE_S, "the KV of before")
+        until(lambda: whole(self.cluster, self.replicas), PATIENCE_S, "the cluster as it was")
+        until(lambda: 0 <= kv_bytes(self.cluster) <= kv_before, PATIENCE_S, "the KV of before")
+        self.census.take(self.cluster)
         until(lambda: not self.census.left_over(self.cluster), GONE_S, "the end of all orphans")
         return round(time.monotonic() - began, 2)
 
@@ -286,10 +289,10 @@ class Play:
                 self.failures.append(f"error: {'; '.join(reading.errors)}")
             if reading.broken and gone:
                 self.failures.append(f"error: {reading.broken}")
-        if unexpected := rungs - case.rungs:
+        if unexpected := rungs - (case.rungs if self.replicas else WITHOUT_REPLICAS):
             self.failures.append(f"rung: {', '.join(sorted(unexpected))}")
         decoding = case.fault == "kill" and case.moment == "decode"
-        if decoding and case.rungs == ONE_LOST and "replica" not in rungs:
+        if self.replicas and decoding and case.rungs == ONE_LOST and "replica" not in rungs:
             self.failures.append("rung: no replica was used")
         if case.fault == "disk-full":
             words = "could not be written"

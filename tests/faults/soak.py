@@ -36,7 +36,7 @@ from tests.faults.records import commit
 from tests.faults.soak_report import FALSE_DEATHS, live_view, report, table
 from tests.faults.truth import Truth
 from tests.faults.vitals import Census, Vitals, kv_bytes, vitals
-from tests.faults.watching import Diary, all_own, all_vote, until
+from tests.faults.watching import Diary, until
 from tests.faults.weather import HOLDS, ON_THE_WAY, Weather
 
 CALM_S = 240.0
@@ -157,9 +157,8 @@ class Soak:
             for customer in self._customers:
                 customer.join(self.wanted.hang_after)
             self.stuck += self.ledger.hanging(0.0)
-            count = len(self.cluster.nodes)
-            rest = whole if self.wanted.replicas else lambda c: all_vote(c, count) and all_own(c)
-            until(lambda: rest(self.cluster), CALM_S, "a whole cluster")
+            replicas = self.wanted.replicas
+            until(lambda: whole(self.cluster, replicas), CALM_S, "a whole cluster")
             until(lambda: kv_bytes(self.cluster) == 0, CALM_S, "an empty KV cache")
             until(lambda: not self.census.left_over(self.cluster), CALM_S, "the end of all orphans")
         except AssertionError as error:
