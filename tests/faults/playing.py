@@ -159,7 +159,7 @@ class Play:
             self._pause(0.3)
             return
         for reading in self.readings:
-            reading.begun(self.draw.randrange(1, 60))
+            reading.begun(self.draw.randrange(1, 60), PATIENCE_S)
         if case.moment == "join":
             diary = self.timeline.diaries[self._first().name]
             until(lambda: diary.facts("node_started"), PATIENCE_S, "its return")
