@@ -29,7 +29,7 @@ from p2pinfer.errors import ClusterError
 from tests.faults import records
 from tests.faults.cases import BY_NAME, CASES, Case
 from tests.faults.clusters import Nodes, Quota, Unavailable, cluster_for
-from tests.faults.playing import PATIENCE_S, Play, whole
+from tests.faults.playing import GONE_S, PATIENCE_S, Play, whole
 from tests.faults.truth import Truth
 from tests.faults.vitals import Census
 from tests.faults.watching import until
@@ -109,8 +109,7 @@ class Suite:
                         self._keep(place, f"{case.name}-{number}")
                     if not known:
                         break
-            if left := census.left_over(cluster):
-                raise ClusterError("internal", f"processes {left} were left over", retryable=False)
+            until(lambda: not census.left_over(cluster), GONE_S, "the end of all processes")
         finally:
             quota.close()
         return failed

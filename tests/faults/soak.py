@@ -31,7 +31,7 @@ from tests.faults.cases import Network
 from tests.faults.clusters import Nodes, cluster_for
 from tests.faults.kills import ROOT
 from tests.faults.load import Customer, Ledger, wishes
-from tests.faults.playing import whole
+from tests.faults.playing import GONE_S, whole
 from tests.faults.records import commit
 from tests.faults.soak_report import FALSE_DEATHS, live_view, report, table
 from tests.faults.truth import Truth
@@ -194,8 +194,10 @@ def _run(wanted: Wanted, folder: Path, *, view: bool) -> dict[str, Any]:
         live = stack.enter_context(Live(console=console, transient=True)) if view else None
         soak.run(live)
         found = report(soak)
-    if left := soak.census.left_over(_Nobody()):
-        found["failures"].append(f"processes {left} are left over at the end")
+    try:
+        until(lambda: not soak.census.left_over(_Nobody()), GONE_S, "the end of all processes")
+    except AssertionError as error:
+        found["failures"].append(f"orphan: {error}: {soak.census.left_over(_Nobody())}")
     return {"commit": commit(ROOT), **asdict(wanted), **found}
 
 
