@@ -13,7 +13,8 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,10 +56,24 @@ def run(*arguments: str) -> None:
 
 def enter(namespace: str) -> None:
     """Move the calling thread, and the threads that it starts, to a network namespace."""
-    libc = ctypes.CDLL(None, use_errno=True)
     with (NETNS_DIR / namespace).open("rb") as handle:
-        if libc.setns(handle.fileno(), CLONE_NEWNET):
-            raise OSError(ctypes.get_errno(), f"setns {namespace}")
+        _setns(handle.fileno())
+
+
+@contextmanager
+def inside(namespace: str) -> Iterator[None]:
+    """The calling thread, and those that it starts, in a network namespace; then back again."""
+    with Path("/proc/thread-self/ns/net").open("rb") as home:
+        enter(namespace)
+        try:
+            yield
+        finally:
+            _setns(home.fileno())
+
+
+def _setns(handle: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).setns(handle, CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "setns: the network namespace cannot be entered")
 
 
 class NamespacedCluster(StartStop):

@@ -11,6 +11,7 @@ other direction carries still arrives.
 from __future__ import annotations
 
 import asyncio
+import random
 import socket
 import struct
 import threading
@@ -27,6 +28,9 @@ CHUNK_BYTES = 1 << 16
 NODE_ID_CHARS = 16
 GREETING_BYTES = 1 << 14
 """Who has not said who it is in so many bytes is no node."""
+
+RETRANSMIT_S = 0.2
+"""TCP's least retransmission time-out (Linux)."""
 
 Direction = tuple[str, str]
 """Names of the node that sends and of the one that is to receive."""
@@ -51,6 +55,8 @@ class Proxy:
     def __init__(self, who: Callable[[str], str]) -> None:
         self._who = who
         self._delays: dict[Direction, float] = {}
+        self._losses: dict[Direction, float] = {}
+        self._draw = random.Random(1)
         self._cuts: set[Direction] = set()
         self._connections: set[_Connection] = set()
         self._servers: list[asyncio.Server] = []
@@ -78,6 +84,11 @@ class Proxy:
         """What is sent this way arrives so much later."""
         self._delays |= dict.fromkeys(directions, seconds)
 
+    def lose(self, *directions: Direction, share: float) -> None:
+        """So large a share of what is sent this way is lost on the path and sent again by TCP:
+        it comes later by the retransmission time-out, which doubles, and all behind it waits."""
+        self._losses |= dict.fromkeys(directions, share)
+
     def cut(self, *directions: Direction) -> None:
         """What is sent this way does not arrive any more; nobody is told."""
         self._cuts |= set(directions)
@@ -85,6 +96,7 @@ class Proxy:
     def mend(self) -> None:
         """Every path is whole and quick again."""
         self._delays.clear()
+        self._losses.clear()
         self._cuts.clear()
         self._call(self._tell())
 
@@ -168,11 +180,18 @@ class Proxy:
                 data = await reader.read(CHUNK_BYTES)
                 if inward:
                     self._identify(connection, data)
-                late = self._delays.get(self._direction(connection, inward), 0.0)
+                late = self._late(self._direction(connection, inward))
                 queue.put_nowait((self._loop.time() + late, data))
             await delivering
         finally:
             delivering.cancel()
+
+    def _late(self, direction: Direction) -> float:
+        """By how many seconds a piece comes later than it was sent."""
+        late, again = self._delays.get(direction, 0.0), RETRANSMIT_S
+        while self._draw.random() < self._losses.get(direction, 0.0):
+            late, again = late + again, 2 * again
+        return late
 
     def _direction(self, connection: _Connection, inward: bool) -> Direction:
         ends = (connection.opener, connection.target)
@@ -234,6 +253,12 @@ class ProxiedCluster(LocalCluster):
         front = format_address(HOST, self._fronts[index])
         join = (format_address(HOST, self._fronts[0]),) if index else ()
         return super().start_node(index, **{"advertise": front, "join": join} | changes)
+
+    def move_node(self, index: int) -> LocalNode:
+        """Start a node again at other ports, behind other ports of the proxy; it does not wait."""
+        self._fronts[index], back = free_base_port(1), free_base_port(1)
+        self.proxy.forward(f"node{index + 1}", self._fronts[index], back)
+        return self.start_node(index, listen=format_address(HOST, back))
 
     def stop(self) -> None:
         """End the nodes, then the proxy."""

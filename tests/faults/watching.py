@@ -159,8 +159,8 @@ class Reading:
     """A client in a thread of its own, which reads one long reply.
 
     `times` are when tokens came; `errors` say why it ended, or why it went to another node. That it
-    tries for `deadline` seconds. `enter` is called first in the thread: it may move it to another
-    network.
+    tries for `deadline` seconds; `broken` is the error with which it gave up. `enter` is called
+    first in the thread: it may move it to another network.
     """
 
     addresses: list[str]
@@ -173,10 +173,11 @@ class Reading:
     failovers: tuple[Failover, ...] = ()
     finish_reason: str = ""
     errors: list[str] = field(default_factory=list)
+    stopped: bool = False
+    broken: str = ""
 
     def start(self) -> Reading:
         """Begin; returns itself."""
-        self._stopped = False
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
         return self
@@ -188,14 +189,19 @@ class Reading:
 
     def stop(self) -> None:
         """Break the reply off with its next token."""
-        self._stopped = True
+        self.stopped = True
         self.join()
 
-    def begun(self, tokens: int = 8) -> Reading:
+    def begun(self, tokens: int = 8, within: float = DEADLINE_S) -> Reading:
         """Wait until so many tokens are there; returns itself."""
-        until(lambda: len(self.tokens) >= tokens or self.errors, what="the reply")
+        until(lambda: len(self.tokens) >= tokens or self.errors, within, "the reply")
         assert not self.errors, self.errors
         return self
+
+    @property
+    def ended(self) -> bool:
+        """Whether no more will come."""
+        return not self._thread.is_alive()
 
     def goes_on(self, since: float, within: float = DEADLINE_S) -> None:
         """Wait for a token that came later than `since` (wall clock), or the reply's end."""
@@ -213,6 +219,15 @@ class Reading:
             default=0.0,
         )
 
+    def pause(self, at: float, mended: float) -> float:
+        """The longest time in seconds without a token from `at` to the first one after `mended`
+        (wall clock); without any token at `at` it counts from there."""
+        before = [time for time in self.times if time <= at][-1:] or [at]
+        after = [time for time in self.times if time > at]
+        enough = next((n for n, time in enumerate(after, 1) if time > mended), len(after))
+        points = before + after[:enough]
+        return max((later - earlier for earlier, later in pairwise(points)), default=0.0)
+
     def lost(self) -> set[str]:
         """The names of the nodes that interrupted the reply, as its end says."""
         return {name for failover in self.failovers for name in failover.lost}
@@ -223,7 +238,7 @@ class Reading:
         client = Client(self.addresses, retry_for=self.deadline)
         try:
             for event in client.submit(self.prompt, self.params):
-                if self._stopped:
+                if self.stopped:
                     return
                 if isinstance(event, Moved) and event.through:
                     self._failed(event.error)
@@ -236,6 +251,7 @@ class Reading:
                     self.finish_reason = event.reason
         except ClusterError as error:
             self._failed(error)
+            self.broken = self.errors[-1]
 
     def _failed(self, error: ClusterError) -> None:
         self.errors.append(f"{error.code}: {error.message}")
