@@ -88,7 +88,7 @@ class Replicator:
         self._dtype = KV_DTYPES[mine.plan.model.kv_dtype]
         self._unsent: dict[int, Slot] = {}
         """By request: a run of positions that finished steps have written, oldest first."""
-        self._halted = False
+        self._halted = self._held = False
         self._began = 0.0
         self._stepped = 0.0
         self._sent = 0.0
@@ -99,7 +99,7 @@ class Replicator:
     @property
     def has_room(self) -> bool:
         """Whether a frame that arrives now would be read before the next step."""
-        return self._to_read > 0 and not self._alone
+        return self._to_read > 0 and not self._alone and not self._held
 
     @property
     def lacking(self) -> int:
@@ -116,7 +116,7 @@ class Replicator:
 
     def finished(self, step: Step) -> None:
         """This node has done its part of a step: what it wrote is to be sent."""
-        if self._feed.standbys:
+        if self._feed.standbys and not self._held:
             for slot in step.slots:
                 before = self._unsent.get(slot.request_id)
                 self._unsent[slot.request_id] = _joined(before, slot) if before else slot
@@ -127,6 +127,15 @@ class Replicator:
         """No more steps: only what still comes is read."""
         self._halted = True
 
+    def hold(self, held: bool) -> None:
+        """Do as without partners for as long as `held`: nothing is sent, read, answered or asked.
+
+        What steps write meanwhile is not sent later: standbys ask for it when that is over.
+        """
+        self._held = held
+        if held:
+            self._unsent.clear()
+
     def _refill(self, times: float) -> None:
         self._frames = int(times * STEP_FRAMES)
         self._to_read = self._to_answer = int(times * STEP_BYTES)
@@ -135,7 +144,9 @@ class Replicator:
 
     def turn(self) -> bool:
         """Send, read, answer and ask, as far as there is room; returns whether there was any of it
-        to do. Without partners that is nothing while steps run."""
+        to do. Without partners that is nothing while steps run, and while it is held nothing."""
+        if self._held:
+            return False
         now = time.monotonic()
         idle = now >= self._stepped + IDLE_AFTER_S
         if idle:

@@ -15,6 +15,7 @@ import signal
 import time
 from collections import deque
 from pathlib import Path
+from types import FrameType
 
 import click
 import torch
@@ -101,6 +102,8 @@ class Worker:
         self._leader: Leader | None = None
         self._replicator: Replicator | None = None
         """Stays after the steps of its plan have ended: what still comes is of use to the next."""
+        self._held = False
+        """Replication is held, so that what it costs can be measured."""
         self._standbys_told = True
         self._kv_limit = 0
         self._stats_at = 0.0
@@ -139,6 +142,12 @@ class Worker:
                 reason = str(why).partition("\n")[0] or type(why).__name__
                 self._break(StepBroken(config.node_id, reason))
             self._tell()
+
+    def hold_replicas(self, held: bool) -> None:
+        """Neither send nor take delta KV for as long as `held`."""
+        self._held = held
+        if self._replicator is not None:
+            self._replicator.hold(held)
 
     def close(self) -> None:
         """Close every socket at once, and load nothing more."""
@@ -242,6 +251,8 @@ class Worker:
             standby_units_ready=ready,
             standby_units_wanted=wanted,
             standby_lacks=replicator.lacking if replicator else 0,
+            standby_weight_bytes=self._units.standby_weight_bytes,
+            replicas_held=self._held,
         )
 
     # --- orders -----------------------------------------------------------------------------------
@@ -322,6 +333,7 @@ class Worker:
         self._links.activate(mine)
         self._bulk.activate()
         self._replicator = Replicator(mine, self._units, self._bulk, self._logs)
+        self._replicator.hold(self._held)
         self._engine = engine = StepEngine(
             mine,
             self._units.runner,
@@ -421,6 +433,7 @@ def _serve(pipe: WorkerPipe) -> None:
     torch.set_grad_enabled(False)
     try:
         worker = Worker(config, pipe)
+        _obey_signals(worker)
         try:
             worker.run()
         finally:
@@ -429,6 +442,17 @@ def _serve(pipe: WorkerPipe) -> None:
         raise
     except P2pinferError as error:
         pipe.send(WorkerFailed(message=str(error), usage=isinstance(error, UsageError)))
+
+
+def _obey_signals(worker: Worker) -> None:
+    """SIGUSR1 holds replication on this node, SIGUSR2 lets it go on: for measurements."""
+
+    def obey(number: int, _: FrameType | None) -> None:
+        worker.hold_replicas(number == signal.SIGUSR1)
+
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, obey)
+        signal.signal(signal.SIGUSR2, obey)
 
 
 if __name__ == "__main__":

@@ -67,3 +67,86 @@ def decode(report: Path | None, as_json: bool, **options: object) -> None:
     if report is not None:
         tell(f"report: {write_report(result, report)}")
     click.echo(json.dumps(result) if as_json else "\n".join(summary_lines(result)))
+
+
+@bench.command()
+@click.option("--shape", default="llama-3.2-1b", show_default=True, metavar="NAME")
+@click.option("--nodes", type=click.IntRange(2, 16), default=4, show_default=True, metavar="N")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, metavar="N")
+@click.option("--layout", default="auto", show_default=True, metavar="auto|heads|layers|SxH")
+@click.option("--dtype", default="auto", show_default=True, metavar="NAME", help="Number format.")
+@click.option("--quant", default="none", show_default=True, metavar="NAME", help="Of weights.")
+@click.option(
+    "--context", type=click.IntRange(1), default=1024, show_default=True, help="Prompt tokens."
+)
+@click.option("--max-tokens", type=click.IntRange(3), default=64, show_default=True)
+@click.option(
+    "--kill-after",
+    type=click.IntRange(2),
+    default=24,
+    show_default=True,
+    help="Tokens of the reply before the kill.",
+)
+@click.option("--runs", type=click.IntRange(1), default=3, show_default=True, help="Of each rung.")
+@click.option(
+    "--rungs",
+    metavar="LIST",
+    help="Of replay,recompute,replica; default: all that these nodes have.",
+)
+@click.option(
+    "--victim",
+    default="second",
+    show_default=True,
+    metavar="second|leader|follower|serving|NAME",
+    help="Who is killed; second: the owner of the second run of heads.",
+)
+@click.option(
+    "--pairs",
+    type=click.IntRange(0),
+    default=20,
+    show_default=True,
+    metavar="N",
+    help="Of 64 tokens with and 64 without replication, for its cost; 0 leaves that out.",
+)
+@click.option("--base-port", type=click.IntRange(1, 65000), default=7820, show_default=True)
+@click.option(
+    "--report",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Markdown, HTML and plots.",
+)
+@json_option
+def failover(report: Path | None, as_json: bool, rungs: str | None, **options: object) -> None:
+    """Kill a node in the middle of a reply, by each rung, and time what follows.
+
+    A rung is the way in which lost KV comes back: replay computes all of it again, recompute the
+    lost heads only, replica has it. And: what keeping replicas costs while nothing fails.
+    """
+    import json
+
+    from p2pinfer.bench.failover import (
+        Settings,
+        available_rungs,
+        check_settings,
+        measure,
+        parse_rungs,
+    )
+    from p2pinfer.bench.failover_report import summary_lines, write_report
+    from p2pinfer.cluster import check_ports
+    from p2pinfer.config import load_settings
+
+    chosen = parse_rungs(rungs) if rungs else available_rungs()
+    settings = Settings(rungs=chosen, **options)  # type: ignore[arg-type]
+    # What is wrong is told before minutes pass.
+    check_settings(settings)
+    load_settings({"layout": settings.layout, "dtype": settings.dtype, "quant": settings.quant})
+    check_ports(settings.base_port, settings.nodes)
+
+    def tell(line: str) -> None:
+        click.echo(line, err=True)
+
+    with sigterm_is_ctrl_c():
+        result = measure(settings, tell)
+    if report is not None:
+        tell(f"report: {write_report(result, report)}")
+    click.echo(json.dumps(result) if as_json else "\n".join(summary_lines(result)))

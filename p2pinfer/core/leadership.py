@@ -66,10 +66,16 @@ class Leadership:
         self.maker = PlanMaker(
             config, config.model, term, durable.plan, durable.state.active, box, self._log
         )
-        for peer in near.table.everybody():
+        lately = [
+            peer
+            for peer in near.table.everybody()
+            if not peer.living and now - peer.gone_at < LATELY_S
+        ]
+        for peer in lately:
             # Whose loss made this node the leader, say: its units and replies are to be mended.
-            if not peer.living and now - peer.gone_at < LATELY_S:
-                self.maker.lost(peer.member, silence_s=max(0.0, peer.gone_at - peer.heard_at))
+            self.maker.lost(peer.member, silence_s=max(0.0, peer.gone_at - peer.heard_at))
+        if lately:
+            self.maker.resumption.lost(max(peer.gone_at for peer in lately))
 
     @property
     def deadline(self) -> float:
@@ -97,6 +103,7 @@ class Leadership:
         """A member died or left."""
         self._hearing.member_lost()
         self.maker.lost(peer.member, silence_s=max(0.0, now - peer.heard_at))
+        self.maker.resumption.lost(now)
         self._log.serving_lost(peer.member.node_id, now)
 
     def heard(self, heartbeat: Heartbeat, now: float) -> None:
@@ -129,6 +136,7 @@ class Leadership:
             case TokensCommitted():
                 self._hearing.step_succeeded()
                 self._log.committed(report)
+                self.maker.resumption.committed(report, now)
             case FenceSettled():
                 self._log.settled(report)
             case _:
@@ -140,6 +148,7 @@ class Leadership:
         """A step of the plan in force failed on some member: a new epoch is the cure."""
         if self.maker.step_failed(fence, why, about=about, broken=broken, now=now):
             self._log.step_failed(why)
+            self.maker.resumption.failed(now)
             self._hearing.step_failed(reporter, about, now)
         else:
             self._hearing.also_failed(reporter, about, now)

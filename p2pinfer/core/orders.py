@@ -190,8 +190,9 @@ class WorkerStats(Report, frozen=True, kw_only=True):
     A worker that sends none for a while hangs. `compute_ms` is how long it computed lately for a
     decoding step, without waiting for others. Frames of delta KV (`delta_bytes_...`) are not
     counted among messages and bytes, but `bulk_s` is all time that they took between steps.
-    `standby_units_ready` of `..._wanted` have their weights here; `standby_lacks` counts the
-    positions whose KV they have not got yet, over all requests and head units.
+    `standby_units_ready` of `..._wanted` have their weights here, `standby_weight_bytes`;
+    `standby_lacks` counts the positions whose KV they have not got yet, over all requests and head
+    units. `replicas_held`: replication is held on this node, so that its cost can be measured.
     """
 
     steps: int = 0
@@ -217,6 +218,8 @@ class WorkerStats(Report, frozen=True, kw_only=True):
     standby_units_ready: int = 0
     standby_units_wanted: int = 0
     standby_lacks: int = 0
+    standby_weight_bytes: int = 0
+    replicas_held: bool = False
 
 
 AnyOrder = LoadPlan | ActivatePlan | Halt | StartRequest | CancelRequest | StopWorker

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import msgspec
 
 from p2pinfer.core.agreement import same_bits
-from p2pinfer.core.events import NodeConfig, PlanFailed, PlanProposed, RequestRestored
+from p2pinfer.core.events import NodeConfig, PlanFailed, PlanProposed
 from p2pinfer.core.outbox import Outbox
 from p2pinfer.core.plan_rules import (
     Boot,
@@ -31,6 +31,7 @@ from p2pinfer.core.proposal import Proposal, owners
 from p2pinfer.core.quorum import credible, voter_ids
 from p2pinfer.core.replan import next_plan
 from p2pinfer.core.request_log import RequestLog
+from p2pinfer.core.resumption import Resumption
 from p2pinfer.core.voters import NodeIds, change_of_votes, listed_as, next_voters
 from p2pinfer.limits import MAX_NODES
 from p2pinfer.types import Fence, Member, ModelSpec, Plan
@@ -79,6 +80,7 @@ class PlanMaker:
         self._first = True
         self._box = box
         self._log = log
+        self.resumption = Resumption(box)
         self._current: Proposal | None = None
         self._view: View | None = None
         self._looked_at = -inf
@@ -321,6 +323,7 @@ class PlanMaker:
         self._broken, self._step_failed = set(), ""
         names = _names(plan.members)
         self._box.add(PlanProposed(fence=fence, members=names, why=decision.why))
+        self.resumption.proposed(now)
         self._current.propose(now)
         self.waiting = f"{', '.join(names)} to load the weights"
 
@@ -450,15 +453,7 @@ class PlanMaker:
         self._missed = {}
         current.activate(agreed, now)
         self._log.adopt(agreed, lost, detect_s, exact, now)
-        for each in agreed:
-            self._box.add(
-                RequestRestored(
-                    request_id=each.request_id,
-                    length=len(each.log.tokens),
-                    restart=each.restart,
-                    rung=each.rung,
-                )
-            )
+        self.resumption.activated(agreed, lost, detect_s, now)
 
     def _interrupted_by(self, current: Proposal, view: View) -> tuple[tuple[str, ...], float]:
         """Names of those whose failure ended the plan before, and how long finding out took.

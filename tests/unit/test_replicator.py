@@ -290,3 +290,24 @@ def test_questions_and_credit_of_others_are_dropped(bench: Bench) -> None:
     assert one.links.send(1, Credit(fence=plan.fence, bytes=1))
     until(lambda: one.links.traffic.dropped == 1, one)
     until(lambda: other.links.traffic.dropped == 1, other)
+
+
+def test_what_is_held_moves_nothing_and_is_asked_for_later(bench: Bench) -> None:
+    """Held on all nodes, steps go on as without replicas; let go, standbys catch up."""
+    nodes = in_force(bench)
+    run(nodes, slot(0, 5))
+    until(lambda: all(node.covers(unit) == 5 for node in nodes for unit in range(4)), *nodes)
+    sent = [node.links.traffic.sent_bytes for node in nodes]
+    for node in nodes:
+        node.replicator.hold(True)
+    for position in range(5, 30):
+        run(nodes, slot(position, 1))
+    assert not any(node.replicator.turn() or node.replicator.has_room for node in nodes)
+    assert [node.links.traffic.sent_bytes for node in nodes] == sent
+    assert [node.replicator.lacking for node in nodes] == [2 * 24, 2 * 24]
+    for node in nodes:
+        node.replicator.hold(False)
+    run(nodes, slot(30, 1))
+    assert nodes[0].replicator.lacking == 2 * 25
+    until(lambda: all(node.covers(unit) == 31 for node in nodes for unit in range(4)), *nodes)
+    assert all(same(nodes, unit, 31) for unit in range(4))
