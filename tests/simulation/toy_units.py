@@ -187,6 +187,7 @@ class ToyUnits:
     ) -> Iterator[None]:
         """Write KV of these positions, made of inputs."""
         assert self.inputs is not None
+        self.cache.open(request_id)
         for unit in sorted(units):
             for layer in range(*unit.span):
                 kept = self.inputs.rows(request_id, layer)
