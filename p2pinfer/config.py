@@ -104,7 +104,8 @@ class NodeSettings:
     `advertise` empty means: found out from `listen` and the network. `cpus` pins the compute
     threads (empty: not pinned). `kv_memory` is the KV cache's limit in bytes (0: chosen from what
     is free). `replicas` is how many other nodes keep a copy of each unit's weights and KV; that of
-    the leader counts. `quorum` counts for the whole cluster, and is its founder's. Raises
+    the leader counts. `keep_inputs`: keep what lost KV can be made of (`core/inputs`). `quorum`
+    counts for the whole cluster, and is its founder's. Raises
     `UsageError` for a value that is out of range.
     """
 
@@ -121,6 +122,7 @@ class NodeSettings:
     quant: str = "none"
     layout: str = "auto"
     replicas: int = 1
+    keep_inputs: bool = False
     weight: float | None = None
     kv_memory: int = 0
     min_nodes: int = 1
@@ -284,7 +286,7 @@ _FILE_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     **dict.fromkeys(
         ("layout", "cpus", "kv_memory", "quorum", "timing"), (_TEXT, "a text in quotes")
     ),
-    "witness": ((bool,), "true or false"),
+    **dict.fromkeys(("witness", "keep_inputs"), ((bool,), "true or false")),
     **dict.fromkeys(("threads", "min_nodes", "replicas"), (_WHOLE, "a whole number")),
     **dict.fromkeys(
         ("weight", "join_timeout", "wait_for_nodes", "orphan_timeout", "drain_timeout"),

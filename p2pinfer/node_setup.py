@@ -62,6 +62,7 @@ def node_config(settings: NodeSettings, spec: ModelSpec | None, state: StateDir)
             weight=settings.work_weight,
             kv_bytes=settings.kv_memory,
             witness=settings.witness,
+            keeps_inputs=settings.keep_inputs,
         ),
         model=spec,
         stored=state.read(),

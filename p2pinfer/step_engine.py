@@ -67,7 +67,8 @@ class Clock:
 class StepEngine:
     """One node's part in every step of one plan. `runner` is None on a node that holds nothing.
 
-    `logs` and `step_clock` outlive the plan; `replicator` is the plan's.
+    `logs` and `step_clock` outlive the plan; `replicator` is the plan's. The first step waits for
+    others as if it computed `recomputed_rows` more: they may have to make KV of inputs before it.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class StepEngine:
         logs: TokenLogs,
         step_clock: StepClock,
         replicator: Replicator,
+        recomputed_rows: int = 0,
     ) -> None:
         self.topology = topology
         self.clock = Clock()
@@ -90,6 +92,7 @@ class StepEngine:
         self._logs = logs
         self._step_clock = step_clock
         self._replicator = replicator
+        self._recomputed_rows = recomputed_rows
         self._began = 0.0
         self._decoded: deque[float] = deque(maxlen=DECODE_STEPS)
         self._last: list[NDArray[np.float32]] = []
@@ -126,7 +129,7 @@ class StepEngine:
         """
         self.owes = step.step
         rows = sum(len(slot.tokens) for slot in step.slots)
-        self._links.begin(step.step, self._step_clock.limit(rows))
+        self._links.begin(step.step, self._step_clock.limit(rows + self._recomputed_rows))
         self._began = time.monotonic()
         began, elsewhere = time.perf_counter(), self._elsewhere_s()
         self._sampling = [slot for slot in step.slots if slot.sample]
@@ -147,8 +150,10 @@ class StepEngine:
         """This node has nothing more to do in a step: note how long it took, with its waits."""
         self.owes = 0
         rows = sum(len(slot.tokens) for slot in step.slots)
-        if rows:
+        if rows and not self._recomputed_rows:
             self._step_clock.finished(rows, time.monotonic() - self._began)
+        if rows:
+            self._recomputed_rows = 0
         self._replicator.finished(step)
 
     def replicate(self) -> None:

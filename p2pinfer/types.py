@@ -115,6 +115,7 @@ class Member(Struct, frozen=True, kw_only=True):
     `address` is the control address; steps use its port + 1 and bulk its port + 2. `weight` is
     the share of work relative to other members. `memory_bytes` is what it offers for weights
     and KV together, `kv_bytes` for KV at most; 0 is unknown, or no limit of its own.
+    `keeps_inputs`: it keeps the inputs of the K and V projections of what it computes.
     """
 
     node_id: Identity
@@ -128,6 +129,7 @@ class Member(Struct, frozen=True, kw_only=True):
     memory_bytes: U63 = 0
     kv_bytes: U63 = 0
     witness: bool = False
+    keeps_inputs: bool = False
     blank: bool = False
     """No plan in force has named its `memory` a voter yet: it has a say only where one names it."""
 

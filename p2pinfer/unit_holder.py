@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,14 +18,16 @@ import torch
 
 from p2pinfer.core.coverage import KvUnit
 from p2pinfer.core.holdings import Holding, owners_of, standbys_of
+from p2pinfer.core.inputs import input_spans
 from p2pinfer.core.token_log import TokenLogs
 from p2pinfer.core.topology import Topology, weight_bytes
 from p2pinfer.core.units import Slice
 from p2pinfer.errors import LocalProtocolError
 from p2pinfer.model.checkpoint import Checkpoint
 from p2pinfer.model.config import LlamaConfig, load_config
+from p2pinfer.model.input_store import InputStore
 from p2pinfer.model.kv_cache import KvCache
-from p2pinfer.model.llama import StageLoader, Trunk
+from p2pinfer.model.llama import TORCH_DTYPES, StageLoader, Trunk
 from p2pinfer.model.part import Part, Unit, empty_cache, holding_of, units_of
 from p2pinfer.model.runner import StageRunner
 from p2pinfer.model.weights import Weights
@@ -83,6 +86,8 @@ class UnitHolder:
         self._model: ModelSpec | None = None
         self._wanted: tuple[Holding, tuple[Holding, ...]] | None = None
         self._trunk: Trunk | None = None
+        self._inputs: InputStore | None = None
+        """Of what this node computes, if it is to keep them."""
         self._standbys: StandbyLoader | None = None
         self._told = 0.0
         self.runner: StageRunner | None = None
@@ -104,6 +109,11 @@ class UnitHolder:
     def kv_standby_bytes(self) -> int:
         """Bytes of KV written of units that this node keeps for others."""
         return self._kv_bytes(owned=False)
+
+    @property
+    def kv_inputs_bytes(self) -> int:
+        """Bytes of kept inputs."""
+        return self._inputs.used_bytes if self._inputs is not None else 0
 
     def _kv_bytes(self, *, owned: bool) -> int:
         heads = {(unit.span, unit.number) for unit in self._own if unit.kind is UnitKind.HEAD}
@@ -146,15 +156,20 @@ class UnitHolder:
         self._told = time.monotonic()
         try:
             self._arrange(model, *wanted)
+            self._keep_inputs(mine)
             self._load_own(model, mine.holding)
         except BaseException:  # an order may break the load off, too: no KV is left without units
             self._own, self._parts, self._places, self._trunk = frozenset(), [], {}, None
             self._logs.coverage.lose(self._logs.coverage.computed | self._logs.coverage.fed)
+            self._inputs = None
+            self._logs.inputs.lose()
             raise
         self._wanted = wanted
         if self._parts:
             trunk = self._trunk if self._own else None
-            self.runner = StageRunner(self._parts, mine.holding, trunk, model, self._device)
+            self.runner = StageRunner(
+                self._parts, mine.holding, trunk, model, self._device, inputs=self._inputs
+            )
 
     def _arrange(self, model: ModelSpec, own: Holding, kept: Sequence[Holding]) -> None:
         """Keep the parts that still serve, make new ones of the other units, and bring their KV
@@ -177,6 +192,19 @@ class UnitHolder:
         self._places = {unit: part for part in self._parts for unit in part.kv_units}
         for part in left:
             self._logs.coverage.lose(part.kv_units.keys() - self._places.keys())
+
+    def _keep_inputs(self, mine: Topology) -> None:
+        """Inputs stay where a plan gives this node units of the same span; otherwise they are of
+        no use any more."""
+        spans = input_spans(mine.plan, mine.me)
+        if self._inputs is not None and self._inputs.span in spans:
+            return
+        self._inputs = None
+        self._logs.inputs.lose()
+        for span in spans:
+            model = mine.plan.model
+            dtype = TORCH_DTYPES[model.dtype]
+            self._inputs = InputStore(span, model.hidden_size, dtype, self._device)
 
     def _serves(self, part: Part, own: frozenset[Unit], wanted: frozenset[Unit]) -> bool:
         """Whether a part is to stay as it is.
@@ -278,6 +306,16 @@ class UnitHolder:
         if self._standbys is not None:
             self._standbys.stop()
             self._standbys = None
+
+    def recompute(
+        self, request_id: int, units: AbstractSet[KvUnit], start: int, end: int
+    ) -> Iterator[None]:
+        """Write KV of positions `[start, end)` of units that are owned, made of kept inputs.
+
+        Yields several times a second. Raises `LookupError` where the inputs are not here.
+        """
+        assert self.runner is not None, "units that are owned are held"
+        return self.runner.recompute(request_id, {unit.unit for unit in units}, start, end)
 
     # --- delta KV ---------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ import select
 import signal
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -32,6 +33,7 @@ from p2pinfer.core.events import (
     LoadPlan,
     LoadProgress,
     PlanLoaded,
+    Recompute,
     StandbysLoaded,
     StartRequest,
     StepFailed,
@@ -40,6 +42,8 @@ from p2pinfer.core.events import (
     WorkerReady,
     WorkerStats,
 )
+from p2pinfer.core.inputs import input_spans
+from p2pinfer.core.recompute import recompute
 from p2pinfer.core.replication import computed_units, fed_units
 from p2pinfer.core.step_clock import StepClock
 from p2pinfer.core.token_log import TokenLogs
@@ -248,6 +252,7 @@ class Worker:
             delta_bytes_sent=bulk.traffic.sent_bytes,
             delta_bytes_received=bulk.traffic.received_bytes,
             kv_standby_bytes=self._units.kv_standby_bytes,
+            kv_inputs_bytes=self._units.kv_inputs_bytes,
             standby_units_ready=ready,
             standby_units_wanted=wanted,
             standby_lacks=replicator.lacking if replicator else 0,
@@ -301,6 +306,7 @@ class Worker:
             self._bulk.load(mine, partners(plan, me))
             self._units.hold(mine)
             self._logs.coverage.hold(computed_units(plan, me).keys(), fed_units(plan, me).keys())
+            self._logs.inputs.hold(input_spans(plan, me))
             self._links.open(mine)
         except StepInterrupted:
             raise
@@ -314,6 +320,7 @@ class Worker:
                 weight_bytes=self._units.weight_bytes,
                 logs=self._logs.snapshot(),
                 coverage=self._logs.covered(plan),
+                inputs=self._logs.kept_inputs(plan),
             )
         )
 
@@ -341,6 +348,7 @@ class Worker:
             logs=self._logs,
             step_clock=self._step_clock,
             replicator=self._replicator,
+            recomputed_rows=sum(each.rows for each in order.recomputes),
         )
         if mine.leads:
             self._leader = Leader(
@@ -354,6 +362,17 @@ class Worker:
             )
         self._units.start_standbys()
         self._standbys_told = False
+        self._recompute(order.recomputes)
+
+    def _recompute(self, orders: Sequence[Recompute]) -> None:
+        """Make KV of inputs before the first step; frames of others are filed meanwhile."""
+        try:
+            for _ in recompute(self._units, self._logs, orders):
+                self._links.breathe()
+        except (RuntimeError, MemoryError, LookupError, ValueError):
+            # Whatever is wrong with them, the next plan must not build on them again.
+            self._logs.inputs.lose()
+            raise
 
     # --- steps ------------------------------------------------------------------------------------
 

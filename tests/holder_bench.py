@@ -10,7 +10,10 @@ import numpy as np
 import torch
 
 from p2pinfer.core.holdings import Copies
+from p2pinfer.core.inputs import input_spans
+from p2pinfer.core.orders import Recompute
 from p2pinfer.core.planner import make_plan
+from p2pinfer.core.recompute import recompute
 from p2pinfer.core.replan import next_plan
 from p2pinfer.core.replication import computed_units, fed_units
 from p2pinfer.core.token_log import TokenLogs
@@ -75,6 +78,7 @@ class Node:
         self.told.clear()
         self.units.hold(topology(plan, me))
         self.logs.coverage.hold(computed_units(plan, me).keys(), fed_units(plan, me).keys())
+        self.logs.inputs.hold(input_spans(plan, me))
 
     def write(self, request_id: int, positions: int, me: int = 0) -> None:
         """KV of a request that is open, all 1.0: as if steps and frames had brought it."""
@@ -100,11 +104,15 @@ class Node:
 class Fleet:
     """Members under plans with standbys: their runners in lockstep, and their delta KV."""
 
-    def __init__(self, folder: Path, nodes: int, dtype: DType) -> None:
+    def __init__(
+        self, folder: Path, nodes: int, dtype: DType, *, keep_inputs: bool = False
+    ) -> None:
         self.folder = folder
         self.lockstep = Lockstep(folder, nodes=1, dtype=dtype)
         self.whole = Lockstep(folder, nodes=1, dtype=dtype)
-        self.members = members(nodes)
+        self.members = [
+            msgspec.structs.replace(member, keeps_inputs=keep_inputs) for member in members(nodes)
+        ]
         self.nodes = {member.node_id: Node(folder) for member in self.members}
         self.epoch = 0
         self.plan: Plan | None = None
@@ -137,6 +145,15 @@ class Fleet:
                 least.append(node.logs.coverage.least(1))
         self.restarts.append(min(least))
         self.lockstep.under(self.plan, runners)
+
+    def recompute(self, position: int) -> None:
+        """All members make the KV of request 1 before a position of their inputs."""
+        assert self.plan is not None
+        order = Recompute(request_id=1, position=position, rows=position)
+        for member in self.plan.members:
+            node = self.nodes[member.node_id]
+            for _ in recompute(node.units, node.logs, (order,)):
+                pass
 
     def ready(self) -> None:
         """Standbys load what they keep."""

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from p2pinfer.core import events as e
 from p2pinfer.core.agreement import Agreed
 from p2pinfer.core.durable import Durable
+from p2pinfer.core.orders import KeptInputs
 from p2pinfer.core.outbox import Outbox
 from p2pinfer.core.plan_holder import PlanHolder
 from p2pinfer.core.plan_maker import PlanMaker
@@ -126,15 +127,23 @@ class Holding(Desk):
         numbers = [o.number for o in self.told(e.Persist)]
         self.durable.persisted(max(numbers, default=0), self.now)
 
-    def load(self, plan: Plan, *logs: e.TokenLog, covered: int = 0, error: str = "") -> None:
-        """The worker has loaded a plan; it has these logs, all with so much KV of its units."""
+    def load(
+        self, plan: Plan, *logs: e.TokenLog, covered: int = 0, inputs: int = 0, error: str = ""
+    ) -> None:
+        """The worker has loaded a plan; it has these logs, all with so much KV of its units, and
+        with so many inputs."""
         coverage = tuple(
             e.Covered(request_id=o.request_id, stage=number, units=units, positions=covered)
             for o in logs
             for number, units in self._head_units(plan)
             if covered
         )
-        report = e.PlanLoaded(fence=plan.fence, logs=logs, coverage=coverage, error=error)
+        kept = tuple(
+            KeptInputs(request_id=o.request_id, stage=0, positions=inputs) for o in logs if inputs
+        )
+        report = e.PlanLoaded(
+            fence=plan.fence, logs=logs, coverage=coverage, inputs=kept, error=error
+        )
         self.holder.loaded(report)
 
     def _head_units(self, plan: Plan) -> Iterator[tuple[int, tuple[int, ...]]]:
@@ -148,13 +157,13 @@ class Holding(Desk):
             if units:
                 yield number, units
 
-    def ready(self, plan: Plan, *logs: e.TokenLog, covered: int = 0) -> None:
+    def ready(self, plan: Plan, *logs: e.TokenLog, covered: int = 0, inputs: int = 0) -> None:
         """Take a plan and acknowledge it."""
         if not self.holder.worker_ready:
             self.holder.worker_started()
         self.propose(plan)
         self.persist()
-        self.load(plan, *logs, covered=covered)
+        self.load(plan, *logs, covered=covered, inputs=inputs)
 
     def activate(self, plan: Plan, *logs: m.AgreedLog, listeners: tuple[int, ...] = ()) -> None:
         self.holder.activate(m.Activate(fence=plan.fence, logs=logs), self.now, listeners)
@@ -232,12 +241,22 @@ class Office(Desk):
         self.sees["lost"] = set(self.sees.get("lost", ())) - {number}
         self.quiet_since = self.now
 
-    def ack(self, *numbers: int, logs: dict[int, list[e.TokenLog]] | None = None) -> None:
-        """Members acknowledge the newest plan, with these logs and KV of all of their tokens."""
+    def ack(
+        self,
+        *numbers: int,
+        logs: dict[int, list[e.TokenLog]] | None = None,
+        covered: int | None = None,
+        inputs: int = 0,
+    ) -> None:
+        """Members acknowledge the newest plan, with these logs, KV of all of their tokens, unless
+        said otherwise, and inputs."""
         for number in numbers:
             its = (logs or {}).get(number, [])
             holding = Holding(number, boot=self.boot_of(number))
-            holding.ready(self.plan, *its, covered=max((len(o.tokens) for o in its), default=0))
+            longest = max((len(o.tokens) for o in its), default=0)
+            holding.ready(
+                self.plan, *its, covered=longest if covered is None else covered, inputs=inputs
+            )
             for _, message in holding.sent(m.Ack):
                 self.maker.ack(message, self.now)
 

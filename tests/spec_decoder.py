@@ -328,6 +328,7 @@ def check_rules(name: str, m: dict[str, Any]) -> None:
         require(m["start"] + len(m["tokens"]) <= most, "too many tokens")
     if name == "ACTIVATE":
         require(all(log["restart"] <= log["length"] for log in m["logs"]), "restart of a log")
+        require(all(log["recompute"] <= log["restart"] for log in m["logs"]), "recompute of a log")
     if name == "STEP":
         runs = [(slot["start"], len(slot["tokens"])) for slot in m["slots"]]
         require(sum(length for _, length in runs) <= LIMITS["MAX_STEP_TOKENS"], "positions")

@@ -18,7 +18,7 @@ import pytest
 from msgspec import inspect
 
 from p2pinfer import limits
-from p2pinfer.core import replication
+from p2pinfer.core import agreement, replication
 from p2pinfer.core.events import NodeConfig
 from p2pinfer.core.requests import REPLY_KEPT_S
 from p2pinfer.core.timing import PRESETS
@@ -171,6 +171,12 @@ def test_constants_of_replicas_are_those_of_the_code() -> None:
     assert {name: getattr(replication, name.upper()) for name in spec.CONSTANTS} == spec.CONSTANTS
     assert len(spec.CONSTANTS) == 4
     assert replication.WINDOW_BYTES == limits.MAX_CREDIT_BYTES
+
+
+def test_positions_that_are_run_again_are_as_many_as_in_the_code() -> None:
+    """Section 9.4 has the number."""
+    text = (PACKAGE.parent / "proto_spec.md").read_text(encoding="utf-8")
+    assert f"later by more than {agreement.RERUN_POSITIONS} positions" in text
 
 
 def test_error_table_is_the_codes_table() -> None:

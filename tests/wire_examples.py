@@ -79,6 +79,7 @@ MEMBER = Member(
     weight=1.5,
     memory_bytes=16 << 30,
     kv_bytes=4 << 30,
+    keeps_inputs=True,
     memory=MEMORY,
 )
 WITNESS = Member(
@@ -173,6 +174,7 @@ EXAMPLES: dict[str, m.Message] = {
         tokens_per_s=12.5,
         kv_used_bytes=1 << 20,
         kv_limit_bytes=1 << 30,
+        kv_inputs_bytes=1 << 19,
         hung=True,
         draining=True,
         compute_ms=7.25,
@@ -194,6 +196,7 @@ EXAMPLES: dict[str, m.Message] = {
         node_id=ANNA,
         logs=(m.LogDigest(request_id=HUGE, term=3, length=9, digest="ab" * 32),),
         coverage=(m.CoverageRun(request_id=5, stage=1, units=(0, 4095), positions=8),),
+        inputs=(m.InputsRun(request_id=5, stage=1, positions=7),),
     ),
     "ack without requests": m.Ack(fence=FENCE, node_id=ANNA),
     "nack": m.Nack(
@@ -213,7 +216,8 @@ EXAMPLES: dict[str, m.Message] = {
         tokens=(4, 5),
     ),
     "activate": m.Activate(
-        fence=FENCE, logs=(m.AgreedLog(request_id=5, length=10, digest="cd" * 32, restart=9),)
+        fence=FENCE,
+        logs=(m.AgreedLog(request_id=5, length=10, digest="cd" * 32, restart=9, recompute=4),),
     ),
     "activate without requests": m.Activate(fence=FENCE),
     "submit of text": m.Submit(request_id=HUGE, text="Es war einmal …", params=SamplingParams()),

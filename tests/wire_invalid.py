@@ -55,6 +55,7 @@ SLOT = plain(EXAMPLES["step"])["slots"][1]
 PARAMS = plain(EXAMPLES["submit of text"])["params"]
 LOG = plain(EXAMPLES["activate"])["logs"][0]
 COVERAGE = plain(EXAMPLES["ack"])["coverage"][0]
+INPUTS = plain(EXAMPLES["ack"])["inputs"][0]
 FINAL = plain(EXAMPLES["step"])["finals"][0]
 
 INVALID: dict[str, bytes] = {
@@ -122,6 +123,7 @@ INVALID: dict[str, bytes] = {
         "step", finals=[FINAL | {"position": MAX_POSITIONS}]
     ),
     "a log that restarts beyond its end": control("activate", logs=[LOG | {"restart": 11}]),
+    "a log recomputed beyond its restart": control("activate", logs=[LOG | {"recompute": 10}]),
     "a log beyond the positions": control("activate", logs=[LOG | {"length": MAX_POSITIONS + 1}]),
     "an entry of a log beyond the positions": control("log entry", start=MAX_POSITIONS),
     "a prompt beyond the positions": control("log entry", prompt_tokens=MAX_POSITIONS + 1),
@@ -129,6 +131,9 @@ INVALID: dict[str, bytes] = {
     "a request for no logs": control("log request", request_ids=[]),
     "coverage beyond the positions": control(
         "ack", coverage=[COVERAGE | {"positions": MAX_POSITIONS + 1}]
+    ),
+    "inputs beyond the positions": control(
+        "ack", inputs=[INPUTS | {"positions": MAX_POSITIONS + 1}]
     ),
     "a KV request for nothing": control("kv request", end=0),
     "a KV request beyond the positions": control("kv request", end=MAX_POSITIONS + 1),

@@ -56,6 +56,13 @@ def shared_node_options(command: Command) -> Command:
             help="How many other nodes keep a live copy of each part; default: 1. 0 saves memory, "
             "but a node's death makes its replies be computed again. Give all nodes the same.",
         ),
+        click.option(
+            "--keep-inputs",
+            is_flag=True,
+            default=None,
+            help="Keep what the KV cache is made of: after a node's death only the KV of the parts "
+            "that it had is computed again, if they have no copy. Give all nodes the same.",
+        ),
         click.option("--weight", type=float, metavar="F", help="Share of work; default: threads."),
         click.option("--kv-memory", metavar="SIZE", help="Limit of the KV cache, for example 2G."),
         click.option("--min-nodes", type=int, metavar="N", help=MIN_NODES_HELP),

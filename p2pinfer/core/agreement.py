@@ -19,6 +19,10 @@ from p2pinfer.limits import MAX_REQUESTS
 from p2pinfer.types import Plan, Stage
 from p2pinfer.wire.messages import Ack, LogDigest
 
+RERUN_POSITIONS = 8
+"""To compute so few positions again takes one small step, as long as to decode one token: for less
+than that KV is not made of inputs."""
+
 
 def digest(tokens: Sequence[int]) -> str:
     """SHA-256, in hexadecimal, of token ids of 4 bytes each, little-endian."""
@@ -38,14 +42,23 @@ def summary(log: TokenLog) -> LogDigest:
 class Agreed(Struct, frozen=True, kw_only=True):
     """The log agreed on for a request; its KV is right on every owner before `restart`.
 
-    `rung` says where that KV was: `none` of it was lost, a `replica` of some was taken, or there is
-    nothing for it but `replay`.
+    `rung` says where that KV was: `none` of it was lost, a `replica` of some was taken, some has to
+    be made of inputs (`recompute`: of so many positions), or there is nothing for it but `replay`.
     """
 
     request_id: int
     log: TokenLog
     restart: int
+    recompute: int = 0
     rung: str
+
+
+class Restart(NamedTuple):
+    """All owners have the KV of a request before `position`, or can make it of inputs that they
+    keep: of the last `recompute` of these positions."""
+
+    position: int
+    recompute: int
 
 
 class Choice(NamedTuple):
@@ -102,20 +115,25 @@ def reported(ack: Ack, request_id: int) -> LogDigest | None:
     return next((log for log in ack.logs if log.request_id == request_id), None)
 
 
-def restart(plan: Plan, request_id: int, agreed: Prefixes, acks: Mapping[str, Ack]) -> int:
-    """How many leading positions of a request have their KV on the owner of every head unit.
+def restart(plan: Plan, request_id: int, agreed: Prefixes, acks: Mapping[str, Ack]) -> Restart:
+    """How many leading positions of a request have their KV on the owner of every head unit, made
+    of inputs where that is worth it.
 
     A member's coverage counts only where its own log is a beginning of the agreed one: the KV of
-    other tokens is of no use. The last known token is always computed again, since the next one
-    is drawn from what comes of it.
+    other tokens is of no use, nor are their inputs. The last known token is always computed again,
+    since the next one is drawn from what comes of it.
     """
-    least = agreed.length - 1
+    covered = possible = max(0, agreed.length - 1)
     for number, stage in enumerate(plan.stages):
         for index in sorted(set(stage.head_owners)):
             ack = acks.get(plan.members[index].node_id)
             units = {unit for unit, owner in enumerate(stage.head_owners) if owner == index}
-            least = min(least, _covered(ack, request_id, number, units, agreed) if ack else 0)
-    return max(0, least)
+            here = _covered(ack, request_id, number, units, agreed) if ack else 0
+            inputs = _inputs(ack, request_id, number, agreed) if ack else 0
+            covered, possible = min(covered, here), min(possible, max(here, inputs))
+    if possible - covered <= RERUN_POSITIONS:
+        return Restart(covered, 0)
+    return Restart(possible, possible - covered)
 
 
 def _covered(ack: Ack, request_id: int, stage: int, units: set[int], agreed: Prefixes) -> int:
@@ -130,10 +148,21 @@ def _covered(ack: Ack, request_id: int, stage: int, units: set[int], agreed: Pre
     return min(log.length, *positions.values())
 
 
-def rung(before: Plan | None, after: Plan, restart: int) -> str:
+def _inputs(ack: Ack, request_id: int, stage: int, agreed: Prefixes) -> int:
+    """Positions of which a member can make the KV of any head unit of a stage."""
+    log = reported(ack, request_id)
+    if log is None or log not in agreed:
+        return 0
+    runs = (run for run in ack.inputs if (run.request_id, run.stage) == (request_id, stage))
+    return min(log.length, max((run.positions for run in runs), default=0))
+
+
+def rung(before: Plan | None, after: Plan, restart: Restart) -> str:
     """How the KV before `restart` is there by a plan; `before` was the last one in force."""
-    if restart == 0:
+    if restart.position == 0:
         return "replay"
+    if restart.recompute:
+        return "recompute"
     moved = before is not None and {*_head_owners(before)} != {*_head_owners(after)}
     return "replica" if moved else "none"
 

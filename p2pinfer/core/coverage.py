@@ -1,8 +1,9 @@
 """How much KV of each request lies on a node, head unit by head unit.
 
-A unit's KV comes into being in two ways: this node computes it, or the unit's owner sends what it
-computed (delta KV). Either way only a beginning counts, without a hole: `coverage` positions. What
-a new plan may build on is the least coverage over the owners of all units.
+A unit's KV comes into being in three ways: this node's steps compute it, the unit's owner sends
+what it computed (delta KV), or this node makes it of inputs that it kept (`core/inputs`). Either
+way only a beginning counts, without a hole: `coverage` positions. What a new plan may build on is
+the least coverage over the owners of all units, and what they can make of inputs.
 """
 
 from __future__ import annotations
@@ -107,6 +108,12 @@ class Coverage:
         """The owner's `[start, end)` of a fed unit is written; it joins what is there."""
         of = self._positions.setdefault(request_id, {})
         assert unit in self.fed and start <= of.get(unit, 0), "checked before it was written"
+        of[unit] = max(of.get(unit, 0), end)
+
+    def recomputed(self, request_id: int, unit: KvUnit, start: int, end: int) -> None:
+        """`[start, end)` of a computed unit is made of kept inputs; it joins what is there."""
+        of = self._positions.setdefault(request_id, {})
+        assert unit in self.computed and start <= of.get(unit, 0), "made from the first that lacks"
         of[unit] = max(of.get(unit, 0), end)
 
     def forget(self, request_id: int) -> None:

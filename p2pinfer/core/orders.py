@@ -38,15 +38,26 @@ class TokenLog(Struct, frozen=True, kw_only=True):
     tokens: tuple[int, ...]
 
 
+class Recompute(Struct, frozen=True, kw_only=True):
+    """KV of a request before `position` is to be there, up to `rows` positions of it made of kept
+    inputs."""
+
+    request_id: int
+    position: int
+    rows: int
+
+
 class ActivatePlan(Order, frozen=True, kw_only=True):
     """The loaded plan of `fence` is in force; the leader's worker starts to schedule steps.
 
     `logs` are the token logs from now on: others are forgotten, longer ones cut. `listeners` are
     the members (indices) that take part in steps: those that have acknowledged the plan.
+    `recomputes` names the requests of which any owner makes KV of inputs before the first step.
     """
 
     fence: Fence
     logs: tuple[TokenLog, ...] = ()
+    recomputes: tuple[Recompute, ...] = ()
     listeners: tuple[int, ...] = ()
 
 
@@ -116,11 +127,19 @@ class Covered(Struct, frozen=True, kw_only=True):
     positions: int
 
 
+class KeptInputs(Struct, frozen=True, kw_only=True):
+    """Leading positions of a request whose inputs a worker keeps in the layers of one stage."""
+
+    request_id: int
+    stage: int
+    positions: int
+
+
 class PlanLoaded(Report, frozen=True, kw_only=True):
     """The units of the plan of `fence` are loaded; `error` is empty when all went well.
 
     `logs` and `coverage` are as they stood when the worker stopped obeying the plan before; the
-    latter is of all head units whose KV is here, by the stages of this plan.
+    latter is of all head units whose KV is here, by the stages of this plan, as are `inputs`.
     """
 
     fence: Fence
@@ -128,6 +147,7 @@ class PlanLoaded(Report, frozen=True, kw_only=True):
     error: str = ""
     logs: tuple[TokenLog, ...] = ()
     coverage: tuple[Covered, ...] = ()
+    inputs: tuple[KeptInputs, ...] = ()
 
 
 class StandbysLoaded(Report, frozen=True, kw_only=True):
@@ -193,6 +213,7 @@ class WorkerStats(Report, frozen=True, kw_only=True):
     `standby_units_ready` of `..._wanted` have their weights here, `standby_weight_bytes`;
     `standby_lacks` counts the positions whose KV they have not got yet, over all requests and head
     units. `replicas_held`: replication is held on this node, so that its cost can be measured.
+    `kv_inputs_bytes` are those of the inputs that KV can be made of again.
     """
 
     steps: int = 0
@@ -215,6 +236,7 @@ class WorkerStats(Report, frozen=True, kw_only=True):
     delta_bytes_sent: int = 0
     delta_bytes_received: int = 0
     kv_standby_bytes: int = 0
+    kv_inputs_bytes: int = 0
     standby_units_ready: int = 0
     standby_units_wanted: int = 0
     standby_lacks: int = 0

@@ -22,6 +22,7 @@ from p2pinfer.core.events import (
     PlanAdopted,
     PlanFailed,
     PlanLoaded,
+    Recompute,
     StandbysLoaded,
     StandbysReady,
     TokenLog,
@@ -36,6 +37,7 @@ from p2pinfer.wire.messages import (
     Activate,
     AgreedLog,
     CoverageRun,
+    InputsRun,
     LogEntry,
     LogRequest,
     Nack,
@@ -191,6 +193,10 @@ class PlanHolder:
             node_id=self._me.node_id,
             logs=tuple(summary(log) for log in report.logs),
             coverage=tuple(_coverage(plan, report)),
+            inputs=tuple(
+                InputsRun(request_id=each.request_id, stage=each.stage, positions=each.positions)
+                for each in report.inputs
+            ),
         )
         self._box.send(plan.members[plan.leader].node_id, ack)
 
@@ -267,7 +273,14 @@ class PlanHolder:
         plan = pending.plan
         self.active, self._next, self._broken = plan, None, False
         self._durable.activated(plan.fence)
-        self._box.order(ActivatePlan(fence=plan.fence, logs=tuple(logs), listeners=listeners))
+        self._box.order(
+            ActivatePlan(
+                fence=plan.fence,
+                logs=tuple(logs),
+                recomputes=tuple(_recomputes(message)),
+                listeners=listeners,
+            )
+        )
         self._box.add(
             PlanAdopted(
                 fence=plan.fence,
@@ -321,6 +334,15 @@ def _coverage(plan: Plan, report: PlanLoaded) -> Iterator[CoverageRun]:
             units=covered.units,
             positions=covered.positions,
         )
+
+
+def _recomputes(message: Activate) -> Iterator[Recompute]:
+    """The requests of which any owner makes KV of inputs."""
+    for agreed in message.logs:
+        if agreed.recompute:
+            yield Recompute(
+                request_id=agreed.request_id, position=agreed.restart, rows=agreed.recompute
+            )
 
 
 def _versions(

@@ -168,7 +168,8 @@ class Proposal:
                 Agreed(
                     request_id=request_id,
                     log=log,
-                    restart=computed,
+                    restart=computed.position,
+                    recompute=computed.recompute,
                     rung=rung(self._before, self.plan, computed),
                 )
             )
@@ -222,6 +223,7 @@ class Proposal:
                     length=prefixes.length,
                     digest=digest(log.tokens),
                     restart=agreed.restart,
+                    recompute=agreed.recompute,
                 )
             )
             for node_id in sorted(node_ids):

@@ -110,6 +110,7 @@ def _member(member: Member, peer: Peer | None, plan: Plan | None, own: Heartbeat
         "kv": {
             "used_bytes": health.kv_used_bytes if health else 0,
             "limit_bytes": health.kv_limit_bytes if health else 0,
+            "inputs_bytes": health.kv_inputs_bytes if health else 0,
         },
     }
 

@@ -3,7 +3,7 @@
 Every STEP carries the tokens that it computes, so every node that hears it has the log; a leader
 may die and any of them can say what was drawn. The logs outlive plans: a new plan's leader collects
 them, and what it then agrees on takes their place everywhere. What is covered goes by the log: KV
-is of use only as far as its tokens are those of the log.
+is of use only as far as its tokens are those of the log, and so are the inputs it is made of.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from hashlib import sha256
 from struct import pack
 
 from p2pinfer.core.coverage import Coverage
-from p2pinfer.core.orders import Covered, TokenLog
+from p2pinfer.core.inputs import Inputs
+from p2pinfer.core.orders import Covered, KeptInputs, TokenLog
 from p2pinfer.core.units import Slice
 from p2pinfer.errors import RemoteProtocolError
 from p2pinfer.limits import MAX_REQUESTS
@@ -61,6 +62,7 @@ class TokenLogs:
 
     def __init__(self) -> None:
         self.coverage = Coverage()
+        self.inputs = Inputs()
         self._logs: dict[int, _Log] = {}
 
     def __contains__(self, request_id: int) -> bool:
@@ -123,7 +125,7 @@ class TokenLogs:
         else:
             log.cut(slot.start)
             log.tokens.extend(slot.tokens)
-        self.coverage.cut(slot.request_id, slot.start)
+        self._void(slot.request_id, slot.start)
         log.term = fence.term
 
     def final(self, fence: Fence, final: FinalToken) -> None:
@@ -141,12 +143,23 @@ class TokenLogs:
             if log is not None:
                 end = min(slot.start + len(slot.tokens), len(log.tokens))
                 self.coverage.finish(slot.request_id, slot.start, end)
+                self.inputs.finish(slot.request_id, slot.start, end)
 
     def forget(self, request_ids: Iterable[int]) -> None:
         """Nothing more is known of these requests; unknown ones are ignored."""
         for request_id in request_ids:
             self._logs.pop(request_id, None)
-            self.coverage.forget(request_id)
+            self._forget(request_id)
+
+    def _void(self, request_id: int, start: int) -> None:
+        """KV and inputs of a request from `start` on are void."""
+        self.coverage.cut(request_id, start)
+        self.inputs.cut(request_id, start)
+
+    def _forget(self, request_id: int) -> None:
+        """All KV and inputs of a request are void."""
+        self.coverage.forget(request_id)
+        self.inputs.forget(request_id)
 
     # --- plans ------------------------------------------------------------------------------------
 
@@ -178,6 +191,16 @@ class TokenLogs:
             if run.span in stages
         )
 
+    def kept_inputs(self, plan: Plan) -> tuple[KeptInputs, ...]:
+        """Of each log the positions whose inputs are here, by the stages of `plan`, in the order
+        of the request ids."""
+        return tuple(
+            KeptInputs(request_id=request_id, stage=number, positions=positions)
+            for request_id in sorted(self._logs)
+            for number, stage in enumerate(plan.stages)
+            if (positions := self.inputs.of(request_id, Slice(stage.start, stage.end)))
+        )
+
     def adopt(self, agreed: Iterable[TokenLog]) -> tuple[int, ...]:
         """The logs that were agreed on take the place of all others.
 
@@ -189,10 +212,10 @@ class TokenLogs:
             log = _Log(told.params, told.prompt_tokens)
             log.tokens, log.term = list(told.tokens), told.term
             old = before.pop(told.request_id, None)
-            self.coverage.cut(told.request_id, _common(old.tokens, log.tokens) if old else 0)
+            self._void(told.request_id, _common(old.tokens, log.tokens) if old else 0)
             self._logs[told.request_id] = log
         for request_id in before:
-            self.coverage.forget(request_id)
+            self._forget(request_id)
         return tuple(sorted(before))
 
 

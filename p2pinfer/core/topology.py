@@ -17,7 +17,13 @@ from p2pinfer.core.holdings import (
     stage_members,
     standby_holding,
 )
-from p2pinfer.core.units import kv_bytes_per_position, unit_count, unit_weight_bytes
+from p2pinfer.core.inputs import input_spans
+from p2pinfer.core.units import (
+    input_bytes_per_position,
+    kv_bytes_per_position,
+    unit_count,
+    unit_weight_bytes,
+)
 from p2pinfer.limits import MAX_POSITIONS, MAX_REQUESTS
 from p2pinfer.types import ModelSpec, Plan, UnitKind
 
@@ -103,7 +109,8 @@ def _receivers(plan: Plan, stage: int, me: int) -> tuple[int, ...]:
 
 
 def position_limit(plan: Plan) -> int:
-    """Positions of KV that every member has room for, over all requests, replicas included.
+    """Positions of KV that every member has room for, over all requests, replicas included, and
+    the inputs that it keeps.
 
     A member that says neither how much memory it offers nor how much of it for KV does not limit.
     """
@@ -111,14 +118,16 @@ def position_limit(plan: Plan) -> int:
     for index in range(len(plan.members)):
         room = kv_room(plan, index)
         row = sum(_kv_bytes_per_position(plan, held) for held in _held(plan, index))
+        for span in input_spans(plan, index):
+            row += input_bytes_per_position(plan.model, span.end - span.start)
         if room is not None and row:
             limit = min(limit, room // row)
     return limit
 
 
 def kv_room(plan: Plan, index: int) -> int | None:
-    """Bytes of KV, replicas included, that a member has room for beside the weights of what it owns
-    and keeps; None when it does not say."""
+    """Bytes of KV, replicas and kept inputs included, that a member has room for beside the weights
+    of what it owns and keeps; None when it does not say."""
     member = plan.members[index]
     rooms = []
     if member.memory_bytes:

@@ -71,6 +71,12 @@ def kv_bytes_per_position(model: ModelSpec, span_layers: int) -> int:
     return 2 * model.head_dim * span_layers * ITEM_BYTES[model.kv_dtype]
 
 
+def input_bytes_per_position(model: ModelSpec, span_layers: int) -> int:
+    """Bytes of the inputs of the K and V projections for one position of a request, over
+    `span_layers`: the same whichever units a node owns."""
+    return model.hidden_size * span_layers * ITEM_BYTES[model.dtype]
+
+
 def _size(model: ModelSpec, kind: UnitKind) -> int:
     sizes = {
         UnitKind.HEAD: model.num_key_value_heads,

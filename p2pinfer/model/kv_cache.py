@@ -40,9 +40,9 @@ class KvShape:
         return self.layers * 2 * blocks * BLOCK_POSITIONS * self.head_dim * self.dtype.itemsize
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros that cost no memory until written: attention reads to the end of a block, and what is
-    masked there must be finite."""
+def unwritten_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that cost no memory until written (attention reads to the end of a block, and what is
+    masked there must be finite)."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     if dtype.itemsize == 2:
@@ -67,7 +67,7 @@ class KvCache:
         s = self.shape
         positions = -(-capacity // BLOCK_POSITIONS) * BLOCK_POSITIONS
         shape = (s.units, s.layers, 2, positions, s.head_dim)
-        self._store[request_id] = _zeros(shape, s.dtype, s.device)
+        self._store[request_id] = unwritten_zeros(shape, s.dtype, s.device)
         self._written[request_id] = 0
 
     def drop(self, request_id: int) -> None:

@@ -122,19 +122,31 @@ class AttentionHalf:
         `store_of(request)` is the KV of this layer, [units, 2, capacity, head_dim]: that of all
         units is written.
         """
-        dtype, kind = TORCH_DTYPES[self.model.dtype], TORCH_DTYPES[self.model.kv_dtype]
+        dtype = TORCH_DTYPES[self.model.dtype]
+        q, k, v = self._project(h, batch.cos, batch.sin)
+        mixed = attend(q, k, v, batch.rows, store_of).to(dtype)
+        each = zip(self.units, mixed.unbind(), self.out, strict=True)
+        return {unit: out(rows_of).float() for unit, rows_of, out in each if unit in owned}
+
+    def keys_values(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V, each [rows, units, head_dim] in the KV's number format, of `h` [rows, hidden]:
+        the very bits that `partials` writes, since it is the same product."""
+        _, k, v = self._project(h, cos, sin)
+        return k, v
+
+    def _project(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Q [rows, units, group, head_dim], K and V, in the KV's number format."""
+        kind = TORCH_DTYPES[self.model.kv_dtype]
         rows, units, dim = h.shape[0], len(self.units), self.model.head_dim
         group = group_size(self.model)
         qkv = self.qkv(h)
         values_at = units * (group + 1) * dim
         turned = qkv[:, :values_at].view(rows, units * (group + 1), dim)
-        turned = rotate(turned, batch.cos, batch.sin).to(kind)
+        turned = rotate(turned, cos, sin).to(kind)
         q = turned[:, : units * group].view(rows, units, group, dim)
         k = turned[:, units * group :]
         v = qkv[:, values_at:].view(rows, units, dim).to(kind)
-        mixed = attend(q, k, v, batch.rows, store_of).to(dtype)
-        each = zip(self.units, mixed.unbind(), self.out, strict=True)
-        return {unit: out(rows_of).float() for unit, rows_of, out in each if unit in owned}
+        return q, k, v
 
     @property
     def nbytes(self) -> int:

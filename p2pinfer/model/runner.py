@@ -7,7 +7,8 @@ lockstep in one process by tests. It yields what other nodes must help with (`Ne
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional
 from p2pinfer.core.holdings import Holding
 from p2pinfer.core.units import group_size
 from p2pinfer.model.attention import Run, make_rows
+from p2pinfer.model.input_store import InputStore
 from p2pinfer.model.linear import padded_rows
 from p2pinfer.model.llama import TORCH_DTYPES, Batch, Trunk
 from p2pinfer.model.part import Part, units_of
@@ -59,7 +61,7 @@ class StageRunner:
     `parts` are all that the node holds. Those of which it owns any unit compute, and their weights
     are ready; what else they compute is dropped. The others are only kept up to date: requests open
     in them too. `owned` are units of one stage, and `trunk` is of that stage: None where nothing is
-    owned.
+    owned. `inputs`, of that stage's span, is written along, where it is given.
     """
 
     def __init__(
@@ -69,8 +71,12 @@ class StageRunner:
         trunk: Trunk | None,
         model: ModelSpec,
         device: torch.device,
+        *,
+        inputs: InputStore | None = None,
     ) -> None:
+        assert inputs is None or inputs.span == owned.span, "inputs are of what is computed"
         self._parts = tuple(parts)
+        self._inputs = inputs
         self._owned = owned
         self._trunk = trunk
         self._heads = frozenset(owned.head_units)
@@ -123,7 +129,10 @@ class StageRunner:
             x[:rows] = hidden
         for index, layer in enumerate(trunk.layers):
             number = trunk.span.start + index
-            partials = self._attend(index, trunk.normed(x, layer.attention_norm), batch)
+            h = trunk.normed(x, layer.attention_norm)
+            if self._inputs is not None:
+                self._inputs.write(index, runs, h)
+            partials = self._attend(index, h, batch)
             total = yield self._need(number, ATTENTION, partials, rows)
             x = self._add(x, rows, total, layer.attention_bias)
             partials = self._multiply(index, trunk.normed(x, layer.mlp_norm))
@@ -132,6 +141,8 @@ class StageRunner:
         for cache, _ in self._attention:
             for run in runs:
                 cache.wrote(run.request_id, run.end)
+        if self._inputs is not None:
+            self._inputs.wrote(runs)
         if not self._is_last:
             yield GiveHidden(x[:rows])
             return []
@@ -142,6 +153,37 @@ class StageRunner:
         for part in self._parts:
             for request_id in request_ids:
                 part.cache.drop(request_id)
+        if self._inputs is not None:
+            for request_id in request_ids:
+                self._inputs.drop(request_id)
+
+    def recompute(
+        self, request_id: int, units: AbstractSet[int], start: int, end: int
+    ) -> Iterator[None]:
+        """Write K and V of positions `[start, end)` of owned head units, made of kept inputs.
+
+        Yields after each product. Raises `LookupError` where the inputs are not here.
+        """
+        assert self._trunk is not None and units <= self._heads, "who owns heads has a trunk"
+        if self._inputs is None:
+            raise LookupError("this node keeps no inputs")
+        rows = end - start
+        filler = padded_rows(rows) - rows
+        cos, sin = self._trunk.rope.rows([(start, end), *([(0, filler)] if filler else [])])
+        for cache, halves in self._attention:
+            places = [i for i, unit in enumerate(halves[0].units) if unit in units]
+            for index, half in enumerate(halves if places else ()):
+                h = self._inputs.rows(request_id, index, start, end)
+                if filler:
+                    h = functional.pad(h, (0, 0, 0, filler))
+                k, v = half.keys_values(h, cos, sin)
+                store = cache.of_layer(index)(request_id)
+                for place in places:
+                    store[place, 0, start:end] = k[:rows, place]
+                    store[place, 1, start:end] = v[:rows, place]
+                yield
+            if places:
+                cache.wrote(request_id, end)
 
     def _open(self, slots: Sequence[Slot]) -> list[Run]:
         runs: list[Run] = []
@@ -150,6 +192,8 @@ class StageRunner:
             if slot.capacity:
                 for part in self._parts:
                     part.cache.open(slot.request_id, slot.capacity)
+                if self._inputs is not None:
+                    self._inputs.open(slot.request_id, slot.capacity)
             end = slot.start + len(slot.tokens)
             runs.append(Run(slot.request_id, row, slot.start, end))
             row += len(slot.tokens)

@@ -67,6 +67,10 @@ def _check_activate(message: Activate) -> None:
             log.restart <= log.length,
             f"a log of {log.length} tokens restarts at {log.restart}",
         )
+        _require(
+            log.recompute <= log.restart,
+            f"of {log.restart} positions before a restart {log.recompute} are recomputed",
+        )
 
 
 def _check_step(message: Step) -> None:

@@ -52,6 +52,7 @@ from p2pinfer.wire.plan_messages import (
     Activate,
     AgreedLog,
     CoverageRun,
+    InputsRun,
     LogDigest,
     LogEntry,
     LogRequest,
@@ -154,6 +155,7 @@ class Heartbeat(ControlMessage, frozen=True, kw_only=True):
     tokens_per_s: Rate = 0.0
     kv_used_bytes: U63 = 0
     kv_limit_bytes: U63 = 0
+    kv_inputs_bytes: U63 = 0
     hung: bool = False
     draining: bool = False
     compute_ms: Rate = 0.0
@@ -422,6 +424,7 @@ __all__ = [
     "Heartbeat",
     "Hello",
     "Hidden",
+    "InputsRun",
     "Interruption",
     "KvDelta",
     "KvRequest",

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from p2pinfer.limits import MAX_NODES, MAX_REQUESTS, MAX_UNITS
+from p2pinfer.limits import MAX_NODES, MAX_REQUESTS, MAX_STAGES, MAX_UNITS
 from p2pinfer.types import U63, Digest, Fence, Identity, Length, Plan, SamplingParams, Tokens
 from p2pinfer.wire.fields import Code, ControlMessage, MaybeIdentity, Reason, StageIndex, Unit
 
@@ -80,6 +80,14 @@ class CoverageRun(Struct, frozen=True, kw_only=True):
     positions: Length
 
 
+class InputsRun(Struct, frozen=True, kw_only=True):
+    """Leading positions of a request whose inputs a node keeps, in all layers of a stage."""
+
+    request_id: U63
+    stage: StageIndex
+    positions: Length
+
+
 class Ack(ControlMessage, frozen=True, kw_only=True):
     """The plan of `fence` is persisted and its units are loaded here."""
 
@@ -87,6 +95,7 @@ class Ack(ControlMessage, frozen=True, kw_only=True):
     node_id: Identity
     logs: Annotated[tuple[LogDigest, ...], Meta(max_length=MAX_REQUESTS)] = ()
     coverage: Annotated[tuple[CoverageRun, ...], Meta(max_length=MAX_REQUESTS * MAX_NODES)] = ()
+    inputs: Annotated[tuple[InputsRun, ...], Meta(max_length=MAX_REQUESTS * MAX_STAGES)] = ()
 
 
 class Nack(ControlMessage, frozen=True, kw_only=True):
@@ -123,12 +132,16 @@ class LogEntry(ControlMessage, frozen=True, kw_only=True):
 
 
 class AgreedLog(Struct, frozen=True, kw_only=True):
-    """The log that all members have of a request from now on, and where computing restarts."""
+    """The log that all members have of a request from now on, and where computing restarts.
+
+    `recompute`: of how many positions before that some owner makes KV of the inputs that it keeps.
+    """
 
     request_id: U63
     length: Length
     digest: Digest
     restart: Length
+    recompute: Length = 0
 
 
 class Activate(ControlMessage, frozen=True, kw_only=True):

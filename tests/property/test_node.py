@@ -209,7 +209,13 @@ class Story:
         return self.one(
             propose,
             propose,
-            m.Ack(fence=fence, node_id=who.node_id, logs=summaries, coverage=(covered,)),
+            m.Ack(
+                fence=fence,
+                node_id=who.node_id,
+                logs=summaries,
+                coverage=(covered,),
+                inputs=(m.InputsRun(request_id=self.request(), stage=0, positions=99),),
+            ),
             m.Ack(fence=fence, node_id=who.node_id),
             m.Nack(
                 fence=fence,

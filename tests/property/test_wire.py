@@ -146,7 +146,9 @@ SPECIAL: dict[type, st.SearchStrategy[Any]] = {Plan: plans()}
 
 SPECIAL[m.Slot] = struct(m.Slot, start=small)
 SPECIAL[m.LogEntry] = struct(m.LogEntry, start=small)
-SPECIAL[m.AgreedLog] = struct(m.AgreedLog, length=st.just(1 << 19), restart=small)
+SPECIAL[m.AgreedLog] = struct(
+    m.AgreedLog, length=st.just(1 << 20), restart=st.just(1 << 19), recompute=small
+)
 SPECIAL[m.Chunk] = struct(m.Chunk, start=small)
 SPECIAL[m.KvRequest] = struct(m.KvRequest, start=small, end=st.integers((1 << 19) + 1, 1 << 20))
 SPECIAL[m.Submit] = st.one_of(

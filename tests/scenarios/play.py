@@ -98,6 +98,11 @@ def _with(play: Play, what: str, value: str) -> None:
     play.setting = msgspec.structs.replace(play.setting, **{field: kind(value)})
 
 
+@command(r"with inputs kept")
+def _with_inputs(play: Play) -> None:
+    play.setting = msgspec.structs.replace(play.setting, keep_inputs=(True,))
+
+
 @command(r"with witness (\w+)")
 def _with_witness(play: Play, name: str) -> None:
     play.witness = name

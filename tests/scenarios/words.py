@@ -81,7 +81,12 @@ def _units(units: Iterable[int]) -> str:
 
 def failover_in_words(failover: Failover, prompt_tokens: int) -> str:
     """What interrupted a reply, and where."""
-    how = {"replay": "all computed again", "replica": "KV of replicas", "none": "KV kept"}
+    how = {
+        "replay": "all computed again",
+        "recompute": "KV made of inputs",
+        "replica": "KV of replicas",
+        "none": "KV kept",
+    }
     came = how[failover.rung]
     token = failover.position - prompt_tokens
     return (
@@ -123,7 +128,8 @@ def fact_in_words(fact: e.Fact, own_name: str, name: Name) -> str:  # noqa: PLR0
             return f"plan {fence_in_words(fact.fence)} failed ({fact.reason})"
         case e.RequestRestored():
             which = name(fact.request_id)
-            kept = f"KV for {fact.restart}{' (replicas)' if fact.rung == 'replica' else ''}"
+            came = {"replica": " (replicas)", "recompute": " (made of inputs)"}.get(fact.rung, "")
+            kept = f"KV for {fact.restart}{came}"
             return f"{which} goes on: its log has {fact.length} tokens, {kept}"
         case e.FrameDropped() if fact.reason.startswith(ADDRESSED):
             return f"drops {fact.reason}"
@@ -156,6 +162,7 @@ def message_in_words(message: Message, name: Name) -> str:  # noqa: PLR0911
         case Activate():
             logs = "".join(
                 f"; {name(log.request_id)} of {log.length} tokens, KV for {log.restart}"
+                f"{f', {log.recompute} of inputs' if log.recompute else ''}"
                 for log in message.logs
             )
             return f"{kind} {fence_in_words(message.fence)}{logs}"
@@ -177,9 +184,15 @@ def message_in_words(message: Message, name: Name) -> str:  # noqa: PLR0911
 def _holds(message: Ack, name: Name) -> str:
     return "".join(
         f"; {name(log.request_id)} of {log.length} tokens (term {log.term}), "
-        f"KV for {_covered(message, log.request_id)}"
+        f"KV for {_covered(message, log.request_id)}{_inputs(message, log.request_id)}"
         for log in message.logs
     )
+
+
+def _inputs(message: Ack, request_id: int) -> str:
+    """Of how many positions it keeps the inputs, if it keeps any."""
+    runs = [run for run in message.inputs if run.request_id == request_id]
+    return "".join(f", inputs for {run.positions}" for run in runs)
 
 
 def _covered(message: Ack, request_id: int) -> str:

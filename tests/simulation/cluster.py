@@ -42,7 +42,7 @@ class Setting(Struct, frozen=True, kw_only=True):
     """What a cluster is like.
 
     `kinds` are the machines' numeric classes, `window` how many positions of a unit a standby
-    grants an owner (0: as many as truly).
+    grants an owner (0: as many as truly), `keep_inputs` whether they keep what KV is made of.
     """
 
     nodes: int = 3
@@ -54,6 +54,7 @@ class Setting(Struct, frozen=True, kw_only=True):
     rates: tuple[float, ...] = (1.0,)
     weights: tuple[float, ...] = (1.0,)
     witness: bool = False
+    keep_inputs: tuple[bool, ...] = (False,)
     wait_for_nodes: float = 4.0
     orphan_timeout: float = 1.5
     drain_timeout: float = 4.0
@@ -94,6 +95,7 @@ class Cluster:
         machine.kind = setting.kinds[place % len(setting.kinds)]
         machine.rate = setting.rates[place % len(setting.rates)]
         machine.weight = setting.weights[place % len(setting.weights)]
+        machine.keeps_inputs = setting.keep_inputs[place % len(setting.keep_inputs)]
         machine.witness = setting.witness and machine.number == setting.nodes
         machine.join = tuple(other.address for other in join)
         self.machines.append(machine)

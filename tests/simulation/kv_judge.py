@@ -79,6 +79,8 @@ class KvJudge:
         self._cluster = cluster
         self._reference = reference
         self._reported: dict[tuple[Fence, Boot], Has] = {}
+        self._kept: dict[tuple[Fence, Boot], dict[tuple[int, Slice], int]] = {}
+        """Leading positions whose inputs a worker reported to have, by request and span."""
         self._death: Death | None = None
 
     # --- what is there ----------------------------------------------------------------------------
@@ -100,6 +102,30 @@ class KvJudge:
                     f"{covered.request_id}, and {len(log)} tokens",
                 )
         self._reported[plan.fence, process.boot_id] = has
+        kept = self._kept[plan.fence, process.boot_id] = {}
+        for each in report.inputs:
+            stage = plan.stages[each.stage]
+            span = Slice(stage.start, stage.end)
+            kept[each.request_id, span] = each.positions
+            log = tokens.get(each.request_id, ())
+            check(len(log) >= each.positions, f"node{process.number} has inputs beyond its log")
+            self._look_at_inputs(process, each.request_id, span, log[: each.positions])
+
+    def _look_at_inputs(
+        self, process: Process, request_id: int, span: Slice, tokens: tuple[int, ...]
+    ) -> None:
+        inputs = process.worker.units.inputs
+        for layer in range(*span):
+            rows = inputs.rows(request_id, layer) if inputs is not None else []
+            for position, name in enumerate(toy.tags(tokens)):
+                truth = self._reference.known(name)
+                there = rows[position] if position < len(rows) else None
+                right = truth is not None and there == (name, truth.residuals[2 * layer])
+                check(
+                    right,
+                    f"node{process.number} says that it has inputs of request {request_id} up to "
+                    f"{len(tokens)}; at {position} of layer {layer} it has not",
+                )
 
     def _look(
         self, process: Process, request_id: int, unit: KvUnit, tokens: tuple[int, ...]
@@ -134,19 +160,25 @@ class KvJudge:
         for unit, head in heads(plan):
             has = self._reported.get((plan.fence, head.owner), {})
             least[unit] = has.get((fact.request_id, unit), 0)
+            kept = self._kept.get((plan.fence, head.owner), {})
+            possible = max(least[unit], kept.get((fact.request_id, unit.span), 0))
             check(
-                fact.restart <= least[unit],
+                fact.restart <= possible,
                 f"request {fact.request_id} goes on at {fact.restart}; the owner of unit "
-                f"{unit.unit} has {least[unit]} positions",
+                f"{unit.unit} has {least[unit]} positions, and can make {possible}",
             )
+        made = fact.restart > min(least.values())
+        check((fact.rung == "recompute") == made, f"rung {fact.rung} at {fact.restart}")
+        if made:
+            self._world.count("a request went on from KV made of inputs")
         check((fact.rung == "replay") == (fact.restart == 0), f"rung {fact.rung} at {fact.restart}")
         taken = promoted(before, plan) if before is not None else set()
         moved = before is not None and _owners(before) != _owners(plan)
-        if (fact.rung == "replica") != (moved and fact.restart > 0):
+        if not made and (fact.rung == "replica") != (moved and fact.restart > 0):
             # Otherwise it goes by a plan that it has accepted and that never was in force.
             check(not knows, f"rung {fact.rung} at {fact.restart}; units moved: {moved}")
             self._world.count("a rung goes by a plan that never was in force")
-        if taken and fact.restart:
+        if taken and fact.restart and not made:
             self._count_restored(fact, taken, least)
         if self._death is not None:
             self._as_far_as_it_can(self._death, fact, plan)

@@ -89,6 +89,7 @@ class Machine:
         self.kind = 0
         self.weight = 1.0
         self.witness = False
+        self.keeps_inputs = False
         self.join: tuple[str, ...] = ()
         self.rate = 1.0
         self.jumped = 0.0
@@ -118,6 +119,7 @@ class Machine:
             pid=self.boots,
             weight=self.weight,
             witness=self.witness,
+            keeps_inputs=self.keeps_inputs,
             blank=blank,
         )
 

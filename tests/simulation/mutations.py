@@ -24,6 +24,7 @@ from p2pinfer.core.commits import Commits
 from p2pinfer.core.coverage import Coverage, KvUnit
 from p2pinfer.core.durable import Durable
 from p2pinfer.core.election import Election
+from p2pinfer.core.inputs import Inputs
 from p2pinfer.core.replication import Replicas
 from p2pinfer.core.step_checks import StepMessage, check_frame
 from p2pinfer.core.step_gate import Drop, File, Gap, Hold, StepGate
@@ -195,6 +196,23 @@ def _slot_reused() -> AbstractContextManager[None]:
         return [row._replace(request_id=place) for row in rows(engine, slot)]
 
     return _patched((ToyEngine, "_rows", placed))
+
+
+def _inputs_of_another_log_counted() -> AbstractContextManager[None]:
+    """Inputs of another log counted: they are not cut with the log, so that KV is made of what
+    other tokens came to."""
+    return _patched((Inputs, "cut", lambda *_: None))
+
+
+def _inputs_beyond_a_hole_counted() -> AbstractContextManager[None]:
+    """Inputs count from whichever position on they were written."""
+
+    def finish(inputs: Inputs, request_id: int, _start: int, end: int) -> None:
+        of = inputs._positions.setdefault(request_id, {})
+        for span in inputs.spans:
+            of[span] = max(of.get(span, 0), end)
+
+    return _patched((Inputs, "finish", finish))
 
 
 # --- replicas -------------------------------------------------------------------------------------
@@ -382,6 +400,8 @@ MUTATIONS: dict[str, Mutation] = {
     "watermark-off-by-one": _watermark_off_by_one,
     "stale-coverage-trusted": _stale_coverage_trusted,
     "slot-reused": _slot_reused,
+    "inputs-of-another-log": _inputs_of_another_log_counted,
+    "inputs-beyond-a-hole": _inputs_beyond_a_hole_counted,
     "delta-beyond-a-gap": _delta_beyond_a_gap,
     "delta-digest-unchecked": _delta_digest_unchecked,
     "coverage-not-cut": _coverage_not_cut,

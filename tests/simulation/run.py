@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from random import Random
 from time import process_time
 
+from msgspec.structs import replace
+
 from p2pinfer.core.node import Node
 from tests.simulation import toy_model as toy
 from tests.simulation.cluster import Cluster, Setting
@@ -64,6 +66,12 @@ def setting(rng: Random) -> Setting:
     )
 
 
+def keep_inputs(rng: Random) -> tuple[bool, ...]:
+    """Which machines keep inputs: none, all, or some."""
+    share = rng.choice((0.0, 0.0, 1.0, 0.7))
+    return tuple(rng.random() < share for _ in range(6))
+
+
 class Simulation:
     """One run of one seed."""
 
@@ -76,7 +84,7 @@ class Simulation:
     ) -> None:
         self.world = World(seed, tell)
         rng = self.world.stream("setting")
-        self.setting = setting(rng)
+        self.setting = replace(setting(rng), keep_inputs=keep_inputs(self.world.stream("inputs")))
         drawn = choose(self.world.stream("classes"))
         self.classes = tuple(name for name in drawn if name not in without)
         self.cluster = Cluster(self.world, self.setting, _REFERENCE, make_node)

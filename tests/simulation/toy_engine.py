@@ -7,7 +7,7 @@ it was written for, so that a wrong token's cause is found where it arises.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from struct import pack
 from typing import Protocol
 
@@ -23,7 +23,7 @@ from p2pinfer.wire.messages import Candidates, Hidden, Partial, Slot, Step, Step
 from p2pinfer.wire.tensors import Tensor, WireDType
 from tests.simulation import toy_model as toy
 from tests.simulation.toy_links import StepBroken, ToyLinks
-from tests.simulation.toy_units import Row, ToyCache
+from tests.simulation.toy_units import Row, ToyUnits
 from tests.simulation.world import check
 
 HALF_LAYER_S = 0.005
@@ -60,17 +60,18 @@ class Truth(Protocol):
 
 
 class ToyEngine:
-    """Computes steps; logs and cache outlive it."""
+    """Computes steps; logs and units outlive it."""
 
     def __init__(
-        self, mine: Topology, logs: TokenLogs, cache: ToyCache, links: ToyLinks, truth: Truth
+        self, mine: Topology, logs: TokenLogs, units: ToyUnits, links: ToyLinks, truth: Truth
     ) -> None:
         self.topology = mine
         self.steps = 0
         self.step = 0
         self.owes = 0
         self._logs = logs
-        self._cache = cache
+        self._units = units
+        self._cache = units.cache
         self._links = links
         self._truth = truth
         self._heads = tuple(computed_units(mine.plan, mine.me))
@@ -93,7 +94,7 @@ class ToyEngine:
         except RemoteProtocolError as error:
             raise StepBroken(self._id(self.topology.plan.leader), str(error)) from error
         self.step = step.step
-        self._cache.forget(step.ended)
+        self._units.forget(step.ended)
         for slot in step.slots:
             self._cache.open(slot.request_id)
 
@@ -155,6 +156,8 @@ class ToyEngine:
         own = []
         for row, x in zip(rows, xs, strict=True):
             partials = {}
+            if self._units.inputs is not None:
+                self._units.inputs.write(layer, row, x)
             for head in self._heads:
                 value = toy.attend(layer, head.unit, self._cache.past(head, layer, row), x)
                 self._cache.write(head, layer, row, value)
@@ -298,6 +301,12 @@ class ToyEngine:
                         at = place * width + unit
                         of_slot.append((ids[at], int(scores[at])))
         return offers
+
+
+def made(portions: Iterator[None]) -> Generator[Wait, None, None]:
+    """Make KV of inputs, portion by portion, which takes its time."""
+    for _ in portions:
+        yield Sleep(HALF_LAYER_S)
 
 
 def _add_to(totals: list[int], sums: list[int]) -> None:

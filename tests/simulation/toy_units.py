@@ -6,11 +6,13 @@ have, the KV of all others is freed. Weights take time to read, those of standby
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 from p2pinfer.core.coverage import KvUnit
 from p2pinfer.core.holdings import Holding, holding, standby_holding
+from p2pinfer.core.inputs import input_spans
 from p2pinfer.core.replication import computed_units, fed_units
 from p2pinfer.core.token_log import TokenLogs
 from p2pinfer.core.topology import Topology
@@ -119,6 +121,29 @@ class ToyCache:
         return True
 
 
+class ToyInputs:
+    """The residuals that the KV of a span is made of, by request, layer and position."""
+
+    def __init__(self, span: Slice) -> None:
+        self.span = span
+        self._layers: dict[int, list[list[Kept]]] = {}
+
+    def forget(self, request_ids: Iterable[int]) -> None:
+        """Free what these requests hold."""
+        for request_id in request_ids:
+            self._layers.pop(request_id, None)
+
+    def write(self, layer: int, row: Row, x: int) -> None:
+        """Write the residual of a position before the attention of a layer."""
+        layers = self._layers.setdefault(row.request_id, [[] for _ in range(*self.span)])
+        _put(layers[layer - self.span.start], row.position, Kept(row.name, x))
+
+    def rows(self, request_id: int, layer: int) -> list[Kept]:
+        """All that is kept of a layer, by position."""
+        layers = self._layers.get(request_id)
+        return layers[layer - self.span.start] if layers else []
+
+
 def _put(rows: list[Kept], position: int, kept: Kept) -> None:
     """Write in place; a hole before it holds nothing that could be read."""
     rows += [NOTHING] * (position + 1 - len(rows))
@@ -130,6 +155,7 @@ class ToyUnits:
 
     def __init__(self, logs: TokenLogs) -> None:
         self.cache = ToyCache()
+        self.inputs: ToyInputs | None = None
         self._logs = logs
         self._ready: set[Weights] = set()
         self._own: frozenset[Weights] = frozenset()
@@ -145,6 +171,34 @@ class ToyUnits:
         computed, fed = computed_units(plan, me), fed_units(plan, me)
         self._logs.coverage.hold(computed=computed.keys(), fed=fed.keys())
         self.cache.hold((*computed, *fed))
+        spans = input_spans(plan, me)
+        self._logs.inputs.hold(spans)
+        if self.inputs is None or self.inputs.span not in spans:
+            self.inputs = next(map(ToyInputs, spans), None)
+
+    def forget(self, request_ids: Iterable[int]) -> None:
+        """Free what these requests hold."""
+        self.cache.forget(request_ids)
+        if self.inputs is not None:
+            self.inputs.forget(request_ids)
+
+    def recompute(
+        self, request_id: int, units: AbstractSet[KvUnit], start: int, end: int
+    ) -> Iterator[None]:
+        """Write KV of these positions, made of inputs."""
+        assert self.inputs is not None
+        self.cache.open(request_id)
+        for unit in sorted(units):
+            for layer in range(*unit.span):
+                kept = self.inputs.rows(request_id, layer)
+                check(len(kept) >= end, f"inputs of request {request_id} are not there")
+                for position in range(start, end):
+                    name, x = kept[position]
+                    before = kept[position - 1].name if position else toy.ROOT_TAG
+                    row = Row(request_id, position, 0, before, name)
+                    past = self.cache.past(unit, layer, row)
+                    self.cache.write(unit, layer, row, toy.attend(layer, unit.unit, past, x))
+            yield
 
     @property
     def complete(self) -> bool:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from p2pinfer.core import events as e
+from p2pinfer.core.recompute import recompute
 from p2pinfer.core.replication import computed_units
 from p2pinfer.core.step_clock import StepClock
 from p2pinfer.core.step_maker import StepMaker, StepReport
@@ -24,7 +25,7 @@ from p2pinfer.types import Fence, ModelSpec
 from p2pinfer.wire.messages import Plane, Step
 from tests.simulation import toy_model as toy
 from tests.simulation.toy_bulk import ToyBulk
-from tests.simulation.toy_engine import Frames, Sleep, ToyEngine, Wait
+from tests.simulation.toy_engine import Frames, Sleep, ToyEngine, Wait, made
 from tests.simulation.toy_links import StepBroken, ToyLinks
 from tests.simulation.toy_units import ToyUnits
 from tests.simulation.world import check
@@ -80,7 +81,7 @@ class ToyWorker:
         self._late = False
         """The processor is done with what the task waited for, while the worker stood still."""
         self._limit_at = 0.0
-        self._rows = 0
+        self._rows = self._recomputed = 0
         self.world.later(self._random.uniform(*STARTS_S), self._begin)
 
     # --- life -------------------------------------------------------------------------------------
@@ -329,8 +330,12 @@ class ToyWorker:
         self._held = order.plan.fence
         if taken:
             self._count_taken(filling)
-        logs, coverage = self.logs.snapshot(), self.logs.covered(order.plan)
-        loaded = e.PlanLoaded(fence=order.plan.fence, logs=logs, coverage=coverage)
+        loaded = e.PlanLoaded(
+            fence=order.plan.fence,
+            logs=self.logs.snapshot(),
+            coverage=self.logs.covered(order.plan),
+            inputs=self.logs.kept_inputs(order.plan),
+        )
         self.loading = order.plan.fence
         self._start_task(self._loads(mine, loaded))
 
@@ -366,9 +371,9 @@ class ToyWorker:
         mine = self._loaded
         if mine is None or mine.plan.fence != order.fence or self.engine is not None:
             return
-        self.units.cache.forget(self.logs.adopt(order.logs))
+        self.units.forget(self.logs.adopt(order.logs))
         judge = self.process.cluster.judge
-        self.engine = ToyEngine(mine, self.logs, self.units.cache, self.links, judge)
+        self.engine = ToyEngine(mine, self.logs, self.units, self.links, judge)
         judge.activated(self.process, order)
         if mine.leads:
             self._listeners = tuple(sorted(set(order.listeners) - {mine.me}))
@@ -377,6 +382,8 @@ class ToyWorker:
         self.links.activate(mine)
         self.bulk.activate(mine)
         self._load_next(mine.plan.fence)
+        self._recomputed = sum(each.rows for each in order.recomputes)
+        self._start_task(made(recompute(self.units, self.logs, order.recomputes)))
 
     def _load_next(self, fence: Fence) -> None:
         """In the background: read the weights that are kept for the next owner, if some lack."""
@@ -454,10 +461,13 @@ class ToyWorker:
 
     def _set_limit(self, step: Step, began: float) -> None:
         self._rows = sum(len(slot.tokens) for slot in step.slots)
-        self._limit_at = began + self._steps.limit(self._rows)
+        self._limit_at = began + self._steps.limit(self._rows + self._recomputed)
 
     def _finish(self, engine: ToyEngine, step: Step, began: float) -> None:
-        self._steps.finished(self._rows, self.process.machine.monotonic() - began)
+        if not self._recomputed:
+            self._steps.finished(self._rows, self.process.machine.monotonic() - began)
+        if self._rows:
+            self._recomputed = 0
         engine.owes = 0
         self.bulk.finished(step)
 

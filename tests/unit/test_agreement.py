@@ -7,8 +7,10 @@ from hashlib import sha256
 from msgspec.structs import replace
 
 from p2pinfer.core.agreement import (
+    RERUN_POSITIONS,
     Choice,
     Prefixes,
+    Restart,
     choose,
     digest,
     reported,
@@ -22,7 +24,7 @@ from p2pinfer.core.events import TokenLog
 from p2pinfer.core.planner import make_plan
 from p2pinfer.limits import MAX_REQUESTS
 from p2pinfer.types import Fence, Plan
-from p2pinfer.wire.messages import Ack, CoverageRun, LogDigest
+from p2pinfer.wire.messages import Ack, CoverageRun, InputsRun, LogDigest
 from tests.plan_bench import MODEL, log, member
 
 TERM = 5
@@ -145,9 +147,11 @@ def test_a_member_may_have_no_log_of_a_request() -> None:
 
 
 def restarted(*acks: Ack, agreed: str = "abcd", layout: str = "heads", count: int = 2) -> int:
-    """Where request 1 restarts."""
+    """Where request 1 restarts, nothing being made of inputs."""
     plan = plan_of(count, layout=layout)
-    return restart(plan, 1, Prefixes(log(agreed).tokens), by_id(*acks))
+    found = restart(plan, 1, Prefixes(log(agreed).tokens), by_id(*acks))
+    assert found.recompute == 0
+    return found.position
 
 
 def test_a_request_restarts_at_the_least_coverage_of_any_owner() -> None:
@@ -216,9 +220,64 @@ def test_all_stages_must_be_covered() -> None:
 def test_the_rung_says_where_the_kv_was() -> None:
     """Computed again where there is none; a replica's where any head unit has another owner."""
     two, three, layers = plan_of(2), plan_of(3), plan_of(2, layout="layers")
-    assert rung(two, two, 0) == rung(two, three, 0) == rung(None, two, 0) == "replay"
-    assert rung(two, two, 3) == rung(None, two, 3) == "none"
-    assert rung(two, three, 3) == rung(two, layers, 3) == "replica"
+    assert {rung(each, two, Restart(0, 0)) for each in (two, three, None)} == {"replay"}
+    assert {rung(each, two, Restart(3, 0)) for each in (two, None)} == {"none"}
+    assert {rung(two, each, Restart(3, 0)) for each in (three, layers)} == {"replica"}
+    assert {rung(two, each, Restart(3, 1)) for each in (two, three)} == {"recompute"}
+
+
+LONG = "abcdefghijklmnopqrstuvwxyz"
+
+
+def with_inputs(answer: Ack, positions: int, *, stage: int = 0, request_id: int = 1) -> Ack:
+    """The same, of a member that keeps inputs."""
+    run = InputsRun(request_id=request_id, stage=stage, positions=positions)
+    return replace(answer, inputs=(*answer.inputs, run))
+
+
+def made(*acks: Ack, layout: str = "heads") -> Restart:
+    """Where request 1 restarts, with the KV that is made of inputs."""
+    return restart(plan_of(2, layout=layout), 1, Prefixes(log(LONG).tokens), by_id(*acks))
+
+
+def test_what_lacks_is_made_of_inputs() -> None:
+    """An owner's positions are those that it covers or keeps the inputs of, whichever is more."""
+    plan = plan_of(2)
+    ours = ack(1, log(LONG), covered=25, plan=plan)
+    theirs = ack(2, log(LONG), covered=3, plan=plan)
+    assert made(ours, theirs) == Restart(3, 0)
+    assert made(ours, with_inputs(theirs, 24)) == Restart(24, 21)
+    assert made(ours, with_inputs(theirs, 26)) == Restart(25, 22)
+    assert made(with_inputs(ours, 2), with_inputs(theirs, 24)) == Restart(24, 21)
+    assert made(with_inputs(ours, 24), theirs) == Restart(3, 0)
+    lost = ack(1, log(LONG)), ack(2, log(LONG))
+    assert made(*(with_inputs(each, 20) for each in lost)) == Restart(20, 20)
+
+
+def test_a_few_positions_are_run_again_instead() -> None:
+    """A small step is as good as that."""
+    plan = plan_of(2)
+    ours = ack(1, log(LONG), covered=25, plan=plan)
+    theirs = ack(2, log(LONG), covered=10, plan=plan)
+    most = 10 + RERUN_POSITIONS
+    assert made(ours, with_inputs(theirs, most)) == Restart(10, 0)
+    assert made(ours, with_inputs(theirs, most + 1)) == Restart(most + 1, RERUN_POSITIONS + 1)
+
+
+def test_inputs_count_for_their_request_stage_and_log_alone() -> None:
+    """As coverage does, and only those of an owner."""
+    plan = plan_of(2)
+    ours = ack(1, log(LONG), covered=25, plan=plan)
+    theirs = ack(2, log(LONG))
+    assert made(ours, with_inputs(theirs, 20, request_id=2)) == Restart(0, 0)
+    assert made(ours, with_inputs(theirs, 20, stage=1)) == Restart(0, 0)
+    assert made(ours, with_inputs(ack(2, log("x" + LONG[1:])), 20)) == Restart(0, 0)
+    assert made(ours, with_inputs(ack(2), 20)) == made(ours) == Restart(0, 0)
+    assert made(ours, with_inputs(ack(2, log(LONG[:15])), 20)) == Restart(15, 15)
+    layers = plan_of(2, layout="layers")
+    first = ack(1, log(LONG), covered=25, plan=layers)
+    assert made(first, with_inputs(theirs, 20, stage=1), layout="layers") == Restart(20, 20)
+    assert made(first, with_inputs(theirs, 20, stage=0), layout="layers") == Restart(0, 0)
 
 
 def test_a_member_keeps_its_units_under_another_index() -> None:
@@ -230,9 +289,9 @@ def test_a_member_keeps_its_units_under_another_index() -> None:
         for kind in ("head_owners", "mlp_owners", "vocab_owners")
     }
     after = replace(before, members=before.members[::-1], stages=(replace(stage, **turned),))
-    assert rung(before, after, 3) == "none"
+    assert rung(before, after, Restart(3, 0)) == "none"
     moved = replace(before, stages=(replace(stage, mlp_owners=(0,) * len(stage.mlp_owners)),))
-    assert rung(before, moved, 3) == "none"
+    assert rung(before, moved, Restart(3, 0)) == "none"
 
 
 def test_bits_stay_the_same_where_each_unit_stays_in_its_class() -> None:

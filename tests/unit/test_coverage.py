@@ -58,6 +58,19 @@ def test_only_kept_units_are_joined_and_without_a_hole() -> None:
             known.join(1, unit, start, 2)
 
 
+def test_what_is_made_of_inputs_counts() -> None:
+    """Of units that this node computes, from the first position that lacks."""
+    known = coverage({A, B}, {C})
+    known.finish(1, 0, 4)
+    known.lose({A})
+    known.recomputed(1, A, 0, 3)
+    known.recomputed(1, B, 0, 3)
+    assert [known.of(1, unit) for unit in (A, B, C)] == [3, 4, 0]
+    for unit, start in ((A, 4), (C, 0)):
+        with pytest.raises(AssertionError):
+            known.recomputed(1, unit, start, 5)
+
+
 def test_units_that_stay_in_any_way_keep_their_kv() -> None:
     """A replica that is promoted has what it had, so has an owner's that is a replica now; what is
     held no longer is gone, also when it comes back."""

@@ -376,14 +376,16 @@ def test_members_speak_for_themselves_only() -> None:
 def test_status_has_the_contracts_fields() -> None:
     """The status object: cluster, model, members with what they own."""
     bench = Bench.leader(TWO)
-    bench.worker(e.WorkerStats(kv_used_bytes=1, kv_standby_bytes=2, kv_limit_bytes=9))
+    bench.worker(
+        e.WorkerStats(kv_used_bytes=1, kv_standby_bytes=2, kv_inputs_bytes=4, kv_limit_bytes=9)
+    )
     status = bench.node.status(bench.now)
     assert status["model"]["num_units"] == {"head": 4, "mlp": 2, "vocab": 2}
     assert (status["epoch"], status["ready"], status["waiting"]) == (2, True, None)
     assert status["voters"] == ["node2", "node5"]
     assert status["tolerates"] == ["node2"]
     other, own = status["members"]
-    assert own["kv"] == {"used_bytes": 3, "limit_bytes": 9}
+    assert own["kv"] == {"used_bytes": 7, "limit_bytes": 9, "inputs_bytes": 4}
     assert other["owned"][0]["span"] == [0, 2]
     assert sorted(other["head_units"] + own["head_units"]) == list(range(4))
     empty = Bench(join=(1,), model=None).node.status(0.0)

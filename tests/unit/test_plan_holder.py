@@ -250,6 +250,19 @@ def test_activate_puts_the_plan_in_force_with_its_logs(node: Holding) -> None:
     assert node.holder.obeyed == PLAN.fence
 
 
+def test_the_worker_learns_what_is_made_of_inputs(node: Holding) -> None:
+    """The ACK tells what is kept, ACTIVATE which positions it is for, whoever makes them."""
+    node.ready(PLAN, log("abc"), log("xy", request_id=2), inputs=2)
+    ((_, ack),) = node.sent(m.Ack)
+    assert ack.inputs == tuple(
+        m.InputsRun(request_id=number, stage=0, positions=2) for number in (1, 2)
+    )
+    made = replace(agreed("abc", restart=2), recompute=1)
+    node.activate(PLAN, made, agreed("xy", restart=1, request_id=2))
+    (order,) = node.ordered(e.ActivatePlan)
+    assert order.recomputes == (e.Recompute(request_id=1, position=2, rows=1),)
+
+
 def test_the_leaders_own_worker_learns_who_listens(node: Holding) -> None:
     """Only the leader knows which members take part in steps."""
     node.ready(PLAN)

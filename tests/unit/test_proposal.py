@@ -152,6 +152,18 @@ def test_restart_positions_are_those_of_the_acks() -> None:
     ]
 
 
+def test_inputs_make_up_for_lost_kv() -> None:
+    """ACTIVATE says of how many positions, and the fact names the rung."""
+    bench = office()
+    text = "abcdefghijklmnop"
+    bench.ack(1, 2, 3, logs={number: [log(text)] for number in (1, 2, 3)}, covered=3, inputs=14)
+    entry(bench, text, sender=1)
+    (agreed, *_) = bench.requests.adopted[-1]
+    assert [(each.restart, each.recompute, each.rung) for each in agreed] == [(14, 11, "recompute")]
+    (activate, *_) = [message for _, message in bench.sent(m.Activate)]
+    assert [(each.restart, each.recompute) for each in activate.logs] == [(14, 11)]
+
+
 def test_replay_is_told_where_nothing_was_covered() -> None:
     """A request that begins anew is replayed."""
     bench = office()

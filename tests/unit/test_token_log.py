@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from p2pinfer.core.agreement import digest
 from p2pinfer.core.coverage import KvUnit
-from p2pinfer.core.orders import Covered, TokenLog
+from p2pinfer.core.orders import Covered, KeptInputs, TokenLog
 from p2pinfer.core.planner import make_plan
 from p2pinfer.core.token_log import HASH_EVERY, TokenLogs
 from p2pinfer.core.units import Slice
@@ -234,3 +234,29 @@ def test_logs_that_nobody_agreed_on_are_gone() -> None:
     assert logs.adopt((log((1, 2, 3), request_id=4), log((7, 8), request_id=6))) == (3, 5)
     assert [told.request_id for told in logs.snapshot()] == [4, 6]
     assert [logs.coverage.least(request_id) for request_id in (3, 4, 5, 6)] == [0, 2, 0, 0]
+
+
+def test_inputs_are_told_and_cut_with_the_log() -> None:
+    """By the stages of a plan, of logs that are here; cut by steps, plans, and the end."""
+    plan = make_plan(
+        members=[member(1)],
+        model=replace(MODEL, num_layers=4),
+        layout="heads",
+        fence=FENCE,
+        cluster_id="c" * 16,
+        leader_id=member(1).node_id,
+    )
+    logs = TokenLogs()
+    logs.inputs.hold({Slice(0, 4), Slice(4, 8)})
+    for slot in (first((10, 11, 12)), first((5, 6), request_id=7)):
+        logs.write(FENCE, slot)
+    assert logs.kept_inputs(plan) == ()
+    logs.finish((first((10, 11, 12)), first((5, 6), request_id=7)))
+    other = KeptInputs(request_id=7, stage=0, positions=2)
+    assert logs.kept_inputs(plan) == (KeptInputs(request_id=1, stage=0, positions=3), other)
+    logs.write(FENCE, more(2, 99))
+    assert logs.inputs.of(1, Slice(0, 4)) == 2
+    logs.adopt((log((10, 12)),))
+    assert logs.kept_inputs(plan) == (KeptInputs(request_id=1, stage=0, positions=1),)
+    logs.forget((1,))
+    assert logs.inputs.of(1, Slice(0, 4)) == 0

@@ -10,7 +10,7 @@ from p2pinfer.core.holdings import standby_holding
 from p2pinfer.core.planner import holding
 from p2pinfer.core.standbys import name_standbys
 from p2pinfer.core.topology import kv_room, position_limit, topology, weight_bytes
-from p2pinfer.core.units import kv_bytes_per_position
+from p2pinfer.core.units import input_bytes_per_position, kv_bytes_per_position
 from tests.model_specs import SIX_LAYERS
 from tests.step_plans import Offer, plan_of
 
@@ -78,6 +78,22 @@ def test_replicas_take_room_like_what_is_owned() -> None:
     bounded = plan_of(2, offer=Offer(kv_bytes=SIX_LAYERS.max_positions * per_position))
     kept = name_standbys(bounded, able={m.node_id for m in plan.members}, replicas=1)
     assert (position_limit(bounded), position_limit(kept)) == (1024, SIX_LAYERS.max_positions)
+
+
+def test_kept_inputs_take_room_too() -> None:
+    """As many bytes per position whatever a member owns; none where it owns nothing."""
+    plan = plan_of(2, offer=Offer(kv_bytes=4 << 20))
+    row = 2 * kv_bytes_per_position(SIX_LAYERS, SIX_LAYERS.num_layers)
+    inputs = input_bytes_per_position(SIX_LAYERS, SIX_LAYERS.num_layers)
+    assert inputs == SIX_LAYERS.hidden_size * SIX_LAYERS.num_layers * 2
+    keeping = [msgspec.structs.replace(m, keeps_inputs=True) for m in plan.members]
+    for members in (keeping, [plan.members[0], keeping[1]]):
+        kept = msgspec.structs.replace(plan, members=tuple(members))
+        assert position_limit(kept) == (4 << 20) // (row + inputs)
+    assert position_limit(plan) == (4 << 20) // row
+    spare = msgspec.structs.replace(keeping[1], node_id="f" * 16, name="z", kv_bytes=1)
+    idle = msgspec.structs.replace(plan, members=(*plan.members, spare))
+    assert position_limit(idle) == (4 << 20) // row
 
 
 def test_who_only_keeps_replicas_limits_too() -> None:
