@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -221,10 +222,8 @@ class Play:
         first = self._first()
 
         def drain() -> None:
-            try:
+            with suppress(ClusterError):  # who is to answer may be the one that is killed
                 Client([self.serving.address]).drain(first.name)
-            except ClusterError:  # who was to answer may be the one that is killed
-                pass
 
         self._draining = threading.Thread(target=drain, daemon=True)
         self._draining.start()
