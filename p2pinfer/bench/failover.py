@@ -51,6 +51,9 @@ PATIENCE_S = 120.0
 LOOK_S = 0.1
 """Workers report their counters as often."""
 
+GAPS_KEPT = 64
+"""Times between tokens that are kept before the kill, and as many after it."""
+
 BYTES_PER_TOKEN = 4
 PHASES = ("detect_s", "agree_s", "restore_s")
 FIGURES = (*PHASES, "propose_s", "stall_s", "step_s")
@@ -408,8 +411,10 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
         counts = spread(name, [run.figures[name] for run in runs], 0)
         found |= {key: int(value) for key, value in counts.items()}
     middle = sorted(runs, key=lambda run: run.figures["stall_s"])[(len(runs) - 1) // 2]
+    earlier = [pair for pair in middle.gaps if pair[0] <= 0][-GAPS_KEPT:]
+    later = [pair for pair in middle.gaps if pair[0] > 0][:GAPS_KEPT]
     return found | {
         "tokens_equal": all(run.tokens_equal for run in runs),
         "victims": sorted({run.victim for run in runs}),
-        "gaps": [[round(at, 4), round(gap, 4)] for at, gap in middle.gaps],
+        "gaps": [[round(at, 4), round(gap, 4)] for at, gap in earlier + later],
     }

@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -221,10 +222,8 @@ class Play:
         first = self._first()
 
         def drain() -> None:
-            try:
+            with suppress(ClusterError):  # who is to answer may be the one that is killed
                 Client([self.serving.address]).drain(first.name)
-            except ClusterError as error:  # who was to answer may be the one that is killed
-                self.drained = f"{error.code}: {error.message}"
 
         self._draining = threading.Thread(target=drain, daemon=True)
         self._draining.start()
@@ -234,7 +233,7 @@ class Play:
 
         def come_back() -> None:
             self._draining.join(PATIENCE_S)
-            until(lambda: first.ending or not _drains(first), PATIENCE_S, "the end of the drain")
+            until(lambda: first.ending or _stays(first), PATIENCE_S, "the end of the drain")
             if first.ending and self._again(first) is first:
                 restart(self.cluster, first)
 
@@ -301,5 +300,7 @@ class Play:
                 self.failures.append("the node with the full disk did not say so")
 
 
-def _drains(node: LocalNode) -> bool:
-    return bool(member(node, node.name).get("draining"))
+def _stays(node: LocalNode) -> bool:
+    """Whether a node says that it does not leave any more."""
+    seen = member(node, node.name)
+    return bool(seen) and not seen["draining"]

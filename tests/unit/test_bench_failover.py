@@ -245,6 +245,9 @@ def test_a_rung_is_summed_up_by_medians() -> None:
     found = f.summary([run(3.0), run(1.0), run(2.0)])
     assert (found["stall_s"], found["stall_s_min"], found["stall_s_max"]) == (2.0, 1.0, 3.0)
     assert found["gaps"][1] == [2.1, 2.0]
+    long = tuple((at / 10, 0.1) for at in range(-100, 100))
+    kept = f.summary([run(1.0, gaps=long)])["gaps"]
+    assert (kept[0], kept[-1], len(kept)) == ([-6.3, 0.1], [6.4, 0.1], 2 * f.GAPS_KEPT)
     assert (found["tokens_equal"], found["victims"]) == (True, ["node2"])
 
 
