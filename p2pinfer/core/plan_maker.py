@@ -15,6 +15,7 @@ import msgspec
 
 from p2pinfer.core.agreement import same_bits
 from p2pinfer.core.events import NodeConfig, PlanFailed, PlanProposed, RequestRestored
+from p2pinfer.core.moves import Staged, Standing, Steps, progress, staged
 from p2pinfer.core.outbox import Outbox
 from p2pinfer.core.plan_rules import (
     Boot,
@@ -88,6 +89,9 @@ class PlanMaker:
         self._unable: dict[Boot, Refusal] = {}
         self._useless: dict[Boot, Refusal] = {}
         """Those that could not even take part without units."""
+        self._rests: dict[Boot, Refusal] = {}
+        """Those that were too slow."""
+        self._steps = Steps()
         self._unplaceable = _NOTHING
         """The able members for which no plan could be made, and why."""
         self._times: dict[Boot, int] = {}
@@ -119,11 +123,16 @@ class PlanMaker:
         times = (
             self._view.quiet_since + self._timing.settle,
             self._unplaceable[1].until,
-            *(refusal.until for refusal in (*self._unable.values(), *self._useless.values())),
+            *(refusal.until for each in self._left_out for refusal in each.values()),
             *self._patience.values(),
             *(self._current.deadlines if self._current else ()),
+            self._steps.deadline,
         )
         return min((time for time in times if time > self._looked_at), default=inf)
+
+    @property
+    def _left_out(self) -> tuple[dict[Boot, Refusal], ...]:
+        return self._unable, self._useless, self._rests
 
     def in_force(self, living: Iterable[Member]) -> bool:
         """Whether the plan is active and all its owners live: requests may be started."""
@@ -153,7 +162,7 @@ class PlanMaker:
             self._current.look(boots(view.living) - self._broken, now)
 
     def _forget_old(self, here: frozenset[Boot], now: float) -> None:
-        for refusals in (self._unable, self._useless):
+        for refusals in self._left_out:
             for life in [i for i, r in refusals.items() if i not in here or now >= r.until]:
                 del refusals[life]
         self._patience = {life: at for life, at in self._patience.items() if life in here}
@@ -193,11 +202,16 @@ class PlanMaker:
         here, listed = boots(view.living) - self._broken, boots(plan.members)
         voters, _ = self._voters(view)
         at_hand = boots(self._at_hand(view))
+        current.relieved &= self._relieved_now(view)
         gone = (m for m in plan.members if boot(m) not in here | current.gone)
         unfit = (
             m
-            for m in current.owners
-            if boot(m) in here and (m.node_id in view.unfit or boot(m) in self._unable)
+            for m in current.holders
+            if boot(m) in here
+            and (
+                (boot(m) in boots(current.owners) and self._cannot(m, view))
+                or (self._relieved(m, view, current) and boot(m) not in current.relieved)
+            )
         )
         missing = listed - current.offered
         late = (
@@ -215,16 +229,40 @@ class PlanMaker:
             votes=change_of_votes(plan, voters, view.living) if current.activated else "",
             stragglers=_names(late),
             loading=() if current.activated else _names(current.unanswered(here)),
+            prepared=self._prepared(current, view, now),
         )
 
+    def _cannot(self, member: Member, view: View) -> bool:
+        """Whether a member cannot compute, or has said that it cannot hold its part."""
+        return member.node_id in view.unfit or boot(member) in self._unable
+
+    def _rests_now(self, member: Member, view: View) -> bool:
+        """Whether a member is to own nothing for now, though it can."""
+        return member.node_id in view.resting or boot(member) in self._rests
+
+    def _relieved_now(self, view: View) -> frozenset[Boot]:
+        """Who is to own nothing for now, though it can."""
+        return boots(
+            m for m in view.living if m.node_id in view.draining or self._rests_now(m, view)
+        )
+
+    def _relieved(self, member: Member, view: View, current: Proposal) -> bool:
+        """Whether a member is to hand over what it owns; one that leaves, what it keeps too."""
+        owns = boot(member) in boots(current.owners)
+        return member.node_id in view.draining or (owns and self._rests_now(member, view))
+
     def _able(self, view: View) -> tuple[Member, ...]:
-        """Members that may own units now."""
+        """Members that may own units now: where nobody else can, those too that should rest."""
+        there = self._can_own(view)
+        return tuple(m for m in there if not self._rests_now(m, view)) or there
+
+    def _can_own(self, view: View) -> tuple[Member, ...]:
         return tuple(
             member
             for member in self._at_hand(view)
             if may_own(member)
-            and member.node_id not in view.unfit
-            and boot(member) not in self._unable
+            and member.node_id not in view.draining
+            and not self._cannot(member, view)
         )
 
     def _at_hand(self, view: View) -> list[Member]:
@@ -281,39 +319,87 @@ class PlanMaker:
             msgspec.structs.replace(m, blank=blanks.get(m.memory, m.blank)) for m in members
         )
 
-    def _propose(self, view: View, decision: Decision, now: float) -> None:
-        able = self._able(view)
+    def _next(self, view: View, able: Iterable[Member], *, rebalance: bool) -> Staged:
+        """The plan to propose, by what is known now. Raises `PlacementError`."""
         voters, old_voters = self._voters(view)
         members = self._recorded(self._listed(view, voters))
         previous = self.target or self._base
+        ready = self._ready(view)
+        goal = next_plan(
+            previous=previous,
+            members=members,
+            able=frozenset(member.node_id for member in able),
+            model=self._model,
+            layout=previous.layout if previous else self._config.layout,
+            fence=Fence(self._term, self._epoch + 1),
+            cluster_id=self._cluster_id,
+            leader_id=self._me,
+            voters=voters,
+            old_voters=old_voters,
+            quorum=previous.quorum if previous else self._config.quorum,
+            replicas=self._config.replicas,
+            rebalance=rebalance,
+            ready=ready,
+        )
+        if self._base is None or previous is None:
+            return Staged(goal, moving=False)
+        here = [m for m in self._at_hand(view) if not self._cannot(m, view)]
+        standing = Standing(
+            here=frozenset(m.node_id for m in here),
+            resting=frozenset(m.node_id for m in here if self._rests_now(m, view)) - view.draining,
+            ready=ready,
+        )
+        return staged(previous, goal, standing)
+
+    def _ready(self, view: View) -> frozenset[str]:
+        """Node ids of those that have all that the newest plan makes them keep."""
+        fence = self.target.fence if self.target else None
+        return frozenset(i for i, known in view.standbys_ready.items() if known == fence)
+
+    def _prepared(self, current: Proposal, view: View, now: float) -> str:
+        """What standbys that are ready allow to do next, or empty."""
+        if not (current.activated and current.moving):
+            return ""
+        key = (
+            current.plan.fence,
+            self._ready(view),
+            boots(self._can_own(view)),
+            boots(self._able(view)),
+        )
+
+        def find() -> str:
+            try:
+                found = self._next(view, self._able(view), rebalance=True)
+            except PlacementError:
+                return ""
+            return progress(current.plan, found.plan)
+
+        return self._steps.look(key, find, current.activated_at + self._timing.settle, now)
+
+    def _propose(self, view: View, decision: Decision, now: float) -> None:
+        able = self._able(view)
+        rebalance = decision.rebalance or (self._current is not None and self._current.moving)
         fence = Fence(self._term, self._epoch + 1)
+        self._let_rest(view, now)
         try:
-            plan = next_plan(
-                previous=previous,
-                members=members,
-                able=frozenset(member.node_id for member in able),
-                model=self._model,
-                layout=previous.layout if previous else self._config.layout,
-                fence=fence,
-                cluster_id=self._cluster_id,
-                leader_id=self._me,
-                voters=voters,
-                old_voters=old_voters,
-                quorum=previous.quorum if previous else self._config.quorum,
-                replicas=self._config.replicas,
-                rebalance=decision.rebalance,
-            )
+            try:
+                found = self._next(view, able, rebalance=rebalance)
+            except PlacementError:
+                # Better one that should rest than nobody.
+                found = self._next(view, self._can_own(view), rebalance=rebalance)
         except PlacementError as error:
             self._cannot_place(able, fence, error.message, inf)
             return
-        self._let_rest(view, now)
+        plan = found.plan
         self._epoch += 1
         self._current = Proposal(
             plan,
             before=self._base,
             first=self._first,
-            offered=self._offered(plan, boots(able), decision.rebalance),
-            gone=boots(members) - boots(view.living),
+            offered=self._offered(plan, boots(able), rebalance),
+            gone=boots(plan.members) - boots(view.living),
+            relieved=self._relieved_now(view),
+            moving=found.moving,
             heard=credible(plan, view.living),
             timing=self._timing,
             box=self._box,
@@ -334,9 +420,9 @@ class PlanMaker:
     def _let_rest(self, view: View, now: float) -> None:
         """A slow member owns nothing for a while: without units nobody sees how fast it is."""
         for member in self._current.owners if self._current else ():
-            if member.node_id in view.slow and boot(member) not in self._unable:
+            if member.node_id in view.slow and boot(member) not in self._rests:
                 until = self._until(member, now)
-                self._unable[boot(member)] = Refusal(f"{member.name} computes slowly", until)
+                self._rests[boot(member)] = Refusal(f"{member.name} computes slowly", until)
 
     def _cannot_place(self, able: Iterable[Member], fence: Fence, why: str, until: float) -> None:
         """These members cannot hold the model: wait for others."""
