@@ -54,6 +54,7 @@ from p2pinfer.replicator import Replicator, partners
 from p2pinfer.step_engine import StepEngine
 from p2pinfer.step_links import LinkBroken, StepBroken, StepLinks, StepOverdue
 from p2pinfer.transport import PairLimits, SocketPair
+from p2pinfer.types import Fence
 from p2pinfer.unit_holder import UnitHolder
 
 STATS_EVERY_S = 0.1
@@ -242,6 +243,9 @@ class Worker:
             standby_units_ready=ready,
             standby_units_wanted=wanted,
             standby_lacks=replicator.lacking if replicator else 0,
+            standby_behind=replicator.behind if replicator else 0,
+            standby_error=self._units.standby_error,
+            fence=engine.topology.plan.fence if engine else Fence(),
         )
 
     # --- orders -----------------------------------------------------------------------------------
@@ -321,7 +325,7 @@ class Worker:
         self._kv_limit = kv_room(mine.plan, mine.me) or 0
         self._links.activate(mine)
         self._bulk.activate()
-        self._replicator = Replicator(mine, self._units, self._bulk, self._logs)
+        self._replicator = Replicator(mine, self._units, self._bulk, self._logs, order.computed)
         self._engine = engine = StepEngine(
             mine,
             self._units.runner,

@@ -20,10 +20,6 @@ from p2pinfer.core.holdings import Copies, Units, fits_on_the_wire, owners_of, s
 from p2pinfer.core.shares import least_kv_bytes, room_of, stage_loads
 from p2pinfer.types import Plan, Stage, UnitKind
 
-NEAR_POSITIONS = 16
-"""A standby that lacks no more of any request is ready: while steps run it is a few behind by
-nature, and so many take hardly longer to compute again than one."""
-
 
 class Standing(NamedTuple):
     """How far the members are that live and can compute; sets of node ids.

@@ -43,11 +43,13 @@ class ActivatePlan(Order, frozen=True, kw_only=True):
 
     `logs` are the token logs from now on: others are forgotten, longer ones cut. `listeners` are
     the members (indices) that take part in steps: those that have acknowledged the plan.
+    `computed` says by request how many positions have their KV on every owner.
     """
 
     fence: Fence
     logs: tuple[TokenLog, ...] = ()
     listeners: tuple[int, ...] = ()
+    computed: dict[int, int] = {}
 
 
 class Halt(Order, frozen=True, kw_only=True):
@@ -190,8 +192,10 @@ class WorkerStats(Report, frozen=True, kw_only=True):
     A worker that sends none for a while hangs. `compute_ms` is how long it computed lately for a
     decoding step, without waiting for others. Frames of delta KV (`delta_bytes_...`) are not
     counted among messages and bytes, but `bulk_s` is all time that they took between steps.
-    `standby_units_ready` of `..._wanted` have their weights here; `standby_lacks` counts the
-    positions whose KV they have not got yet, over all requests and head units.
+    `standby_units_ready` of `..._wanted` have their weights here (`standby_error` says why others
+    have not); `standby_lacks` counts the positions whose KV they have not got yet, over all
+    requests and head units, and `standby_behind` those of one of them at most. All this goes by the
+    plan of `fence`, which is in force here; (0, 0) while there is none.
     """
 
     steps: int = 0
@@ -217,6 +221,9 @@ class WorkerStats(Report, frozen=True, kw_only=True):
     standby_units_ready: int = 0
     standby_units_wanted: int = 0
     standby_lacks: int = 0
+    standby_behind: int = 0
+    standby_error: str = ""
+    fence: Fence = Fence()
 
 
 AnyOrder = LoadPlan | ActivatePlan | Halt | StartRequest | CancelRequest | StopWorker

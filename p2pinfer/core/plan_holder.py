@@ -267,7 +267,14 @@ class PlanHolder:
         plan = pending.plan
         self.active, self._next, self._broken = plan, None, False
         self._durable.activated(plan.fence)
-        self._box.order(ActivatePlan(fence=plan.fence, logs=tuple(logs), listeners=listeners))
+        self._box.order(
+            ActivatePlan(
+                fence=plan.fence,
+                logs=tuple(logs),
+                listeners=listeners,
+                computed={agreed.request_id: agreed.restart for agreed in message.logs},
+            )
+        )
         self._box.add(
             PlanAdopted(
                 fence=plan.fence,
