@@ -159,7 +159,7 @@ class Worker:
             busy = self._follow(self._engine)
         else:
             busy = False
-        if busy or self._replicate():
+        if self._units.trim() or busy or self._replicate():
             # A busy loop still looks for orders between two steps.
             self._read_orders()
         else:

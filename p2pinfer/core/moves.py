@@ -173,6 +173,13 @@ class _Way:
         copies = self._named(number, kinds)
         if copies is None:
             return None
+        self.moving |= any(
+            each.owner != new or not self._rests.issuperset({*have} - {new, *each.names[1]})
+            for kind, units in enumerate(kinds)
+            for each, new, have in zip(
+                units, owners_of(goal)[kind], copies[kind] or ((),) * len(units), strict=True
+            )
+        )
         return msgspec.structs.replace(
             goal,
             head_owners=tuple(unit.owner for unit in kinds[0]),
@@ -194,7 +201,6 @@ class _Way:
             i == old or (i in kept and i in self._ready) for i in wanted
         )
         spare = tuple(i for i in before if not complete or i in self._rests)
-        self.moving |= not complete
         return _Unit(owner, ((new,) if owner != new else (), wanted, spare))
 
     def _named(self, number: int, kinds: Sequence[Sequence[_Unit]]) -> list[Copies] | None:

@@ -70,7 +70,6 @@ class StageRunner:
         model: ModelSpec,
         device: torch.device,
     ) -> None:
-        self._parts = tuple(parts)
         self._owned = owned
         self._trunk = trunk
         self._heads = frozenset(owned.head_units)
@@ -82,6 +81,12 @@ class StageRunner:
         self._device = device
         self._is_last = owned.span.end == model.num_layers
         assert (trunk is None) == (owned.stage is None), "the trunk is of what is owned"
+        self.rearrange(parts)
+
+    def rearrange(self, parts: Sequence[Part]) -> None:
+        """From the next step on the same units lie in these parts."""
+        self._parts = tuple(parts)
+        owned = self._owned
         heads, mlp = self._heads, self._mlp_units
         ready = [
             (part, part.stage)
