@@ -157,11 +157,16 @@ class _Way:
         return found
 
     def _holders(self, number: int, kind: int, unit: int) -> tuple[int | None, Units]:
-        """Who owned a unit, and who kept it, of those that are still here."""
+        """Who goes on with a unit, and who kept it, of those that are still here: its owner or,
+        where that is lost, a standby that is ready; better one that does not rest."""
         stage = self._previous.stages[number]
         copies = standbys_of(stage)[kind]
-        kept = (self._now[i] for i in (copies[unit] if copies else ()))
-        return self._now[owners_of(stage)[kind][unit]], tuple(i for i in kept if i is not None)
+        kept = [i for m in (copies[unit] if copies else ()) if (i := self._now[m]) is not None]
+        old = self._now[owners_of(stage)[kind][unit]]
+        if old is None:
+            ready = sorted((i for i in kept if i in self._ready), key=self._rests.__contains__)
+            old = ready[0] if ready else None
+        return old, tuple(kept)
 
     def stage(self, number: int) -> Stage | None:
         """One stage of the plan to propose; None where there is no memory to go by stages."""

@@ -63,12 +63,12 @@ def test_a_newcomer_is_a_standby_first() -> None:
 
 def test_who_is_ready_takes_over_and_the_owner_stays_a_standby() -> None:
     """In one plan; nothing else moves, and the goal is what it was."""
-    before = after(None, nodes(2), replicas=1)
-    named, _ = step(before, nodes(3), {0, 1})
-    plan, moving = step(named, nodes(3), {0, 1, 2})
-    assert owners(plan) == owners(after(before, nodes(3), replicas=1))
+    before = after(None, nodes(3), replicas=1)
+    named, _ = step(before, nodes(4), {0, 1, 2})
+    plan, moving = step(named, nodes(4), {3})
+    assert owners(plan) == owners(after(before, nodes(4), replicas=1))
     assert moving
-    assert progress(named, plan) == "node02 ready to take over"
+    assert progress(named, plan) == "node03 ready to take over"
     for unit, (old, new) in enumerate(zip(owners(before), owners(plan), strict=True)):
         if old != new:
             assert old in standbys(plan, unit)
@@ -76,17 +76,17 @@ def test_who_is_ready_takes_over_and_the_owner_stays_a_standby() -> None:
 
 def test_replicas_are_given_up_when_others_are_complete() -> None:
     """Then, and not before, each unit has as many standbys as it should."""
-    plan = after(None, nodes(2), replicas=1)
-    plan, _ = step(plan, nodes(3), {0, 1})
-    plan, _ = step(plan, nodes(3), {0, 1, 2})
-    same, moving = step(plan, nodes(3), set())
+    plan = after(None, nodes(3), replicas=1)
+    plan, _ = step(plan, nodes(4), {0, 1, 2})
+    plan, _ = step(plan, nodes(4), {3})
+    same, moving = step(plan, nodes(4), set())
     assert progress(plan, same) == ""
     assert moving
-    last, moving = step(plan, nodes(3), {0, 1, 2})
+    last, moving = step(plan, nodes(4), {0, 1, 2, 3})
     assert progress(plan, last) == "replicas are complete"
     assert not moving
     assert [len(standbys(last, unit)) for unit in range(8)] == [1] * 8
-    assert progress(last, step(last, nodes(3), {0, 1, 2})[0]) == ""
+    assert progress(last, step(last, nodes(4), {0, 1, 2, 3})[0]) == ""
 
 
 def test_who_is_not_ready_takes_over_nothing() -> None:
