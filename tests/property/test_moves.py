@@ -12,7 +12,7 @@ from p2pinfer.types import Fence, Member, Plan
 from tests.plan_series import MODEL, member
 
 MOST_PLANS = 8
-"""From the last change to the goal: to name standbys, to promote each member, to give up replicas."""
+"""From the last change to the goal: to name standbys, to promote members, to give up replicas."""
 
 
 class Cluster:
