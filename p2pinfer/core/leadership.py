@@ -171,7 +171,9 @@ class Leadership:
                 draining=frozenset(node_id for node_id, word in words if word.draining),
                 paused=frozenset(node_id for node_id, word in words if word.paused),
                 standbys_ready={
-                    node_id: word.standby_fence for node_id, word in words if word.standbys_ready
+                    node_id: word.standby_fence
+                    for node_id, word in words
+                    if word.standbys_ready and word.standby_fence
                 },
                 worker_ready=worker_ready,
                 quiet_since=table.changed_at,

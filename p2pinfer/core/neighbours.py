@@ -224,7 +224,7 @@ class Neighbours:
             draining=draining,
             compute_ms=stats.compute_ms,
             paused=paused,
-            standby_fence=stats.fence,
+            standby_fence=stats.fence if stats.fence != Fence() else None,
             standby_units=stats.standby_units_wanted,
             standby_units_ready=stats.standby_units_ready,
             standby_behind=stats.standby_behind,

@@ -162,7 +162,7 @@ class Heartbeat(ControlMessage, frozen=True, kw_only=True):
     draining: bool = False
     compute_ms: Rate = 0.0
     paused: bool = False
-    standby_fence: Fence = Fence()
+    standby_fence: Fence | None = None
     standby_units: U32 = 0
     standby_units_ready: U32 = 0
     standby_behind: U32 = 0
