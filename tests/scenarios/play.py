@@ -190,7 +190,7 @@ def _drain(play: Play, name: str, through: str) -> None:
     play.stage.process(through).take(e.Received(message=message, route=b"cdrain"))
 
 
-@command(r"(pause|resume) (\w+) through (\w+)")
+@command(r"(pause|resume) node (\w+) through (\w+)")
 def _pause(play: Play, how: str, name: str, through: str) -> None:
     message = Pause(request_id=99, name=name, resume=how == "resume")
     play.stage.process(through).take(e.Received(message=message, route=b"cpause"))
