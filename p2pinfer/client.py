@@ -31,6 +31,7 @@ from p2pinfer.wire.messages import (
     Drain,
     Failed,
     Finished,
+    Pause,
     PlanRequest,
     StatusReply,
     StatusRequest,
@@ -258,7 +259,21 @@ class Client:
         """
         self._ask(Drain(request_id=new_request_id(), name=name), DRAIN_S)
 
-    def _ask(self, question: StatusRequest | PlanRequest | Drain, within: float) -> ControlMessage:
+    def pause(self, name: str) -> None:
+        """Let the node `name` own no units; returns when others have taken them over.
+
+        An empty name is the asked node itself. Raises `ClusterError` when there is no such node, or
+        the others cannot take over.
+        """
+        self._ask(Pause(request_id=new_request_id(), name=name), DRAIN_S)
+
+    def resume(self, name: str) -> None:
+        """Let the node `name` own units again. Raises `ClusterError` when there is no such node."""
+        self._ask(Pause(request_id=new_request_id(), name=name, resume=True), DRAIN_S)
+
+    def _ask(
+        self, question: StatusRequest | PlanRequest | Drain | Pause, within: float
+    ) -> ControlMessage:
         """The answer to a question; raises `ClusterError` where that is FAILED."""
         with client_sockets() as pair:
             link = self._first_that_answers(pair)

@@ -8,6 +8,7 @@ positions that wait together go in one frame. While no step runs there is more r
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Protocol
 
 from p2pinfer.bulk_links import BulkLinks
@@ -74,9 +75,19 @@ def partners(plan: Plan, me: int) -> frozenset[int]:
 
 
 class Replicator:
-    """One node's part under one plan; `links` are those to its `partners`, in force."""
+    """One node's part under one plan; `links` are those to its `partners`, in force.
 
-    def __init__(self, mine: Topology, store: KvStore, links: BulkLinks, logs: TokenLogs) -> None:
+    `computed` says by request how many positions all owners have as it begins.
+    """
+
+    def __init__(
+        self,
+        mine: Topology,
+        store: KvStore,
+        links: BulkLinks,
+        logs: TokenLogs,
+        computed: Mapping[int, int],
+    ) -> None:
         self._plan = mine.plan
         self._me = mine.me
         self._store = store
@@ -84,6 +95,7 @@ class Replicator:
         self._logs = logs
         self._feed = Feed(mine.plan, mine.me, logs)
         self._replicas = Replicas(mine.plan, mine.me, logs)
+        self._replicas.began(computed, time.monotonic())
         self._alone = not partners(mine.plan, mine.me)
         self._dtype = KV_DTYPES[mine.plan.model.kv_dtype]
         self._unsent: dict[int, Slot] = {}
@@ -105,6 +117,11 @@ class Replicator:
     def lacking(self) -> int:
         """Positions that replicas here lack, over all requests and units."""
         return self._replicas.lacking
+
+    @property
+    def behind(self) -> int:
+        """Positions that the replica here lacks that lacks the most of a request."""
+        return self._replicas.behind
 
     # --- steps ------------------------------------------------------------------------------------
 

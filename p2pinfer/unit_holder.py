@@ -3,6 +3,10 @@
 They lie in parts (`model/part.py`). A plan that promotes a standby changes what is computed with,
 and nothing lies elsewhere than before: that takes no time. What it owns and has not ready is loaded
 before the plan may go on, what it keeps for others in the background once the plan is in force.
+
+A part of which units were given away goes on computing with all of its column-parallel products.
+So what is still owned of it is loaded anew by itself, in the background too, and takes its place
+between two steps, if there is memory for both.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +24,7 @@ import torch
 from p2pinfer.core.coverage import KvUnit
 from p2pinfer.core.holdings import Holding, owners_of, standbys_of
 from p2pinfer.core.inputs import input_spans
+from p2pinfer.core.shares import room_of
 from p2pinfer.core.token_log import TokenLogs
 from p2pinfer.core.topology import Topology, weight_bytes
 from p2pinfer.core.units import Slice
@@ -89,6 +95,9 @@ class UnitHolder:
         self._inputs: InputStore | None = None
         """Of what this node computes, if it is to keep them."""
         self._standbys: StandbyLoader | None = None
+        self._trims: list[Part] = []
+        """Parts to be, of units that parts here have together with others."""
+        self._room = inf
         self._told = 0.0
         self.runner: StageRunner | None = None
         """None where the last plan gave this node nothing to own or to keep."""
@@ -98,7 +107,7 @@ class UnitHolder:
     @property
     def weight_bytes(self) -> int:
         """Bytes of weights held, those of standby units too."""
-        return sum(part.loaded_bytes for part in self._parts)
+        return sum(part.loaded_bytes for part in (*self._parts, *self._trims))
 
     @property
     def kv_used_bytes(self) -> int:
@@ -153,6 +162,7 @@ class UnitHolder:
         self.close()
         self.runner = self._wanted = None
         model = self._model = mine.plan.model
+        self._room = room_of(mine.plan.members[mine.me])
         self._told = time.monotonic()
         try:
             self._arrange(model, *wanted)
@@ -160,6 +170,7 @@ class UnitHolder:
             self._load_own(model, mine.holding)
         except BaseException:  # an order may break the load off, too: no KV is left without units
             self._own, self._parts, self._places, self._trunk = frozenset(), [], {}, None
+            self._trims = []
             self._logs.coverage.lose(self._logs.coverage.computed | self._logs.coverage.fed)
             self._inputs = None
             self._logs.inputs.lose()
@@ -189,6 +200,7 @@ class UnitHolder:
                 piece = holding_of(units, held.stage)
                 new.append(Part(piece, self._cache(piece, model, left)))
         self._own, self._parts = own_units, [*stay, *new]
+        self._trims = self._trimmed(wanted)
         self._places = {unit: part for part in self._parts for unit in part.kv_units}
         for part in left:
             self._logs.coverage.lose(part.kv_units.keys() - self._places.keys())
@@ -210,11 +222,11 @@ class UnitHolder:
         """Whether a part is to stay as it is.
 
         One that is ready is not given up for what it has beside units that are owned now: to load
-        these anew would take long. But computing goes on only with what is owned: a part of which
-        a unit was given away is loaded anew without it.
+        these anew would take long. But a part of which a unit was given away, and is not even kept
+        for its new owner, is loaded anew without it.
         """
         owned = part.units & own
-        given_away = (part.units & self._own) - own
+        given_away = (part.units & self._own) - wanted
         if part.stage is None:
             return part.units <= (own if owned else wanted) and part.loaded_bytes > 0
         return (part.units <= wanted or bool(owned)) and not (owned and given_away)
@@ -286,10 +298,54 @@ class UnitHolder:
         if self.runner is not None:
             self.runner.forget((*gone, *(self._parts[0].cache.capacities.keys() - set(kept))))
 
+    # --- in the background ------------------------------------------------------------------------
+
+    def _trimmed(self, wanted: frozenset[Unit]) -> list[Part]:
+        """What parts that are owned only in part are to be replaced by: first what is owned of
+        them, then what is kept for others. What was begun of that is gone on with."""
+        begun = {part.units: part for part in self._trims}
+        found = []
+        for part in self._parts:
+            owned = part.units & self._own
+            for units in (owned, (part.units & wanted) - owned):
+                if units and owned and units != part.units:
+                    assert part.held.stage is not None and self._model is not None
+                    piece = holding_of(units, part.held.stage)
+                    known = begun.get(units)
+                    found.append(
+                        known or Part(piece, empty_cache(piece, self._model, self._device))
+                    )
+        return found
+
+    def trim(self) -> bool:
+        """Between two steps: put parts in place that were loaded anew, once all are; returns
+        whether there were any. Their KV is brought there."""
+        if not self._trims or self.runner is None:
+            return False
+        if any(part.stage is None for part in (*self._parts, *self._trims)):
+            return False
+        assert self._model is not None
+        new, self._trims = self._trims, []
+        placed = {unit for part in new for unit in part.units}
+        left = [part for part in self._parts if part.units & placed]
+        for part in new:
+            part.cache = self._cache(part.held, self._model, left)
+        self._parts = [*(part for part in self._parts if part not in left), *new]
+        self._places = {unit: part for part in self._parts for unit in part.kv_units}
+        self.runner.rearrange(self._parts)
+        for part in left:
+            part.unload()
+        return True
+
     def start_standbys(self) -> None:
-        """Load what is kept for others and has no weights yet, unless that is under way; what
-        failed before is tried again."""
+        """Load what is kept for others and has no weights yet, unless that is under way, and then
+        anew what parts are to be replaced by; what failed before is tried again."""
         waiting = [part for part in self._parts if part.stage is None]
+        used = sum(part.loaded_bytes for part in self._parts)
+        used += self.kv_used_bytes + self.kv_standby_bytes
+        used += sum(weight_bytes(self._model, part.held) for part in self._trims if self._model)
+        if used <= self._room:
+            waiting += [part for part in self._trims if part.stage is None]
         if waiting and (self._standbys is None or self._standbys.wait(0.0)):
             self.close()
             self._standbys = StandbyLoader(waiting, self._loader())

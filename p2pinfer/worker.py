@@ -59,6 +59,7 @@ from p2pinfer.replicator import Replicator, partners
 from p2pinfer.step_engine import StepEngine
 from p2pinfer.step_links import LinkBroken, StepBroken, StepLinks, StepOverdue
 from p2pinfer.transport import PairLimits, SocketPair
+from p2pinfer.types import Fence
 from p2pinfer.unit_holder import UnitHolder
 
 STATS_EVERY_S = 0.1
@@ -171,7 +172,7 @@ class Worker:
             busy = self._follow(self._engine)
         else:
             busy = False
-        if busy or self._replicate():
+        if self._units.trim() or busy or self._replicate():
             # A busy loop still looks for orders between two steps.
             self._read_orders()
         else:
@@ -258,6 +259,9 @@ class Worker:
             standby_lacks=replicator.lacking if replicator else 0,
             standby_weight_bytes=self._units.standby_weight_bytes,
             replicas_held=self._held,
+            standby_behind=replicator.behind if replicator else 0,
+            standby_error=self._units.standby_error,
+            fence=engine.topology.plan.fence if engine else Fence(),
         )
 
     # --- orders -----------------------------------------------------------------------------------
@@ -339,7 +343,7 @@ class Worker:
         self._kv_limit = kv_room(mine.plan, mine.me) or 0
         self._links.activate(mine)
         self._bulk.activate()
-        self._replicator = Replicator(mine, self._units, self._bulk, self._logs)
+        self._replicator = Replicator(mine, self._units, self._bulk, self._logs, order.computed)
         self._replicator.hold(self._held)
         self._engine = engine = StepEngine(
             mine,

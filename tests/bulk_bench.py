@@ -172,7 +172,7 @@ class Node:
     def activate(self) -> None:
         """The plan is in force."""
         self.links.activate()
-        self.replicator = Replicator(self.mine, self.rows, self.links, self.logs)
+        self.replicator = Replicator(self.mine, self.rows, self.links, self.logs, {})
 
     def begin(self, *slots: Slot, ended: tuple[int, ...] = ()) -> Step:
         """Write a step's tokens down."""

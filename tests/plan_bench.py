@@ -218,10 +218,20 @@ class Office(Desk):
             "suspects": (),
             "worker_ready": True,
             "quiet_since": self.quiet_since,
-            **{name: frozenset() for name in ("lost", "hung", "outcasts", "slow", "draining")},
+            **{
+                name: frozenset()
+                for name in ("lost", "hung", "outcasts", "slow", "draining", "paused")
+            },
             **self.sees,
         }
-        for name in ("reached", "lost", "hung", "outcasts", "slow", "draining"):
+        unready = {member(n).node_id for n in values.pop("unready", ())}
+        if self.maker.target is not None:
+            values["standbys_ready"] = {
+                each.node_id: self.maker.target.fence
+                for each in living
+                if each.node_id not in unready
+            }
+        for name in ("reached", "lost", "hung", "outcasts", "slow", "draining", "paused"):
             numbers = values[name]
             values[name] = frozenset(
                 member(n).node_id if isinstance(n, int) else n for n in numbers

@@ -178,6 +178,12 @@ EXAMPLES: dict[str, m.Message] = {
         hung=True,
         draining=True,
         compute_ms=7.25,
+        paused=True,
+        standby_fence=FENCE,
+        standby_units=9,
+        standby_units_ready=4,
+        standby_behind=17,
+        standby_error="no memory",
     ),
     "heartbeat of an idle node": m.Heartbeat(
         node_id=ANNA, boot_id=BOOT, incarnation=0, term=0, fence=Fence()
@@ -272,6 +278,8 @@ EXAMPLES: dict[str, m.Message] = {
     "status request": m.StatusRequest(request_id=1),
     "status reply": m.StatusReply(request_id=1, body=b'{"ready": true}'),
     "drain": m.Drain(request_id=1, name="anna"),
+    "pause": m.Pause(request_id=1, name="anna"),
+    "resume of the asked node": m.Pause(request_id=1, name="", resume=True),
     "done": m.Done(request_id=1),
     "plan request": m.PlanRequest(request_id=1, without="bert é"),
     "link open": m.LinkOpen(node_id=ANNA, boot_id=BOOT, fence=FENCE),

@@ -47,6 +47,37 @@ def drain(name: str, to: tuple[str, ...]) -> int:
 
 
 @node.command()
+@click.argument("name")
+@to_option
+def pause(name: str, to: tuple[str, ...]) -> int:
+    """Let the node NAME own no units until `node resume`, or until it is started again.
+
+    Replies go on. It stays a member, votes, and keeps replicas of what it had. It ends when others
+    own its part; if they cannot take over, the node is not paused, and you are told.
+    """
+    from p2pinfer.client import Client
+
+    Client(to).pause(name)
+    click.echo(f"{name} owns nothing now")
+    return 0
+
+
+@node.command()
+@click.argument("name")
+@to_option
+def resume(name: str, to: tuple[str, ...]) -> int:
+    """Let the node NAME, which was paused, own units again.
+
+    It gets its share when what it kept is up to date.
+    """
+    from p2pinfer.client import Client
+
+    Client(to).resume(name)
+    click.echo(f"{name} may own units again")
+    return 0
+
+
+@node.command()
 @to_option
 def leave(to: tuple[str, ...]) -> int:
     """Let this machine's node hand over, leave, and forget its cluster.

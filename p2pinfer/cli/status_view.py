@@ -74,7 +74,8 @@ def condition(member: Mapping[str, Any]) -> Text:
     """A member's state in one word: what is wrong with it wins over what is right."""
     state = str(member["state"])
     if state == "alive":
-        for sign, colour in (("hung", "red"), ("draining", "yellow"), ("witness", "green")):
+        signs = ("hung", "red"), ("draining", "yellow"), ("paused", "yellow"), ("witness", "green")
+        for sign, colour in signs:
             if member.get(sign):
                 return Text(sign, style=colour)
         if member.get("numeric_class") == "":
@@ -115,7 +116,7 @@ def members_table(members: Sequence[Mapping[str, Any]]) -> Table:
             member["address"].removeprefix("tcp://"),
             *((spans(member),) if parts else ()),
             owned_runs(member, "head_units"),
-            kept_runs(member, "head_units"),
+            _kept(member),
             owned_runs(member, "mlp_units"),
             _figure(member.get("rtt_ms") if there else None),
             _figure(member.get("tokens_per_s") if there else None),
@@ -127,6 +128,17 @@ def members_table(members: Sequence[Mapping[str, Any]]) -> Table:
 def status_view(status: Mapping[str, Any]) -> RenderableType:
     """Two lines about the whole and a table of members, as `p2pinfer status` shows them."""
     return Group(header(status), prospects(status), members_table(status["members"]))
+
+
+def _kept(member: Mapping[str, Any]) -> Text:
+    """The heads that a member keeps replicas of, and why these are not ready."""
+    state = member.get("standby_state") or {}
+    text = Text(kept_runs(member, "head_units"))
+    if state.get("error"):
+        text.append(f" ({state['error']})", style="red")
+    elif state.get("units_ready", 0) < state.get("units", 0):
+        text.append(f" (loading {state['units_ready']}/{state['units']})", style="yellow")
+    return text
 
 
 def _figure(value: float | None) -> str:

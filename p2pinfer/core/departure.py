@@ -1,9 +1,10 @@
 """Leaving in good order: a node that is to go says so, and goes when others hold what it held.
 
-A draining node says `draining` in its heartbeats; the leader's next plan gives it nothing, and when
-that plan is in force here the node says LEAVE and ends. Told by a signal it leaves after
-`drain_timeout` whatever came of it, and at once where nobody is left who could take anything over;
-told by an operator it then stays.
+A draining node says `draining` in its heartbeats; the leader's next plans give it nothing, neither
+to own nor, once others have replicas of what it had, to keep. When such a plan is in force here the
+node says LEAVE and ends. After `drain_timeout` it no longer waits for replicas. Told by a signal it
+leaves then whatever came of it, and at once where nobody is left who could take anything over; told
+by an operator it stays if it owns anything still.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from dataclasses import dataclass
 from math import inf
 
 from p2pinfer.core.events import Draining, NodeConfig, Output, ReplyTo
+from p2pinfer.core.holdings import standby_holding
 from p2pinfer.core.membership import Peer
 from p2pinfer.core.neighbours import Neighbours
 from p2pinfer.core.outbox import Outbox
+from p2pinfer.core.pausing import Pausing
 from p2pinfer.core.planner import holding
 from p2pinfer.limits import MAX_REASON_CHARS
 from p2pinfer.types import Member, Plan
-from p2pinfer.wire.messages import Done, Drain, Failed, MemberState
+from p2pinfer.wire.messages import Done, Drain, Failed, MemberState, Pause
 
 GRACE_S = 2.0
 """How much longer than `drain_timeout` the asked node waits for another one to leave."""
@@ -59,12 +62,14 @@ class Departure:
         self._leaderless_until = inf
         """Until when a leader to make a plan is waited for; inf: one leads."""
         self._wishes: list[_Wish] = []
+        self.pausing = Pausing(config, near, box)
 
     @property
     def deadline(self) -> float:
         """When this wants to look again."""
         leaderless = self._leaderless_until if self._anyway else inf
-        return min((self._until, leaderless, *(wish.until for wish in self._wishes)))
+        wishes = (wish.until for wish in self._wishes)
+        return min((self._until, leaderless, self.pausing.deadline, *wishes))
 
     # --- asked ------------------------------------------------------------------------------------
 
@@ -73,8 +78,12 @@ class Departure:
         self._anyway = True
         self._drain(now)
 
-    def asked(self, message: Drain, route: bytes, now: float) -> None:
-        """A client of this node wants a member to leave; no name: this one, for good."""
+    def asked(self, message: Drain | Pause, route: bytes, now: float) -> None:
+        """A client of this node wants a member to leave, or to pause; no name: this one, which
+        leaves for good."""
+        if isinstance(message, Pause):
+            self.pausing.asked(message, route, now)
+            return
         name = message.name
         peer = next((p for p in self._near.table.living() if p.member.name == name), None)
         own = name in ("", self._me.name)
@@ -95,9 +104,11 @@ class Departure:
         else:
             self._box.send(about, message)
 
-    def told(self, message: Drain, now: float) -> None:
+    def told(self, message: Drain | Pause, now: float) -> None:
         """Another member passes an operator's wish on."""
-        if message.name == self._me.name:
+        if isinstance(message, Pause):
+            self.pausing.told(message, now)
+        elif message.name == self._me.name:
             self._drain(now)
 
     def _drain(self, now: float) -> None:
@@ -111,6 +122,7 @@ class Departure:
 
     def lost(self, member: Member, state: MemberState) -> None:
         """A member is gone: perhaps the one that a client waits for."""
+        self.pausing.lost(member)
         for wish in self._about(member.node_id):
             if state is MemberState.LEFT:
                 self._box.add(_answer(wish, Done(request_id=wish.request_id)))
@@ -125,6 +137,7 @@ class Departure:
         this node takes part in plans, be one in force or not; `led`: somebody leads, who could make
         another.
         """
+        self.pausing.look(plan, ready=ready, now=now)
         for wish in [wish for wish in self._wishes if now >= wish.until]:
             self._wishes.remove(wish)
             self._fail(wish, "not_ready", self._too_late(wish.name or self._me.name))
@@ -140,7 +153,7 @@ class Departure:
             return True
         if now < self._until:
             return False
-        if self._anyway:
+        if self._anyway or self._owns_nothing(plan, ready):
             return True
         self._until = inf
         self.draining = self.for_good = False
@@ -151,6 +164,7 @@ class Departure:
     def end(self, error: str) -> None:
         """This node ends now, as it was told (`error` empty) or because it cannot go on: nobody
         waits for an answer any more."""
+        self.pausing.end()
         wishes, self._wishes = self._wishes, []
         for wish in wishes:
             if wish.node_id != self._me.node_id:
@@ -167,10 +181,22 @@ class Departure:
         return found
 
     def _holds_nothing(self, plan: Plan | None, ready: bool, began: bool) -> bool:
-        """Whether the plan in force gives this node no unit and no vote. Who has never taken part
-        in one has nothing to hand over, and may go if it was told to end."""
+        """Whether the plan in force gives this node no unit, to own or to keep, and no vote.
+
+        Who has never taken part in one has nothing to hand over, and may go if it was told to end.
+        """
         if plan is None:
             return self._anyway and not began
+        ids = [member.node_id for member in plan.members]
+        if not self._owns_nothing(plan, ready):
+            return False
+        # As long as it keeps replicas, those that are to take their place are not complete.
+        return standby_holding(plan, ids.index(self._me.node_id)).stage is None
+
+    def _owns_nothing(self, plan: Plan | None, ready: bool) -> bool:
+        """Whether the plan in force gives this node nothing to own, and no vote."""
+        if plan is None:
+            return False
         ids = [member.node_id for member in plan.members]
         # The others must know that it is in force: until then they may need this node's vote.
         if not ready or self._me.node_id not in ids:

@@ -159,29 +159,31 @@ class Leadership:
 
     # --- time -------------------------------------------------------------------------------------
 
-    def look(
-        self, plan: Plan | None, own: Heartbeat, *, worker_ready: bool, draining: bool, now: float
-    ) -> None:
+    def look(self, plan: Plan | None, own: Heartbeat, *, worker_ready: bool, now: float) -> None:
         """Judge the members, propose what is due, and mind the requests. `own` is this node's
         heartbeat as it stands, `plan` the one in force here."""
         table = self._near.table
         living = table.living()
         self._judge(plan, own, now)
         reached = [p.member.node_id for p in living if self._near.links.to(p.member.node_id)]
-        words = [(p.member.node_id, p.heartbeat) for p in living if p.heartbeat]
-        resting = [node_id for node_id, word in words if word.draining]
-        if draining:
-            resting.append(self._me)
+        others = [(p.member.node_id, p.heartbeat) for p in living if p.heartbeat]
+        words = [*others, (self._me, own)]
         self.maker.look(
             View(
                 living=table.members(),
                 reached=frozenset((self._me, *reached)),
                 suspects=tuple(p.member.name for p in living if p.state is MemberState.SUSPECT),
                 lost=table.lost_ids(),
-                hung=frozenset(node_id for node_id, word in words if word.hung),
+                hung=frozenset(node_id for node_id, word in others if word.hung),
                 outcasts=self._outcasts,
                 slow=self._slow,
-                draining=frozenset(resting),
+                draining=frozenset(node_id for node_id, word in words if word.draining),
+                paused=frozenset(node_id for node_id, word in words if word.paused),
+                standbys_ready={
+                    node_id: word.standby_fence
+                    for node_id, word in words
+                    if word.standbys_ready and word.standby_fence
+                },
                 worker_ready=worker_ready,
                 quiet_since=table.changed_at,
             ),

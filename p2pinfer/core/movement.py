@@ -7,6 +7,7 @@ place in it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from fractions import Fraction
 
 from p2pinfer.core import tree
@@ -33,6 +34,8 @@ class StageMove:
         self._rooms = {i: room_of(members[i]) for i in self._order}
         self._owners = [list(each) for each in owners]
         self._counts = [{i: each.count(i) for i in self._order} for each in self._owners]
+        self._warm: list[list[set[int]]] = [[set() for _ in each] for each in owners]
+        """Standbys by kind and unit."""
         self._held = dict.fromkeys(self._order, 0)
         for load, each in zip(loads, self._owners, strict=True):
             for unit, owner in enumerate(each):
@@ -55,15 +58,19 @@ class StageMove:
             fits_on_the_wire(each) for each in self.owners
         )
 
-    def promote(self, kind: int, standbys: Sequence[Sequence[Owner]]) -> None:
+    def promote(
+        self, kind: int, standbys: Sequence[Sequence[Owner]], ready: AbstractSet[int] = frozenset()
+    ) -> None:
         """Give lost units to their standbys; None among these is one that is gone itself.
 
-        The one named first was chosen so that the shares stay even; if it is gone, the standby
-        with the greatest claim takes its place.
+        Those that are known to be `ready` come first. The one named first was chosen so that the
+        shares stay even; if it is gone, the standby with the greatest claim takes its place.
         """
         missing = self._missing(kind)
         for unit, named in enumerate(standbys):
+            self._warm[kind][unit].update(i for i in named if i is not None)
             there = [i for i in named if i is not None and self._room(kind, unit, i)]
+            there = [i for i in there if i in ready] or there
             if self._owners[kind][unit] is None and there:
                 chosen = there[0] if there[0] == named[0] else self._best(kind, missing, there)
                 self._give(kind, unit, chosen)
@@ -109,17 +116,25 @@ class StageMove:
                 while (need := wanted[receiver] - counts[receiver]) > 0:
                     excess = {i: counts[i] - wanted[i] for i in self._order}
                     donor = max(self._order, key=lambda i: (excess[i], -i))
-                    for unit in self._window(kind, donor, receiver, min(need, excess[donor])):
+                    for unit in self._choice(kind, donor, receiver, min(need, excess[donor])):
                         self._give(kind, unit, receiver)
 
-    def _window(self, kind: int, donor: int, receiver: int, count: int) -> list[int]:
+    def _choice(self, kind: int, donor: int, receiver: int, count: int) -> list[int]:
+        """Which of a donor's units to give: first those that the receiver is a standby of."""
+        own = [unit for unit, owner in enumerate(self._owners[kind]) if owner == donor]
+        warm = [unit for unit in own if receiver in self._warm[kind][unit]]
+        if len(warm) >= count:
+            return self._window(kind, warm, receiver, count)
+        rest = [unit for unit in own if unit not in warm]
+        return warm + self._window(kind, rest, receiver, count - len(warm))
+
+    def _window(self, kind: int, own: Sequence[int], receiver: int, count: int) -> list[int]:
         """Which of a donor's units to give so that both are left with the fewest subtrees.
 
         They are neighbours in its list: at its beginning, its end, or where a run of it does.
         """
         owners = self._owners[kind]
         size = len(owners)
-        own = [unit for unit, owner in enumerate(owners) if owner == donor]
         there = [unit for unit, owner in enumerate(owners) if owner == receiver]
         starts = [
             i
@@ -131,11 +146,11 @@ class StageMove:
 
         def parts(start: int) -> int:
             end = start + count
-            kept, given = own[:start] + own[end:], sorted(there + own[start:end])
+            kept, given = [*own[:start], *own[end:]], sorted([*there, *own[start:end]])
             return _parts(kept, size) + _parts(given, size)
 
         start = min(starts, key=parts)
-        return own[start : start + count]
+        return list(own[start : start + count])
 
     def _targets(self, kind: int) -> dict[int, int]:
         """Units by weight alone; ties go to those that have more of them, then to the emptiest."""

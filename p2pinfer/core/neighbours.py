@@ -31,7 +31,7 @@ from p2pinfer.core.events import (
 from p2pinfer.core.links import Links
 from p2pinfer.core.membership import Membership, Peer
 from p2pinfer.core.outbox import Outbox
-from p2pinfer.limits import MAX_NODES
+from p2pinfer.limits import MAX_NODES, MAX_REASON_CHARS
 from p2pinfer.types import Fence, Member
 from p2pinfer.wire.messages import ControlMessage, Heartbeat, MemberState, Rumour
 
@@ -193,7 +193,14 @@ class Neighbours:
     # --- heartbeats -------------------------------------------------------------------------------
 
     def heartbeat(
-        self, fence: Fence, stats: WorkerStats, now: float, *, hung: bool, draining: bool
+        self,
+        fence: Fence,
+        stats: WorkerStats,
+        now: float,
+        *,
+        hung: bool,
+        draining: bool,
+        paused: bool = False,
     ) -> Heartbeat:
         """This node's heartbeat, but for the echo of each receiver's clock."""
         ids = {peer.member.node_id for peer in self.table.living()}
@@ -217,6 +224,12 @@ class Neighbours:
             hung=hung,
             draining=draining,
             compute_ms=stats.compute_ms,
+            paused=paused,
+            standby_fence=stats.fence if stats.fence != Fence() else None,
+            standby_units=stats.standby_units_wanted,
+            standby_units_ready=stats.standby_units_ready,
+            standby_behind=stats.standby_behind,
+            standby_error=stats.standby_error[:MAX_REASON_CHARS],
         )
 
     def sure_ids(self, now: float) -> frozenset[str]:

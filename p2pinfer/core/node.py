@@ -71,6 +71,7 @@ from p2pinfer.wire.messages import (
     LogRequest,
     MemberState,
     Nack,
+    Pause,
     PreVoteReply,
     PreVoteRequest,
     Propose,
@@ -295,7 +296,6 @@ class Node:
                 self._holder.active,
                 self._own_heartbeat(now),
                 worker_ready=self._holder.worker_ready,
-                draining=draining,
                 now=now,
             )
         self._serving.look(
@@ -317,6 +317,7 @@ class Node:
             now,
             hung=self._hung,
             draining=self._departure.draining,
+            paused=self._departure.pausing.paused,
         )
 
     @property
@@ -437,7 +438,7 @@ class Node:
                 self._greeter.greeted(message, event.route, now)
             case Cancel(reason="client") as message if event.route and not sender:
                 self._serving.cancelled(ClientCancelled(request_id=message.request_id), now)
-            case Drain() as message if event.route and not sender:
+            case Drain() | Pause() as message if event.route and not sender:
                 self._departure.asked(message, event.route, now)
             case message if sender:
                 self._member_said(message, sender, now)
@@ -480,7 +481,7 @@ class Node:
                 self._serving.ended(message, now)
             case PreVoteRequest() | PreVoteReply() | VoteRequest() | VoteReply():
                 self._election.handle(message, sender, now)
-            case Drain():
+            case Drain() | Pause():
                 self._departure.told(message, now)
             case _ if not (self._leadership and self._leadership.said(message, sender, now)):
                 self._near.drop(message, "it is not for its sender to say, or not to this node")

@@ -52,13 +52,15 @@ class ActivatePlan(Order, frozen=True, kw_only=True):
 
     `logs` are the token logs from now on: others are forgotten, longer ones cut. `listeners` are
     the members (indices) that take part in steps: those that have acknowledged the plan.
-    `recomputes` names the requests of which any owner makes KV of inputs before the first step.
+    `recomputes` names the requests of which any owner makes KV of inputs before the first step, and
+    `computed` says by request how many positions have their KV on every owner then.
     """
 
     fence: Fence
     logs: tuple[TokenLog, ...] = ()
     recomputes: tuple[Recompute, ...] = ()
     listeners: tuple[int, ...] = ()
+    computed: dict[int, int] = {}
 
 
 class Halt(Order, frozen=True, kw_only=True):
@@ -210,9 +212,11 @@ class WorkerStats(Report, frozen=True, kw_only=True):
     A worker that sends none for a while hangs. `compute_ms` is how long it computed lately for a
     decoding step, without waiting for others. Frames of delta KV (`delta_bytes_...`) are not
     counted among messages and bytes, but `bulk_s` is all time that they took between steps.
-    `standby_units_ready` of `..._wanted` have their weights here, `standby_weight_bytes`;
-    `standby_lacks` counts the positions whose KV they have not got yet, over all requests and head
-    units. `replicas_held`: replication is held on this node, so that its cost can be measured.
+    `standby_units_ready` of `..._wanted` have their weights here, `standby_weight_bytes`
+    (`standby_error` says why others have not); `standby_lacks` counts the positions whose KV they
+    have not got yet, over all requests and head units, and `standby_behind` those of one of them at
+    most. All this goes by the plan of `fence`, which is in force here; (0, 0) while there is none.
+    `replicas_held`: replication is held on this node, so that its cost can be measured.
     `kv_inputs_bytes` are those of the inputs that KV can be made of again.
     """
 
@@ -242,6 +246,9 @@ class WorkerStats(Report, frozen=True, kw_only=True):
     standby_lacks: int = 0
     standby_weight_bytes: int = 0
     replicas_held: bool = False
+    standby_behind: int = 0
+    standby_error: str = ""
+    fence: Fence = Fence()
 
 
 AnyOrder = LoadPlan | ActivatePlan | Halt | StartRequest | CancelRequest | StopWorker

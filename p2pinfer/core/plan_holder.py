@@ -279,6 +279,7 @@ class PlanHolder:
                 logs=tuple(logs),
                 recomputes=tuple(_recomputes(message)),
                 listeners=listeners,
+                computed={agreed.request_id: agreed.restart for agreed in message.logs},
             )
         )
         self._box.add(

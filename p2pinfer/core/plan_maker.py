@@ -9,12 +9,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from math import inf
-from typing import NamedTuple
-
-import msgspec
 
 from p2pinfer.core.agreement import same_bits
 from p2pinfer.core.events import NodeConfig, PlanFailed, PlanProposed
+from p2pinfer.core.left_out import LeftOut, Refusal
+from p2pinfer.core.moves import Staged, Standing, Steps, progress, staged
 from p2pinfer.core.outbox import Outbox
 from p2pinfer.core.plan_rules import (
     Boot,
@@ -28,22 +27,14 @@ from p2pinfer.core.plan_rules import (
 )
 from p2pinfer.core.planner import PlacementError, may_own
 from p2pinfer.core.proposal import Proposal, owners
-from p2pinfer.core.quorum import credible, voter_ids
+from p2pinfer.core.quorum import credible
 from p2pinfer.core.replan import next_plan
 from p2pinfer.core.request_log import RequestLog
 from p2pinfer.core.resumption import Resumption
-from p2pinfer.core.voters import NodeIds, change_of_votes, listed_as, next_voters
+from p2pinfer.core.voters import NodeIds, change_of_votes, listed_as, next_voters, recorded
 from p2pinfer.limits import MAX_NODES
 from p2pinfer.types import Fence, Member, ModelSpec, Plan
 from p2pinfer.wire.messages import Ack, LogEntry, Nack
-
-
-class Refusal(NamedTuple):
-    """Why a member, or all members together, cannot hold their part, and until when that counts."""
-
-    why: str
-    until: float
-
 
 _NOTHING = (frozenset[Boot](), Refusal("", inf))
 
@@ -87,12 +78,10 @@ class PlanMaker:
         self._broken: set[Boot] = set()
         self._missed: dict[Boot, float] = {}
         """Who was lost since the last plan in force, and after what silence."""
-        self._unable: dict[Boot, Refusal] = {}
-        self._useless: dict[Boot, Refusal] = {}
-        """Those that could not even take part without units."""
+        self._out = LeftOut(config.timing)
+        self._steps = Steps()
         self._unplaceable = _NOTHING
         """The able members for which no plan could be made, and why."""
-        self._times: dict[Boot, int] = {}
         self._patience: dict[Boot, float] = {}
         self._step_failed = ""
 
@@ -121,9 +110,10 @@ class PlanMaker:
         times = (
             self._view.quiet_since + self._timing.settle,
             self._unplaceable[1].until,
-            *(refusal.until for refusal in (*self._unable.values(), *self._useless.values())),
+            *self._out.deadlines,
             *self._patience.values(),
             *(self._current.deadlines if self._current else ()),
+            self._steps.deadline,
         )
         return min((time for time in times if time > self._looked_at), default=inf)
 
@@ -155,11 +145,8 @@ class PlanMaker:
             self._current.look(boots(view.living) - self._broken, now)
 
     def _forget_old(self, here: frozenset[Boot], now: float) -> None:
-        for refusals in (self._unable, self._useless):
-            for life in [i for i, r in refusals.items() if i not in here or now >= r.until]:
-                del refusals[life]
+        self._out.forget_old(here, now)
         self._patience = {life: at for life, at in self._patience.items() if life in here}
-        self._times = {life: times for life, times in self._times.items() if life in here}
         if now >= self._unplaceable[1].until:
             self._unplaceable = _NOTHING
 
@@ -172,7 +159,7 @@ class PlanMaker:
             suspects=view.suspects,
             able=_names(able),
             unable=(
-                *(refusal.why for refusal in self._unable.values()),
+                *(refusal.why for refusal in self._out.unable.values()),
                 *(f"{name}'s worker to start" for name in unstarted),
             ),
             min_nodes=self._config.min_nodes,
@@ -195,11 +182,16 @@ class PlanMaker:
         here, listed = boots(view.living) - self._broken, boots(plan.members)
         voters, _ = self._voters(view)
         at_hand = boots(self._at_hand(view))
+        current.relieved &= self._out.relieved(view)
         gone = (m for m in plan.members if boot(m) not in here | current.gone)
         unfit = (
             m
-            for m in current.owners
-            if boot(m) in here and (m.node_id in view.unfit or boot(m) in self._unable)
+            for m in current.holders
+            if boot(m) in here
+            and (
+                (boot(m) in boots(current.owners) and self._out.cannot(m, view))
+                or (self._hands_over(m, view, current) and boot(m) not in current.relieved)
+            )
         )
         missing = listed - current.offered
         late = (
@@ -217,17 +209,20 @@ class PlanMaker:
             votes=change_of_votes(plan, voters, view.living) if current.activated else "",
             stragglers=_names(late),
             loading=() if current.activated else _names(current.unanswered(here)),
+            prepared=self._prepared(current, view, now),
         )
 
+    def _hands_over(self, member: Member, view: View, current: Proposal) -> bool:
+        """Whether a member is to hand over what it owns; one that leaves, what it keeps too."""
+        owns = boot(member) in boots(current.owners)
+        return member.node_id in view.draining or (owns and self._out.rests(member, view))
+
     def _able(self, view: View) -> tuple[Member, ...]:
-        """Members that may own units now."""
-        return tuple(
-            member
-            for member in self._at_hand(view)
-            if may_own(member)
-            and member.node_id not in view.unfit
-            and boot(member) not in self._unable
-        )
+        """Members that may own units now: where nobody else can, those too that should rest."""
+        return self._out.able(self._can_own(view), view)
+
+    def _can_own(self, view: View) -> tuple[Member, ...]:
+        return tuple(m for m in self._at_hand(view) if may_own(m) and self._out.may_own(m, view))
 
     def _at_hand(self, view: View) -> list[Member]:
         """Members that can take part at all. Who was reached before will be again."""
@@ -268,54 +263,92 @@ class PlanMaker:
         """The next plan's members: voters, be they here or not, then all that are at hand."""
         before = {m.node_id: m for m in (self._base.members if self._base else ())}
         living = {m.node_id: m for m in view.living}
-        others = [m.node_id for m in self._at_hand(view) if boot(m) not in self._useless]
+        others = [m.node_id for m in self._at_hand(view) if boot(m) not in self._out.useless]
         ids = list(dict.fromkeys((self._me, *voters, *others)))[:MAX_NODES]
         keep = frozenset() if self._base_active else frozenset(voters)
         return tuple(listed_as(living.get(i), before.get(i), keep=i in keep) for i in ids)
 
-    def _recorded(self, members: tuple[Member, ...]) -> tuple[Member, ...]:
-        """How a plan lists them: as blank only while that life has not had a vote in force."""
-        if self._base is None:
-            return members
-        voted = voter_ids(self._base) if self._base_active else frozenset()
-        blanks = {m.memory: m.blank and m.node_id not in voted for m in self._base.members}
-        return tuple(
-            msgspec.structs.replace(m, blank=blanks.get(m.memory, m.blank)) for m in members
+    def _next(self, view: View, able: Iterable[Member], *, rebalance: bool) -> Staged:
+        """The plan to propose, by what is known now. Raises `PlacementError`."""
+        voters, old_voters = self._voters(view)
+        members = recorded(self._listed(view, voters), self._base, active=self._base_active)
+        previous = self.target or self._base
+        ready = self._ready(view)
+        goal = next_plan(
+            previous=previous,
+            members=members,
+            able=frozenset(member.node_id for member in able),
+            model=self._model,
+            layout=previous.layout if previous else self._config.layout,
+            fence=Fence(self._term, self._epoch + 1),
+            cluster_id=self._cluster_id,
+            leader_id=self._me,
+            voters=voters,
+            old_voters=old_voters,
+            quorum=previous.quorum if previous else self._config.quorum,
+            replicas=self._config.replicas,
+            rebalance=rebalance,
+            ready=ready,
         )
+        if self._base is None or previous is None:
+            return Staged(goal, moving=False)
+        here = [m for m in self._at_hand(view) if not self._out.cannot(m, view)]
+        standing = Standing(
+            here=frozenset(m.node_id for m in here),
+            resting=frozenset(m.node_id for m in here if self._out.rests(m, view)) - view.draining,
+            ready=ready,
+        )
+        return staged(previous, goal, standing)
+
+    def _ready(self, view: View) -> frozenset[str]:
+        """Node ids of those that have all that the newest plan makes them keep."""
+        fence = self.target.fence if self.target else None
+        return frozenset(i for i, known in view.standbys_ready.items() if known == fence)
+
+    def _prepared(self, current: Proposal, view: View, now: float) -> str:
+        """What standbys that are ready allow to do next, or empty."""
+        if not (current.activated and current.moving):
+            return ""
+        key = (
+            current.plan.fence,
+            self._ready(view),
+            boots(self._can_own(view)),
+            boots(self._able(view)),
+        )
+
+        def find() -> str:
+            try:
+                found = self._next(view, self._able(view), rebalance=True)
+            except PlacementError:
+                return ""
+            return progress(current.plan, found.plan)
+
+        return self._steps.look(key, find, current.activated_at + self._timing.settle, now)
 
     def _propose(self, view: View, decision: Decision, now: float) -> None:
         able = self._able(view)
-        voters, old_voters = self._voters(view)
-        members = self._recorded(self._listed(view, voters))
-        previous = self.target or self._base
+        rebalance = decision.rebalance or (self._current is not None and self._current.moving)
         fence = Fence(self._term, self._epoch + 1)
+        self._out.let_rest(self._current.owners if self._current else (), view, now)
         try:
-            plan = next_plan(
-                previous=previous,
-                members=members,
-                able=frozenset(member.node_id for member in able),
-                model=self._model,
-                layout=previous.layout if previous else self._config.layout,
-                fence=fence,
-                cluster_id=self._cluster_id,
-                leader_id=self._me,
-                voters=voters,
-                old_voters=old_voters,
-                quorum=previous.quorum if previous else self._config.quorum,
-                replicas=self._config.replicas,
-                rebalance=decision.rebalance,
-            )
+            try:
+                found = self._next(view, able, rebalance=rebalance)
+            except PlacementError:
+                # Better one that should rest than nobody.
+                found = self._next(view, self._can_own(view), rebalance=rebalance)
         except PlacementError as error:
             self._cannot_place(able, fence, error.message, inf)
             return
-        self._let_rest(view, now)
+        plan = found.plan
         self._epoch += 1
         self._current = Proposal(
             plan,
             before=self._base,
             first=self._first,
-            offered=self._offered(plan, boots(able), decision.rebalance),
-            gone=boots(members) - boots(view.living),
+            offered=self._offered(plan, boots(able), rebalance),
+            gone=boots(plan.members) - boots(view.living),
+            relieved=self._out.relieved(view),
+            moving=found.moving,
             heard=credible(plan, view.living),
             timing=self._timing,
             box=self._box,
@@ -334,16 +367,9 @@ class PlanMaker:
         before = self._current.offered if self._current else frozenset()
         return (before & able) | boots(owners(plan))
 
-    def _let_rest(self, view: View, now: float) -> None:
-        """A slow member owns nothing for a while: without units nobody sees how fast it is."""
-        for member in self._current.owners if self._current else ():
-            if member.node_id in view.slow and boot(member) not in self._unable:
-                until = self._until(member, now)
-                self._unable[boot(member)] = Refusal(f"{member.name} computes slowly", until)
-
     def _cannot_place(self, able: Iterable[Member], fence: Fence, why: str, until: float) -> None:
         """These members cannot hold the model: wait for others."""
-        why = "; ".join((why, *(refusal.why for refusal in self._unable.values())))
+        why = "; ".join((why, *(refusal.why for refusal in self._out.unable.values())))
         self._unplaceable = (boots(able), Refusal(why, until))
         self.waiting = why
         self._box.add(PlanFailed(fence=fence, reason=why))
@@ -377,22 +403,16 @@ class PlanMaker:
         why = f"{member.name}: {message}"
         self._box.add(PlanFailed(fence=current.plan.fence, reason=why))
         current.refuse(member.node_id)
-        refusal = Refusal(why, self._until(member, now))
+        refusal = Refusal(why, self._out.until(member, now))
         if boot(member) in boots(current.owners):
-            self._unable[boot(member)] = refusal
+            self._out.unable[boot(member)] = refusal
         elif member.node_id != self._me:
-            self._useless[boot(member)] = refusal
+            self._out.useless[boot(member)] = refusal
         else:
             # No plan goes without its leader, even if that owns nothing.
             able = self._able(self._view) if self._view else ()
             self._cannot_place(able, current.plan.fence, why, refusal.until)
             self._current = None
-
-    def _until(self, member: Member, now: float) -> float:
-        """When to try a member again that could not do its part: each time after twice as long."""
-        times = self._times.get(boot(member), 0)
-        self._times[boot(member)] = times + 1
-        return now + min(self._timing.unable_max, self._timing.unable_for * (1 << min(times, 10)))
 
     def log_entry(self, message: LogEntry, sender: str, now: float) -> None:
         """A member sends a token log that was asked for."""
@@ -411,9 +431,9 @@ class PlanMaker:
             return False
         if broken:
             for member in current.owners:
-                if member.node_id == about and boot(member) not in self._unable:
-                    refusal = Refusal(f"{member.name}: {why}", self._until(member, now))
-                    self._unable[boot(member)] = refusal
+                if member.node_id == about and boot(member) not in self._out.unable:
+                    refusal = Refusal(f"{member.name}: {why}", self._out.until(member, now))
+                    self._out.unable[boot(member)] = refusal
         known, self._step_failed = self._step_failed, self._step_failed or why
         return not known
 
@@ -446,7 +466,7 @@ class PlanMaker:
         agreed = current.collect(self._log.wants)
         if agreed is None:
             return
-        lost, detect_s = self._interrupted_by(current, view)
+        lost, detect_s = self._out.interrupted(self._base, current.owners, view, self._missed)
         exact = self._base is None or same_bits(self._base, current.plan)
         self._be_patient(current.unanswered(here), now)
         self._base, self._base_active, self._first = current.plan, True, False
@@ -455,33 +475,11 @@ class PlanMaker:
         self._log.adopt(agreed, lost, detect_s, exact, now)
         self.resumption.activated(agreed, lost, detect_s, now)
 
-    def _interrupted_by(self, current: Proposal, view: View) -> tuple[tuple[str, ...], float]:
-        """Names of those whose failure ended the plan before, and how long finding out took.
-
-        Who was asked to leave off, or only slow, failed nobody.
-        """
-        if self._base is None:
-            return (), 0.0
-        here, own = boots(view.living), boots(current.owners)
-        failed = {
-            boot(m)
-            for m in view.living
-            if m.node_id in view.hung | view.outcasts
-            or (boot(m) in self._unable and m.node_id not in view.slow)
-        }
-        lost = [
-            m
-            for m in (*owners(self._base), self._base.members[self._base.leader])
-            if boot(m) in self._missed or boot(m) not in here or boot(m) in failed - own
-        ]
-        detect_s = max((self._missed.get(boot(m), 0.0) for m in lost), default=0.0)
-        return tuple(sorted({m.name for m in lost})), detect_s
-
     def _be_patient(self, late: Iterable[Member], now: float) -> None:
         """Who is late again and again shall not begin an epoch each time."""
         for member in late:
             first = boot(member) not in self._patience
-            self._patience[boot(member)] = now if first else self._until(member, now)
+            self._patience[boot(member)] = now if first else self._out.until(member, now)
 
 
 def _names(members: Iterable[Member]) -> tuple[str, ...]:

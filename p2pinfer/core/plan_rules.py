@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
-from p2pinfer.types import Member
+from p2pinfer.types import Fence, Member
 
 Boot = tuple[str, str]
 """Node id and boot id: one life of one node."""
@@ -51,10 +51,19 @@ class View:
     quiet_since: float
     """When a member last came or went, in seconds."""
 
+    paused: frozenset[str] = frozenset()
+    standbys_ready: Mapping[str, Fence] = field(default_factory=dict)
+    """Those that have all that they keep for others, with the fence of the plan that this is by."""
+
     @property
     def unfit(self) -> frozenset[str]:
-        """Members that are to own nothing for now."""
-        return self.hung | self.outcasts | self.slow | self.draining
+        """Members that cannot compute."""
+        return self.hung | self.outcasts
+
+    @property
+    def resting(self) -> frozenset[str]:
+        """Members that are to own nothing for now, and may keep replicas."""
+        return self.slow | self.paused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +112,9 @@ class Situation:
 
     loading: Names = ()
     """Members that it waits for; none once it is in force."""
+
+    prepared: str = ""
+    """What standbys that are ready allow to do next, or empty."""
 
     settled: bool = True
     """No member has come or gone for a while."""
@@ -216,6 +228,12 @@ def _stragglers(s: Situation) -> Decision | None:
     return Decision(propose=True, why=f"{_names(s.stragglers)} ready at last")
 
 
+def _prepared(s: Situation) -> Decision | None:
+    if not s.prepared:
+        return None
+    return Decision(propose=True, why=s.prepared, rebalance=True)
+
+
 _RULES: tuple[Callable[[Situation], Decision | None], ...] = (
     _worker,
     _suspects,
@@ -232,6 +250,7 @@ _RULES: tuple[Callable[[Situation], Decision | None], ...] = (
     _fit_again,
     _votes,
     _stragglers,
+    _prepared,
 )
 """A plan that is being loaded is overtaken by losses and newcomers only."""
 

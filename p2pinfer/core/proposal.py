@@ -24,6 +24,7 @@ from p2pinfer.core.agreement import (
     tail_start,
 )
 from p2pinfer.core.events import TokenLog
+from p2pinfer.core.holdings import standbys_of
 from p2pinfer.core.outbox import Outbox
 from p2pinfer.core.plan_rules import Boot, boot
 from p2pinfer.core.planner import stage_members
@@ -39,13 +40,21 @@ def owners(plan: Plan) -> tuple[Member, ...]:
     return tuple(plan.members[index] for index in sorted(indices))
 
 
+def holders(plan: Plan) -> tuple[Member, ...]:
+    """The members that own or keep anything by a plan."""
+    kept = {i for s in plan.stages for kind in standbys_of(s) for copies in kind for i in copies}
+    ids = kept | {i for s in range(len(plan.stages)) for i in stage_members(plan, s)}
+    return tuple(plan.members[index] for index in sorted(ids))
+
+
 class Proposal:
     """The newest plan of a leader. Times in seconds.
 
     `before` is the plan last in force, as far as the leader knows; `first`: it has activated none
     itself. `offered` are the members that could have got
     units, `gone` those that are listed only because of their votes. `heard` are the node ids of
-    those whose word counts (`quorum.credible`).
+    those whose word counts (`quorum.credible`). `relieved` are those that own nothing as soon as
+    others are ready; `moving`: a later plan is to follow once standbys are ready.
     """
 
     def __init__(
@@ -59,9 +68,14 @@ class Proposal:
         heard: frozenset[str],
         timing: Timing,
         box: Outbox,
+        relieved: frozenset[Boot] = frozenset(),
+        moving: bool = False,
     ) -> None:
         self.plan = plan
         self.owners = owners(plan)
+        self.holders = holders(plan)
+        self.relieved = relieved
+        self.moving = moving
         self.offered = offered
         self.gone = gone
         self._before = before

@@ -45,6 +45,7 @@ def next_plan(
     quorum: str = "majority",
     replicas: int = 0,
     rebalance: bool = True,
+    ready: AbstractSet[str] = frozenset(),
 ) -> Plan:
     """The plan of `fence` by which those of `members` whose node ids are in `able` hold `model`.
 
@@ -52,6 +53,7 @@ def next_plan(
     boot than in the `previous` plan has lost what it held. `voters` and `old_voters` are node ids,
     the former of members. `replicas` standbys are named for each unit, as far as there are members
     and memory. Without `rebalance` members that own nothing get units only of those that are lost.
+    Of several standbys those of the node ids in `ready` come first.
     Raises `PlacementError` when the model does not fit, and `LocalProtocolError` when leader or
     voters are not members.
     """
@@ -80,7 +82,7 @@ def next_plan(
     stages: tuple[Stage, ...] | None = None
     if previous is not None and previous.layout == layout:
         owners = {i: m for i, m in enumerate(ordered) if may_own(m) and m.node_id in able}
-        follower = _Follower(previous, ordered, owners)
+        follower = _Follower(previous, ordered, owners, ready)
         stages = follower.stages(rebalance)
         if stages is not None and layout == "layers" and rebalance:
             stages = _with_more_stages(stages, owners, anew)
@@ -130,9 +132,14 @@ class _Follower:
     """
 
     def __init__(
-        self, previous: Plan, members: Sequence[Member], owners: Mapping[int, Member]
+        self,
+        previous: Plan,
+        members: Sequence[Member],
+        owners: Mapping[int, Member],
+        ready: AbstractSet[str] = frozenset(),
     ) -> None:
         self._previous = previous
+        self._ready = frozenset(i for i, member in owners.items() if member.node_id in ready)
         self._owners = owners
         now = {member.node_id: i for i, member in enumerate(members) if i in owners}
         self._now = [now.get(member.node_id) for member in previous.members]
@@ -196,7 +203,7 @@ class _Follower:
                 [i if (i := self._alive[member]) in members else None for member in each]
                 for each in copies
             ]
-            move.promote(kind, named)
+            move.promote(kind, named, self._ready)
         for kind, each in enumerate(before):
             move.restore(kind, [self._now[i] for i in each])
         if not move.has_owners:

@@ -267,6 +267,23 @@ class Replicas:
             for request_id, unit in self._behind
         )
 
+    @property
+    def behind(self) -> int:
+        """Positions that the one replica lacks that lacks the most of a request."""
+        return max(
+            (
+                self._expected.get(request_id, 0) - self._logs.coverage.of(request_id, unit)
+                for request_id, unit in self._behind
+            ),
+            default=0,
+        )
+
+    def began(self, computed: Mapping[int, int], now: float) -> None:
+        """The plan is in force; so many positions of each request are computed by all owners."""
+        for request_id, positions in computed.items():
+            self._expected[request_id] = positions
+            self._look(request_id, now)
+
     def relinked(self, owner: int) -> None:
         """The link to or from an owner began anew: what was granted and asked before is lost."""
         if owner in self.owners:

@@ -101,10 +101,12 @@ def _member(member: Member, peer: Peer | None, plan: Plan | None, own: Heartbeat
         "witness": member.witness,
         "hung": health.hung if health else False,
         "draining": health.draining if health else False,
+        "paused": health.paused if health else False,
         "owned": owned,
         "standby": standby,
         "head_units": [unit for part in owned for unit in part["head_units"]],
         "standby_head_units": [unit for part in standby for unit in part["head_units"]],
+        "standby_state": _standby_state(health) if health and standby else None,
         "rtt_ms": round(peer.rtt_s * 1000, 1) if peer and peer.rtt_s is not None else None,
         "tokens_per_s": health.tokens_per_s if health else 0.0,
         "kv": {
@@ -112,6 +114,17 @@ def _member(member: Member, peer: Peer | None, plan: Plan | None, own: Heartbeat
             "limit_bytes": health.kv_limit_bytes if health else 0,
             "inputs_bytes": health.kv_inputs_bytes if health else 0,
         },
+    }
+
+
+def _standby_state(health: Heartbeat) -> Json:
+    """How far a member is with what it keeps for others."""
+    return {
+        "units": health.standby_units,
+        "units_ready": health.standby_units_ready,
+        "behind": health.standby_behind,
+        "ready": health.standbys_ready,
+        "error": health.standby_error or None,
     }
 
 

@@ -99,3 +99,13 @@ def listed_as(member: Member | None, before: Member | None, *, keep: bool) -> Me
     if before is not None and member.blank and keep:
         return replace(member, memory=before.memory)
     return member
+
+
+def recorded(members: Iterable[Member], base: Plan | None, *, active: bool) -> tuple[Member, ...]:
+    """How a plan after `base` (`active`: known to be in force) lists members: as blank only while
+    that life has not had a vote in force."""
+    if base is None:
+        return tuple(members)
+    voted = voter_ids(base) if active else frozenset()
+    blanks = {m.memory: m.blank and m.node_id not in voted for m in base.members}
+    return tuple(replace(m, blank=blanks.get(m.memory, m.blank)) for m in members)

@@ -75,7 +75,6 @@ class StageRunner:
         inputs: InputStore | None = None,
     ) -> None:
         assert inputs is None or inputs.span == owned.span, "inputs are of what is computed"
-        self._parts = tuple(parts)
         self._inputs = inputs
         self._owned = owned
         self._trunk = trunk
@@ -88,6 +87,12 @@ class StageRunner:
         self._device = device
         self._is_last = owned.span.end == model.num_layers
         assert (trunk is None) == (owned.stage is None), "the trunk is of what is owned"
+        self.rearrange(parts)
+
+    def rearrange(self, parts: Sequence[Part]) -> None:
+        """From the next step on the same units lie in these parts."""
+        self._parts = tuple(parts)
+        owned = self._owned
         heads, mlp = self._heads, self._mlp_units
         ready = [
             (part, part.stage)

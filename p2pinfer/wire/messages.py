@@ -19,6 +19,7 @@ from p2pinfer.limits import (
     MAX_NODES,
     MAX_STATUS_BYTES,
     MAX_STEP_SLOTS,
+    NEAR_POSITIONS,
 )
 from p2pinfer.types import (
     U16,
@@ -137,6 +138,9 @@ class Heartbeat(ControlMessage, frozen=True, kw_only=True):
     node ids heard lately on those links; `steps` counts finished compute steps; `owes_step` is the
     step it is working on (0 when idle), `hung` says that its compute loop stands still, and
     `compute_ms` how long it computed lately for a decoding step, without waiting for others.
+    Of `standby_units` that the plan of `standby_fence` makes the sender keep, `standby_units_ready`
+    have their weights there (`standby_error` says why others have not); what they lack of a request
+    is `standby_behind` positions at most.
     """
 
     node_id: Identity
@@ -159,6 +163,18 @@ class Heartbeat(ControlMessage, frozen=True, kw_only=True):
     hung: bool = False
     draining: bool = False
     compute_ms: Rate = 0.0
+    paused: bool = False
+    standby_fence: Fence | None = None
+    standby_units: U32 = 0
+    standby_units_ready: U32 = 0
+    standby_behind: U32 = 0
+    standby_error: Reason = ""
+
+    @property
+    def standbys_ready(self) -> bool:
+        """Whether the sender could take over all that it keeps by the plan of `standby_fence`."""
+        loaded = self.standby_units_ready == self.standby_units
+        return loaded and self.standby_behind <= NEAR_POSITIONS
 
 
 class Leave(ControlMessage, frozen=True, kw_only=True):
@@ -316,6 +332,19 @@ class Drain(ControlMessage, frozen=True, kw_only=True):
     name: Label
 
 
+class Pause(ControlMessage, frozen=True, kw_only=True):
+    """An operator asks that a member own no units until it is resumed, or started again.
+
+    An empty name is the asked node's; another one's node is told by the asked one. Answered by DONE
+    when the plan in force gives it none (or, with `resume`, when it says that it may own some), or
+    by FAILED.
+    """
+
+    request_id: U63
+    name: Label
+    resume: bool = False
+
+
 class Done(ControlMessage, frozen=True, kw_only=True):
     """What a command of a client asked for is done."""
 
@@ -379,6 +408,7 @@ MESSAGES: tuple[MessageType, ...] = (
     MessageType(43, "DRAIN", _C, "client to node, node to node", Drain),
     MessageType(44, "DONE", _C, "node to client", Done),
     MessageType(45, "PLAN_REQUEST", _C, "client to node", PlanRequest),
+    MessageType(46, "PAUSE", _C, "client to node, node to node", Pause),
     MessageType(64, "LINK_OPEN", _S, "node to node", LinkOpen),
     MessageType(65, "STEP", _S, "leader to node", Step),
     MessageType(66, "PARTIAL", _S, "node to node", Partial),
@@ -440,6 +470,7 @@ __all__ = [
     "MessageType",
     "Nack",
     "Partial",
+    "Pause",
     "PlanRequest",
     "Plane",
     "PreVoteReply",

@@ -15,7 +15,7 @@ import msgspec
 from p2pinfer.core import events as e
 from p2pinfer.core.node import Node
 from p2pinfer.types import Plan
-from p2pinfer.wire.messages import Drain, Plane
+from p2pinfer.wire.messages import Drain, Pause, Plane
 from tests.scenarios.stage import Stage
 from tests.scenarios.words import fence_in_words, names_in_words, plan_in_words
 from tests.simulation.cluster import Setting
@@ -193,6 +193,12 @@ def _slow_disk(play: Play, name: str, seconds: str) -> None:
 def _drain(play: Play, name: str, through: str) -> None:
     message = Drain(request_id=99, name=name)
     play.stage.process(through).take(e.Received(message=message, route=b"cdrain"))
+
+
+@command(r"(pause|resume) node (\w+) through (\w+)")
+def _pause(play: Play, how: str, name: str, through: str) -> None:
+    message = Pause(request_id=99, name=name, resume=how == "resume")
+    play.stage.process(through).take(e.Received(message=message, route=b"cpause"))
 
 
 @command(r"leave (\w+)")

@@ -194,6 +194,7 @@ CLASSES: dict[str, Callable[[Faults, Random], None]] = {
         people_faults.liars,
         people_faults.join,
         people_faults.drain,
+        people_faults.rest,
         people_faults.leave,
     )
 }

@@ -7,7 +7,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from p2pinfer.core import events as e
-from p2pinfer.wire.messages import Drain
+from p2pinfer.wire.messages import Drain, Pause
 
 if TYPE_CHECKING:
     from tests.simulation.faults import Faults
@@ -74,6 +74,30 @@ def _drain(faults: Faults, rng: Random, machine: Machine) -> None:
     faults.world.count("a member was to be drained")
     message = Drain(request_id=9_000_000 + machine.number, name=machine.name)
     asked.take(e.Received(message=message, route=b"cdrain%d" % machine.number))
+
+
+def rest(faults: Faults, rng: Random) -> None:
+    """Members are paused, and most of them resumed after a while."""
+    for _ in range(rng.choice((1, 1, 2))):
+        faults.sometime(rng, partial(_rest, faults, rng))
+
+
+def _rest(faults: Faults, rng: Random, machine: Machine) -> None:
+    faults.ledger.change("pause")
+    faults.world.count("a member was to be paused")
+    _ask(faults, rng, machine, resume=False)
+    if rng.random() < 0.8:
+        again = partial(_ask, faults, rng, machine, resume=True)
+        faults.world.later(rng.uniform(0.1, 4.0), again)
+
+
+def _ask(faults: Faults, rng: Random, machine: Machine, *, resume: bool) -> None:
+    """Somebody asks a node that runs to pause a member, or to resume it."""
+    running = [m for m in faults.cluster.machines if m.running]
+    asked = rng.choice(running).process if running else None
+    if asked is not None:
+        message = Pause(request_id=8_000_000 + machine.number, name=machine.name, resume=resume)
+        asked.take(e.Received(message=message, route=b"cpause%d" % machine.number))
 
 
 def leave(faults: Faults, rng: Random) -> None:

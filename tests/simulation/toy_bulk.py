@@ -6,7 +6,7 @@ is simulated, and how small their portions are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
@@ -83,6 +83,11 @@ class ToyBulk:
         """Whether it has asked for KV that did not come yet."""
         return bool(self.pair.asked)
 
+    @property
+    def behind(self) -> int:
+        """Positions that the replica here lacks that lacks the most."""
+        return self._replicator.behind if self._replicator else 0
+
     # --- plans ------------------------------------------------------------------------------------
 
     def leave(self) -> None:
@@ -99,10 +104,13 @@ class ToyBulk:
         """Connect to those that a plan makes this node exchange KV with."""
         self._links.load(mine, partners(mine.plan, mine.me))
 
-    def activate(self, mine: Topology) -> None:
-        """The plan is in force."""
+    def activate(self, mine: Topology, computed: Mapping[int, int]) -> None:
+        """The plan is in force; owners have so many positions of each request."""
         self._links.activate()
-        self._replicator = Replicator(mine, self._units.cache, self._links, self._logs)
+        with self._at_work():
+            self._replicator = Replicator(
+                mine, self._units.cache, self._links, self._logs, computed
+            )
         self._out = set()
 
     def halt(self) -> None:

@@ -210,6 +210,11 @@ class ToyUnits:
         self._ready |= self._own
 
     @property
+    def kept(self) -> int:
+        """For how many owners weights are kept."""
+        return len(self._kept)
+
+    @property
     def lacking(self) -> int:
         """For how many owners the weights kept for them have yet to be read."""
         return sum(not each <= self._ready for each in self._kept)

@@ -144,6 +144,10 @@ class ToyWorker:
             running=maker.scheduler.running if maker else 0,
             waiting=maker.scheduler.waiting if maker else 0,
             dropped_frames=self.links.dropped,
+            standby_units_ready=self.units.kept - self.units.lacking,
+            standby_units_wanted=self.units.kept,
+            standby_behind=self.bulk.behind,
+            fence=engine.topology.plan.fence if engine else Fence(),
             compute_ms=20.0 * self.process.machine.pace if engine and engine.steps else 0.0,
         )
         self._say(stats)
@@ -380,7 +384,7 @@ class ToyWorker:
             self.maker = StepMaker(mine, self._listeners, order.logs, MAX_STEP_TOKENS)
             self.links.on_ack = self._acked
         self.links.activate(mine)
-        self.bulk.activate(mine)
+        self.bulk.activate(mine, order.computed)
         self._load_next(mine.plan.fence)
         self._recomputed = sum(each.rows for each in order.recomputes)
         self._start_task(made(recompute(self.units, self.logs, order.recomputes)))

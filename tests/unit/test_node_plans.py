@@ -140,15 +140,13 @@ def test_a_hung_member_loses_its_units_and_gets_them_back() -> None:
 def test_who_cannot_hold_its_part_is_left_out() -> None:
     """A NACK of the newest plan: the next one does without that member."""
     bench = Bench.leader(TWO)
-    bench.hear(THREE, hello(THREE))
-    bench.meet(THREE)
-    bench.run(0.5, TWO, THREE)
+    bench.worker(failed(bench))
     fence = bench.ordered(e.LoadPlan)[-1].plan.fence
-    nack = m.Nack(fence=fence, node_id=THREE.node_id, code="internal", message="no memory")
-    bench.hear(THREE, nack)
-    assert [fact.reason for fact in bench.told(e.PlanFailed)] == ["node3: no memory"]
+    nack = m.Nack(fence=fence, node_id=TWO.node_id, code="internal", message="no memory")
+    bench.hear(TWO, nack)
+    assert [fact.reason for fact in bench.told(e.PlanFailed)] == ["node2: no memory"]
     plan = bench.ordered(e.LoadPlan)[-1].plan
-    assert {plan.members[i].name for i in plan.stages[0].head_owners} == {"node2", "node5"}
+    assert {plan.members[i].name for i in plan.stages[0].head_owners} == {"node5"}
 
 
 def test_logs_that_the_leader_lacks_are_asked_for() -> None:

@@ -240,7 +240,7 @@ def test_activate_puts_the_plan_in_force_with_its_logs(node: Holding) -> None:
     node.now += 0.5
     node.activate(PLAN, agreed("abc", restart=2))
     (order,) = node.ordered(e.ActivatePlan)
-    assert order == e.ActivatePlan(fence=PLAN.fence, logs=(log("abc", term=3),))
+    assert order == e.ActivatePlan(fence=PLAN.fence, logs=(log("abc", term=3),), computed={1: 2})
     (fact,) = node.told(e.PlanAdopted)
     assert (fact.members, fact.leader, fact.voters) == (("node1", "node2"), "node1", fact.members)
     assert fact.agree_s == 0.5

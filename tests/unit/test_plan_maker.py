@@ -149,6 +149,9 @@ def test_a_voter_that_comes_back_in_time_gets_its_part() -> None:
     bench.adopt(1, 2, 3)
     bench.look()
     assert bench.proposed()[1:] == ["node3 fit again"]
+    bench.adopt(1, 2, 3)
+    bench.look(1.0)
+    assert bench.proposed() == ["node3 ready to take over"]
     assert bench.owners() == {1, 2, 3}
 
 

@@ -187,20 +187,74 @@ def test_coverage_is_lost_with_the_units(folder: Path) -> None:
 
 
 def test_who_gives_units_away_may_keep_them(folder: Path) -> None:
-    """What is still owned is loaded anew, what was given away is a replica now; no KV is lost."""
+    """What was given away is a replica now, and ready; nothing is loaded, and no KV is lost."""
     node, base = holding_some(folder)
     before = kv(node, 0, 1)
-    node.load(placed(base, "0111", head_standbys=copies([], [0], [], [])))
-    assert node.told
-    assert node.units.standby_ready == (0, 1)
+    node.load(shared(base))
+    assert not node.told
+    assert node.units.standby_ready == (1, 1)
     assert kv(node, 0, 1) == before
     assert node.units.kv_used_bytes == node.units.kv_standby_bytes > 0
-    node.units.start_standbys()
-    assert node.units.await_standbys(DEADLINE_S) == (1, 1)
     node.load(base)
     assert not node.told
     assert kv(node, 0, 1) == before
     assert node.logs.coverage.least(1) == 3
+
+
+def shared(base: Plan) -> Plan:
+    """Member 0 keeps a replica of a head unit that it owned."""
+    return placed(base, "0111", head_standbys=copies([], [0], [], []))
+
+
+def test_what_is_still_owned_is_loaded_anew_in_the_background(folder: Path) -> None:
+    """It takes the place of the part that has more, with its KV; then less is computed with."""
+    node, base = holding_some(folder)
+    before = kv(node, 0, 1)
+    node.load(shared(base))
+    fat = node.units.weight_bytes
+    assert not node.units.trim()
+    node.units.start_standbys()
+    assert node.units.await_standbys(DEADLINE_S) == (1, 1)
+    assert node.units.weight_bytes == 2 * fat
+    assert node.units.trim()
+    assert not node.units.trim()
+    assert node.units.weight_bytes == fat
+    assert node.units.standby_weight_bytes > 0
+    assert node.units.standby_ready == (1, 1)
+    assert kv(node, 0, 1) == before
+    node.load(placed(base, "0111"))
+    assert not node.told
+    assert node.units.weight_bytes < fat
+
+
+def test_without_memory_for_both_nothing_is_loaded_anew(folder: Path) -> None:
+    """The part that has more goes on."""
+    node, base = holding_some(folder)
+    plan = shared(base)
+    members = tuple(
+        msgspec.structs.replace(member, memory_bytes=node.units.weight_bytes + 1)
+        for member in plan.members
+    )
+    node.load(msgspec.structs.replace(plan, members=members))
+    fat = node.units.weight_bytes
+    node.units.start_standbys()
+    node.units.await_standbys(DEADLINE_S)
+    assert not node.units.trim()
+    assert node.units.weight_bytes == fat
+
+
+def test_what_was_begun_is_gone_on_with(folder: Path) -> None:
+    """Another plan that gives the same away does not begin anew."""
+    node, base = holding_some(folder)
+    node.load(shared(base))
+    node.units.start_standbys()
+    node.units.await_standbys(DEADLINE_S)
+    both = node.units.weight_bytes
+    node.load(
+        placed(base, "0111", head_standbys=copies([1], [0], [], [])),
+    )
+    assert node.units.weight_bytes == both
+    assert node.units.trim()
 
 
 def test_who_gives_everything_away_has_it_ready(folder: Path) -> None:

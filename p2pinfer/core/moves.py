@@ -1,0 +1,262 @@
+"""Moves by stages: who is to own a unit is first its standby, and takes over once it is ready.
+
+A plan made for new members, or without those that are to rest, is a goal. Where a unit's owner goes
+on computing and the one that is to own it is not ready, the owner stays for now, and the other is
+named as the unit's first standby: it loads the weights and gets the KV while replies go on. When it
+is ready the leader proposes again, and it is promoted; the owner before stays a standby. Replicas
+are given up only by a later plan, once those that take their place are complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from math import inf
+from typing import NamedTuple
+
+import msgspec
+
+from p2pinfer.core.holdings import Copies, Units, fits_on_the_wire, owners_of, standbys_of
+from p2pinfer.core.shares import least_kv_bytes, room_of, stage_loads
+from p2pinfer.types import Plan, Stage, UnitKind
+
+
+class Standing(NamedTuple):
+    """How far the members are that live and can compute; sets of node ids.
+
+    `here` may go on owning what they own; of these `resting` own nothing as soon as others are
+    ready, and keep what they have ready meanwhile. `ready` are those that have all that the
+    previous plan makes them keep for others.
+    """
+
+    here: AbstractSet[str]
+    resting: AbstractSet[str]
+    ready: AbstractSet[str]
+
+
+class Staged(NamedTuple):
+    """The next plan towards a goal. `moving`: it is not there yet."""
+
+    plan: Plan
+    moving: bool
+
+
+def staged(previous: Plan, goal: Plan, standing: Standing) -> Staged:
+    """The plan to propose on the way from `previous` to `goal`.
+
+    It is the goal itself where a stage has other layers than before, or where memory, or what one
+    frame may carry, does not allow to go there by stages.
+    """
+    if not _same_spans(previous, goal):
+        return Staged(goal, moving=False)
+    way = _Way(previous, goal, standing)
+    stages = [way.stage(number) for number in range(len(goal.stages))]
+    found = tuple(stage for stage in stages if stage is not None)
+    if len(found) < len(stages) or not _apart(found):
+        return Staged(goal, moving=False)
+    plan = msgspec.structs.replace(goal, stages=found)
+    return Staged(plan, moving=way.moving)
+
+
+def progress(before: Plan, after: Plan) -> str:
+    """Why the plan `after` is worth an epoch, or empty: members that were standbys take over, or
+    replicas are given up, with none that are new."""
+    if not _same_spans(before, after):
+        return ""
+    old = [owner for stage in before.stages for owners in owners_of(stage) for owner in owners]
+    new = [owner for stage in after.stages for owners in owners_of(stage) for owner in owners]
+    lives = [[(m.node_id, m.boot_id) for m in plan.members] for plan in (before, after)]
+    heirs = {i for o, i in zip(old, new, strict=True) if lives[0][o] != lives[1][i]}
+    if heirs:
+        names = ", ".join(after.members[i].name for i in sorted(heirs))
+        return f"{names} ready to take over"
+    had, has = _holders(before), _holders(after)
+    fewer = had != has and all(a >= b for a, b in zip(had, has, strict=True))
+    return "replicas are complete" if fewer else ""
+
+
+class Steps:
+    """What the leader has found out of its next step towards a goal: making a plan takes time, so
+    it is made again only when what it goes by has changed. Times in seconds."""
+
+    def __init__(self) -> None:
+        self.deadline = inf
+        """When to look again."""
+        self._key: object = None
+        self._why = ""
+
+    def look(self, key: object, find: Callable[[], str], earliest: float, now: float) -> str:
+        """Why to propose now, by `find`; nothing before `earliest`: those that are ready at about
+        the same time take over together."""
+        self.deadline = earliest if now < earliest else inf
+        if now < earliest:
+            return ""
+        if key != self._key:
+            self._key, self._why = key, find()
+        return self._why
+
+
+def _same_spans(one: Plan, other: Plan) -> bool:
+    spans = [[(stage.start, stage.end) for stage in plan.stages] for plan in (one, other)]
+    return spans[0] == spans[1]
+
+
+def _holders(plan: Plan) -> list[frozenset[str]]:
+    """By unit the node ids of those that have it: its owner and its standbys."""
+    return [
+        frozenset(plan.members[i].node_id for i in (owner, *(copies[unit] if copies else ())))
+        for stage in plan.stages
+        for owners, copies in zip(owners_of(stage), standbys_of(stage), strict=True)
+        for unit, owner in enumerate(owners)
+    ]
+
+
+def _apart(stages: Sequence[Stage]) -> bool:
+    """Whether nobody owns units of two stages, nor more pieces than one frame may carry."""
+    owning = [{i for owners in owners_of(stage) for i in owners} for stage in stages]
+    disjoint = sum(map(len, owning)) == len(set().union(*owning))
+    return disjoint and all(fits_on_the_wire(own) for s in stages for own in owners_of(s))
+
+
+class _Unit(NamedTuple):
+    """One unit on its way: who owns it next, and who keeps it, the most important ones first."""
+
+    owner: int
+    names: tuple[Units, Units, Units]
+    """Who is to own it and does not yet; the standbys of the goal; those that have it, and keep it
+    until all of these have it too."""
+
+
+class _Way:
+    """From one plan to a goal of the same stages; members are indices into the goal's."""
+
+    def __init__(self, previous: Plan, goal: Plan, standing: Standing) -> None:
+        self.moving = False
+        """A later plan is to change something, once others are ready."""
+        self._previous = previous
+        self._goal = goal
+        lives = {(m.node_id, m.boot_id): i for i, m in enumerate(goal.members)}
+        self._now = [
+            lives.get((m.node_id, m.boot_id)) if m.node_id in standing.here else None
+            for m in previous.members
+        ]
+        ids = [member.node_id for member in goal.members]
+        self._ready = {i for i, node_id in enumerate(ids) if node_id in standing.ready}
+        self._rests = {i for i, node_id in enumerate(ids) if node_id in standing.resting}
+        self._unready = self._waiting()
+
+    def _waiting(self) -> set[int]:
+        """Members that cannot take over all that they are to: so they take over nothing yet."""
+        found = set()
+        for number in range(len(self._goal.stages)):
+            for kind in range(3):
+                for unit, new in enumerate(owners_of(self._goal.stages[number])[kind]):
+                    old, kept = self._holders(number, kind, unit)
+                    if old not in (None, new) and not (new in kept and new in self._ready):
+                        found.add(new)
+        return found
+
+    def _holders(self, number: int, kind: int, unit: int) -> tuple[int | None, Units]:
+        """Who goes on with a unit, and who kept it, of those that are still here: its owner or,
+        where that is lost, a standby that is ready; better one that does not rest."""
+        stage = self._previous.stages[number]
+        copies = standbys_of(stage)[kind]
+        kept = [i for m in (copies[unit] if copies else ()) if (i := self._now[m]) is not None]
+        old = self._now[owners_of(stage)[kind][unit]]
+        if old is None:
+            ready = sorted((i for i in kept if i in self._ready), key=self._rests.__contains__)
+            old = ready[0] if ready else None
+        return old, tuple(kept)
+
+    def stage(self, number: int) -> Stage | None:
+        """One stage of the plan to propose; None where there is no memory to go by stages."""
+        goal = self._goal.stages[number]
+        kinds = [
+            [self._unit(number, kind, unit) for unit in range(len(owners_of(goal)[kind]))]
+            for kind in range(3)
+        ]
+        copies = self._named(number, kinds)
+        if copies is None:
+            return None
+        self.moving |= any(
+            each.owner != new or not self._rests.issuperset({*have} - {new, *each.names[1]})
+            for kind, units in enumerate(kinds)
+            for each, new, have in zip(
+                units, owners_of(goal)[kind], copies[kind] or ((),) * len(units), strict=True
+            )
+        )
+        return msgspec.structs.replace(
+            goal,
+            head_owners=tuple(unit.owner for unit in kinds[0]),
+            mlp_owners=tuple(unit.owner for unit in kinds[1]),
+            vocab_owners=tuple(unit.owner for unit in kinds[2]),
+            head_standbys=copies[0],
+            mlp_standbys=copies[1],
+            vocab_standbys=copies[2],
+        )
+
+    def _unit(self, number: int, kind: int, unit: int) -> _Unit:
+        stage = self._goal.stages[number]
+        new, named = owners_of(stage)[kind][unit], standbys_of(stage)[kind]
+        old, kept = self._holders(number, kind, unit)
+        owner = new if old is None or new not in self._unready else old
+        wanted = tuple(i for i in (named[unit] if named else ()) if i != owner)
+        before = tuple(i for i in (old, *kept) if i is not None)
+        complete = owner == new and all(
+            i == old or (i in kept and i in self._ready) for i in wanted
+        )
+        spare = tuple(i for i in before if not complete or i in self._rests)
+        return _Unit(owner, ((new,) if owner != new else (), wanted, spare))
+
+    def _named(self, number: int, kinds: Sequence[Sequence[_Unit]]) -> list[Copies] | None:
+        """Standbys by kind and unit, as far as there is memory; None: not even for the heirs."""
+        room = _Room(self._goal, number)
+        for kind, units in enumerate(kinds):
+            for unit, each in enumerate(units):
+                room.take(kind, unit, each.owner)
+        names: list[list[list[int]]] = [[[] for _ in units] for units in kinds]
+        for rank in range(3):
+            for kind, unit, each, member in _of_rank(kinds, rank):
+                taken = names[kind][unit]
+                if member == each.owner or member in taken:
+                    continue
+                if room.has(kind, unit, member):
+                    room.take(kind, unit, member)
+                    taken.append(member)
+                elif not rank:
+                    return None
+        return [tuple(map(tuple, of_kind)) if any(of_kind) else () for of_kind in names]
+
+
+def _of_rank(kinds: Sequence[Sequence[_Unit]], rank: int) -> Iterator[tuple[int, int, _Unit, int]]:
+    """Kind, unit and member of all that are to keep a unit for one reason."""
+    for kind, units in enumerate(kinds):
+        for unit, each in enumerate(units):
+            for member in each.names[rank]:
+                yield kind, unit, each, member
+
+
+class _Room:
+    """The memory that members have left, while units of one stage are given to them."""
+
+    def __init__(self, plan: Plan, number: int) -> None:
+        stage = plan.stages[number]
+        depth, last = stage.end - stage.start, number == len(plan.stages) - 1
+        self._loads = stage_loads(plan.model, depth, last)
+        self._kv = least_kv_bytes(plan.model, depth)
+        self._room = [room_of(member) for member in plan.members]
+        self._kv_room = [member.kv_bytes or inf for member in plan.members]
+
+    def take(self, kind: int, unit: int, member: int) -> None:
+        """A member owns or keeps a unit."""
+        self._room[member] -= self._loads[kind].bytes_of(unit)
+        self._kv_room[member] -= self._kv_of(kind)
+
+    def has(self, kind: int, unit: int, member: int) -> bool:
+        """Whether a member has room for one more unit."""
+        kv = self._kv_of(kind)
+        enough = self._loads[kind].bytes_of(unit) <= self._room[member]
+        return enough and (not kv or kv <= self._kv_room[member])
+
+    def _kv_of(self, kind: int) -> int:
+        return self._kv if self._loads[kind].kind is UnitKind.HEAD else 0

@@ -1,0 +1,177 @@
+"""Pausing a member: it owns nothing until it is resumed, or started again.
+
+It goes on voting, keeping replicas and, if it leads, leading.
+
+A client asks any node, which tells the member. The member says `paused` in its heartbeats, and the
+leader's next plans give its units to others. What cannot be handed over within `drain_timeout` it
+keeps, and is paused no more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+
+from p2pinfer.core.events import NodeConfig, ReplyTo
+from p2pinfer.core.neighbours import Neighbours
+from p2pinfer.core.outbox import Outbox
+from p2pinfer.core.planner import holding, may_own
+from p2pinfer.limits import MAX_REASON_CHARS
+from p2pinfer.types import Member, Plan
+from p2pinfer.wire.messages import Done, Failed, Pause
+
+GRACE_S = 2.0
+"""How much longer than `drain_timeout` the asked node waits for another one to hand over."""
+
+MAX_WISHES = 64
+"""Clients that wait for a member; the oldest is turned away first."""
+
+
+@dataclass(slots=True)
+class _Wish:
+    """A client of this node waits for a member to be paused, or resumed."""
+
+    route: bytes
+    message: Pause
+    node_id: str
+    until: float
+
+
+class Pausing:
+    """Whether this node is paused, and what clients asked of others. Times in seconds."""
+
+    def __init__(self, config: NodeConfig, near: Neighbours, box: Outbox) -> None:
+        self.paused = False
+        self._timeout = config.drain_timeout
+        self._me = config.member
+        self._near = near
+        self._box = box
+        self._until = inf
+        """Until when this node waits for others to take over what it owns."""
+        self._wishes: list[_Wish] = []
+
+    @property
+    def deadline(self) -> float:
+        """When this wants to look again."""
+        return min((self._until, *(wish.until for wish in self._wishes)))
+
+    # --- asked ------------------------------------------------------------------------------------
+
+    def asked(self, message: Pause, route: bytes, now: float) -> None:
+        """A client of this node wants a member to be paused, or resumed; no name: this one."""
+        name = message.name or self._me.name
+        members = {m.name: m for m in reversed(self._near.table.members())}
+        member = members.get(name)
+        wish = _Wish(
+            route, message, member.node_id if member else "", now + self._timeout + GRACE_S
+        )
+        if member is None:
+            names = ", ".join(sorted(members))
+            self._fail(wish, "invalid_request", f"no member is called {name}; there are: {names}")
+            return
+        if not message.resume and not self._others(member):
+            text = f"nobody else may own units: without {name} no reply would go on; start a node"
+            self._fail(wish, "invalid_request", text)
+            return
+        for oldest in self._wishes[: -MAX_WISHES + 1]:
+            self._wishes.remove(oldest)
+            self._fail(oldest, "overloaded", f"{MAX_WISHES} such wishes have come since")
+        self._wishes.append(wish)
+        if member.node_id == self._me.node_id:
+            self._pause(not message.resume, now)
+        else:
+            self._box.send(member.node_id, message)
+
+    def told(self, message: Pause, now: float) -> None:
+        """Another member passes an operator's wish on."""
+        if message.name == self._me.name:
+            self._pause(not message.resume, now)
+
+    def _pause(self, paused: bool, now: float) -> None:
+        self._until = now + self._timeout if paused else inf
+        if paused != self.paused:
+            self.paused = paused
+            self._near.speak_soon(now)
+
+    def _others(self, but: Member) -> bool:
+        """Whether another living member may own units now."""
+        words = {p.member.node_id: p.heartbeat for p in self._near.table.living()}
+        able = [
+            member
+            for member in self._near.table.members()
+            if member.node_id != but.node_id and may_own(member)
+        ]
+        resting = {i for i, word in words.items() if word and (word.paused or word.draining)}
+        if self.paused:
+            resting.add(self._me.node_id)
+        return any(member.node_id not in resting for member in able)
+
+    # --- what comes of it -------------------------------------------------------------------------
+
+    def lost(self, member: Member) -> None:
+        """A member is gone: perhaps the one that a client waits for."""
+        for wish in [wish for wish in self._wishes if wish.node_id == member.node_id]:
+            self._wishes.remove(wish)
+            self._fail(wish, "node_lost", f"{member.name} is gone")
+
+    def look(self, plan: Plan | None, *, ready: bool, now: float) -> None:
+        """Answer those whose wish is fulfilled, or cannot be. `plan` is the one in force here, and
+        `ready` says that all its owners obey it."""
+        handed_over = ready and plan is not None and _owns_nothing(plan, self._me.node_id)
+        if self.paused and handed_over:
+            self._until = inf
+        for wish in list(self._wishes):
+            if self._fulfilled(wish, plan if ready else None):
+                self._wishes.remove(wish)
+                done = Done(request_id=wish.message.request_id)
+                self._box.add(ReplyTo(route=wish.route, message=done))
+            elif now >= wish.until:
+                self._wishes.remove(wish)
+                self._fail(wish, "not_ready", self._too_late(wish))
+        if now >= self._until:
+            self._until = inf
+            self.paused = False
+            self._near.speak_soon(now)
+            for wish in [w for w in self._wishes if w.node_id == self._me.node_id]:
+                self._wishes.remove(wish)
+                self._fail(wish, "not_ready", self._too_late(wish))
+
+    def end(self) -> None:
+        """This node ends now: nobody waits for an answer any more."""
+        wishes, self._wishes = self._wishes, []
+        for wish in wishes:
+            self._fail(wish, "leaving", f"{self._me.name} is leaving; ask another node")
+
+    def _fulfilled(self, wish: _Wish, plan: Plan | None) -> bool:
+        if wish.node_id == self._me.node_id:
+            paused = self.paused
+        else:
+            heartbeat = self._near.table[wish.node_id].heartbeat
+            paused = heartbeat is not None and heartbeat.paused
+        if wish.message.resume:
+            return not paused
+        return paused and plan is not None and _owns_nothing(plan, wish.node_id)
+
+    def _too_late(self, wish: _Wish) -> str:
+        name = wish.message.name or self._me.name
+        if wish.message.resume:
+            return f"{name} has not answered within {self._timeout:g} s; see p2pinfer status"
+        return (
+            f"{name} could not hand over its units within {self._timeout:g} s: the others may lack "
+            f"memory, or the cluster a leader; see p2pinfer plan --without {name}"
+        )
+
+    def _fail(self, wish: _Wish, code: str, message: str) -> None:
+        failed = Failed(
+            request_id=wish.message.request_id,
+            code=code,
+            message=message[:MAX_REASON_CHARS],
+            retryable=code != "invalid_request",
+        )
+        self._box.add(ReplyTo(route=wish.route, message=failed))
+
+
+def _owns_nothing(plan: Plan, node_id: str) -> bool:
+    """Whether a plan gives a node nothing to own."""
+    indices = [i for i, member in enumerate(plan.members) if member.node_id == node_id]
+    return all(holding(plan, index).stage is None for index in indices)
