@@ -30,6 +30,9 @@ PROMPT = "Once upon a time"
 GREEDY = SamplingParams(max_tokens=1500, ignore_eos=True)
 SAMPLED = replace(GREEDY, temperature=0.9, top_k=40, seed=7)
 OPTIONS = {"replicas": 0, "keep_inputs": True}
+LENGTH = 120
+"""Tokens of a reply that is read to its end."""
+
 NEAR = 16
 """Positions that are computed again: those of the last steps."""
 
@@ -96,7 +99,7 @@ def test_replies_go_on_from_inputs(
     hardly a position is computed again."""
     victim = pick(trio, kind)
     rest = others(trio, victim)
-    short = [replace(params, max_tokens=300) for params in (GREEDY, SAMPLED)]
+    short = [replace(params, max_tokens=LENGTH) for params in (GREEDY, SAMPLED)]
     readings = [Reading([node.address for node in rest], PROMPT, each).start() for each in short]
     for reading in readings:
         reading.begun()
@@ -108,7 +111,7 @@ def test_replies_go_on_from_inputs(
     assert max(fact["length"] - fact["restart"] for fact in found) <= NEAR
     for reading in readings:
         reading.join()
-        assert reading.tokens == undisturbed(reading.params, 300)
+        assert reading.tokens == undisturbed(reading.params, LENGTH)
         assert reading.errors == []
         assert (reading.failovers[0].rung, reading.failovers[0].lost) == (
             "recompute",
