@@ -255,6 +255,9 @@ class Play:
         case, line = self.case, self.timeline
         if case.lost and case.quorum:
             until(lambda: line.adopted() is not None, PATIENCE_S, "a plan without the lost")
+            if case.fault == "disk-full":  # It has been told of that plan, too.
+                ended = "the end of the node with the full disk"
+                until(lambda: all(node.ending for node in self.struck), PATIENCE_S, ended)
         elif case.held_s:
             until(lambda: time.time() - line.at > case.held_s, what="the time that it holds")
             self._undo_all()
