@@ -275,12 +275,18 @@ def chosen(cluster: LocalCluster, victim: str) -> tuple[LocalNode, list[str]]:
 
 
 def check_rung(rung: str, resumed: Mapping[str, Any], reply: Following) -> None:
-    """Raise `ClusterError` if a reply came back otherwise than by this rung."""
-    told = reply.failovers[0].rung if reply.failovers else "none"
-    if (resumed["rung"], told) != (rung, rung):
+    """Raise `ClusterError` if a reply came back otherwise than by this rung.
+
+    That is the leader's word; what the client was told must not be another. (A client that went to
+    another node more than once is told only of what came since.)
+    """
+    lost = set(resumed["lost"])
+    told = {failover.rung for failover in reply.failovers if lost & {*failover.lost}}
+    if {resumed["rung"], *told} != {rung}:
         raise ClusterError(
             "internal",
-            f"the reply came back by {resumed['rung']}, not by {rung}; its client was told: {told}",
+            f"the reply came back by {resumed['rung']}, not by {rung}; its client was told: "
+            f"{', '.join(sorted(told)) or 'nothing'}",
         )
 
 

@@ -115,7 +115,7 @@ def measure_protection(
                         break
                     into = pairs.without if held else pairs.with_it
                     into.append(half(switch, reply, held))
-                    tell(f"protection: pair {len(pairs)} of {settings.pairs}")
+                    tell(f"protection: {len(pairs)} of {settings.pairs} pairs")
             finally:
                 reply.stop()
             del pairs.with_it[len(pairs) :], pairs.without[len(pairs) :]

@@ -15,7 +15,7 @@ from tests.faults.cases import Fault
 from tests.faults.clusters import Nodes
 from tests.faults.namespaces import NamespacedCluster
 from tests.faults.proxy import ProxiedCluster
-from tests.faults.watching import kill, others
+from tests.faults.watching import kill, others, status, until
 
 Undo = Callable[[], None]
 
@@ -106,6 +106,8 @@ def _full(cluster: Nodes, victim: LocalNode) -> Undo:
 
     def empty() -> None:
         fresh.unlink(missing_ok=True)
+        # A node that answers no more is on its way to its end.
+        until(lambda: victim.ending or status(victim), what="its end, or an answer")
         if victim.ending:
             restart(cluster, victim)
 

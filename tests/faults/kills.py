@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,12 @@ class Wanted:
     cpu_quota: float | None
     out: Path
     logs: Path | None
+    commit: str = field(default_factory=lambda: records.commit(ROOT))
 
     def identity(self, case: Case) -> dict[str, Any]:
         """What a record of a case says of how it was made."""
         return {
-            "commit": records.commit(ROOT),
+            "commit": self.commit,
             "case": case.name,
             "dtype": self.dtype,
             "nodes": self.nodes or case.nodes,

@@ -81,6 +81,7 @@ def summary(runs: Sequence[Record]) -> Record:
     found: Record = {key: runs[0].get(key) for key in IDENTITY}
     failures = [failure for run in runs for failure in run["failures"]]
     found |= {"runs": len(runs), "failed": sum(bool(run["failures"]) for run in runs)}
+    found["moves"] = sum(run.get("moves", 0) for run in runs)
     found |= {"failures": failures, "replies": sum(run.get("replies", 0) for run in runs)}
     rungs = [rung for run in runs for rung in run.get("rungs", ())]
     found["rungs"] = {rung: rungs.count(rung) for rung in sorted(set(rungs))}

@@ -192,9 +192,9 @@ class Reading:
         self.stopped = True
         self.join()
 
-    def begun(self, tokens: int = 8, within: float = DEADLINE_S) -> Reading:
+    def begun(self, tokens: int = 8) -> Reading:
         """Wait until so many tokens are there; returns itself."""
-        until(lambda: len(self.tokens) >= tokens or self.errors, within, "the reply")
+        until(lambda: len(self.tokens) >= tokens or self.errors, what="the reply")
         assert not self.errors, self.errors
         return self
 

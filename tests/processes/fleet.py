@@ -13,6 +13,7 @@ from p2pinfer.core.events import (
     AnyReport,
     LoadPlan,
     PlanLoaded,
+    Recompute,
     RequestEnded,
     StartRequest,
     StepFailed,
@@ -37,8 +38,8 @@ NEAR = 16
 
 class Fleet(StartStop):
     """`nodes` workers holding the model in `folder` by one plan; the last `witnesses` of them
-    hold nothing, and of each unit `replicas` others keep a replica. `least_step_s` is long: the
-    machine may be busy with other tests."""
+    hold nothing, and of each unit `replicas` others keep a replica; all may keep inputs.
+    `least_step_s` is long: the machine may be busy with other tests."""
 
     def __init__(
         self,
@@ -50,6 +51,7 @@ class Fleet(StartStop):
         *,
         witnesses: int = 0,
         replicas: int = 0,
+        keep_inputs: bool = False,
         least_step_s: float = 20.0,
     ) -> None:
         config = load_config(folder)
@@ -65,6 +67,7 @@ class Fleet(StartStop):
                 address=f"tcp://127.0.0.1:{base + 10 * i}",
                 weight=weights[i] if weights else 1.0,
                 witness=i >= nodes - witnesses,
+                keeps_inputs=keep_inputs,
             )
             for i in range(nodes)
         ]
@@ -135,11 +138,21 @@ class Fleet(StartStop):
     def adopt(self, plan: Plan) -> list[PlanLoaded]:
         """Put a plan in force everywhere, and start again what was running.
 
-        The leader's logs are agreed on, and computing goes on where every owner of heads has KV.
+        The leader's logs are agreed on, and computing goes on where every owner of heads has KV,
+        or can make it of inputs.
         """
         answers = self.load(plan)
         logs = answers[plan.leader].logs
-        self.activate(plan, logs)
+        recomputes = []
+        for log in logs:
+            last = len(log.tokens) - 1
+            position = min(restart(log, answers, plan, inputs=True), last)
+            rows = position - min(restart(log, answers, plan), last)
+            if rows:
+                recomputes.append(
+                    Recompute(request_id=log.request_id, position=position, rows=rows)
+                )
+        self.activate(plan, logs, recomputes)
         for log in logs:
             reply = log.tokens[log.prompt_tokens :]
             self.started[log.request_id] = StartRequest(
@@ -147,7 +160,7 @@ class Fleet(StartStop):
                 prompt_ids=self.started[log.request_id].prompt_ids,
                 received=reply,
                 params=log.params,
-                computed=min(restart(log, answers, plan), len(log.tokens) - 1),
+                computed=min(restart(log, answers, plan, inputs=True), len(log.tokens) - 1),
             )
         for order in self.started.values():
             self.workers[plan.leader].pipe.send(order)
@@ -168,13 +181,23 @@ class Fleet(StartStop):
             answers.append(loaded)
         return answers
 
-    def activate(self, plan: Plan, logs: tuple[TokenLog, ...] = ()) -> None:
+    def activate(
+        self,
+        plan: Plan,
+        logs: tuple[TokenLog, ...] = (),
+        recomputes: Sequence[Recompute] = (),
+    ) -> None:
         """Put a plan that is loaded everywhere in force."""
         nodes = self._nodes(plan)
         everybody = tuple(range(len(nodes)))
         for node in nodes:
             self.workers[node].pipe.send(
-                ActivatePlan(fence=plan.fence, logs=logs, listeners=everybody)
+                ActivatePlan(
+                    fence=plan.fence,
+                    logs=logs,
+                    recomputes=tuple(recomputes),
+                    listeners=everybody,
+                )
             )
 
     def _nodes(self, plan: Plan) -> list[int]:
@@ -273,12 +296,28 @@ class Fleet(StartStop):
                 self.reports[node].append(report)
 
 
-def restart(log: TokenLog, answers: list[PlanLoaded], plan: Plan) -> int:
-    """Leading positions of a request whose KV the owner of every head unit has."""
+def restart(log: TokenLog, answers: list[PlanLoaded], plan: Plan, *, inputs: bool = False) -> int:
+    """Leading positions of a request whose KV the owner of every head unit has, or with `inputs`
+    can make."""
     return min(
-        covered(answers[owner], number, unit, log.request_id)
+        max(
+            covered(answers[owner], number, unit, log.request_id),
+            kept_inputs(answers[owner], number, log.request_id) if inputs else 0,
+        )
         for number, stage in enumerate(plan.stages)
         for unit, owner in enumerate(stage.head_owners)
+    )
+
+
+def kept_inputs(answer: PlanLoaded, stage: int, request_id: int = 1) -> int:
+    """Leading positions of a request whose inputs a worker keeps."""
+    return max(
+        (
+            run.positions
+            for run in answer.inputs
+            if (run.request_id, run.stage) == (request_id, stage)
+        ),
+        default=0,
     )
 
 

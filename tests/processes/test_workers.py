@@ -15,6 +15,7 @@ from p2pinfer.core.events import (
     FenceSettled,
     Halt,
     PlanLoaded,
+    Recompute,
     RequestEnded,
     StartRequest,
     StepFailed,
@@ -31,7 +32,7 @@ from p2pinfer.wire.codec import encode
 from p2pinfer.wire.messages import LinkOpen, Partial
 from p2pinfer.wire.tensors import Tensor, WireDType
 from tests.lockstep import Lockstep
-from tests.processes.fleet import NEAR, Fleet
+from tests.processes.fleet import NEAR, Fleet, restart
 from tests.random_models import write_random_model
 
 PROMPT = [5, 9, 200, 31, 77, 8, 120]
@@ -219,6 +220,48 @@ def test_standbys_go_on_where_lost_owners_stopped(
             assert length - fleet.started[1].computed <= NEAR
         length += 10 - len(PROMPT)
         assert fleet.some_of(1, length) == greedy(folder, length, DType.FLOAT32)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "layout", "lost"), [(3, "heads", (2, 1)), (4, "2x2", (3,)), (4, "heads", (1, 3))]
+)
+def test_lost_kv_is_made_of_inputs(
+    folder: Path, nodes: int, layout: str, lost: tuple[int, ...]
+) -> None:
+    """Killed in the middle of a reply: those who take over make the KV of all positions but the
+    last, and the reply is what it would have been."""
+    params = SamplingParams(max_tokens=1500, ignore_eos=True)
+    with Fleet(folder, nodes, layout, keep_inputs=True) as fleet:
+        plan = fleet.plan(Fence(1, 1))
+        fleet.submit(1, PROMPT, params)
+        for count, node in enumerate(lost, 1):
+            fleet.some_of(1, 20 * count)
+            os.kill(fleet.workers[node].pid, signal.SIGKILL)
+            plan = fleet.plan_without(plan, Fence(1, 1 + count), *lost[:count])
+            answers = fleet.adopt(plan)
+            log = answers[plan.leader].logs[0]
+            assert restart(log, answers, plan) == 0 or count > 1
+            length = len(log.tokens)
+            assert length - fleet.started[1].computed <= 2
+        assert fleet.stats(0, 1).kv_inputs_bytes > 0
+        length += 10 - len(PROMPT)
+        assert fleet.some_of(1, length) == greedy(folder, length, DType.FLOAT32)
+
+
+def test_kv_that_cannot_be_made_is_a_failed_step(folder: Path) -> None:
+    """Nothing is computed with what is not there; the next plan begins with what is."""
+    params = SamplingParams(max_tokens=100, ignore_eos=True)
+    with Fleet(folder, 2) as fleet:
+        fleet.submit(1, PROMPT, params)
+        fleet.some_of(1, 20)
+        os.kill(fleet.workers[1].pid, signal.SIGKILL)
+        plan = fleet.plan_without(fleet.plan(Fence(1, 1)), Fence(1, 2), 1)
+        logs = fleet.load(plan)[0].logs
+        fleet.activate(plan, logs, [Recompute(request_id=1, position=20, rows=20)])
+        assert "the inputs of 20 positions" in fleet.failure(0).reason
+        fleet.adopt(msgspec.structs.replace(plan, fence=Fence(1, 3)))
+        assert fleet.started[1].computed == 0
+        assert fleet.reply(1) == greedy(folder, 100, DType.FLOAT32)
 
 
 def test_a_new_standby_catches_up(folder: Path) -> None:

@@ -20,6 +20,8 @@ FOUND_BY = {
     "watermark-off-by-one": 2,
     "stale-coverage-trusted": 4,
     "slot-reused": 0,
+    "inputs-of-another-log": 415,
+    "inputs-beyond-a-hole": 25,
     "delta-beyond-a-gap": 4,
     "delta-digest-unchecked": 387,
     "coverage-not-cut": 415,

@@ -141,12 +141,16 @@ def test_the_phases_are_put_beside_the_kill() -> None:
 
 
 def test_another_rung_than_asked_for_is_an_error() -> None:
-    """Be it by the leader's word or by what the client was told."""
-    f.check_rung("replica", {"rung": "replica"}, followed())
+    """Be it by the leader's word or by what the client was told, if it was told of that loss."""
+    resumed = {"rung": "replica", "lost": ["node2"]}
+    f.check_rung("replica", resumed, followed())
     with pytest.raises(ClusterError, match="by replay, not by replica"):
-        f.check_rung("replica", {"rung": "replay"}, followed())
+        f.check_rung("replica", resumed | {"rung": "replay"}, followed())
     with pytest.raises(ClusterError, match="its client was told: none"):
-        f.check_rung("replica", {"rung": "replica"}, followed(rung="none"))
+        f.check_rung("replica", resumed, followed(rung="none"))
+    f.check_rung("replica", resumed | {"lost": ["node3"]}, followed(rung="none"))
+    with pytest.raises(ClusterError, match="its client was told: nothing"):
+        f.check_rung("replay", resumed | {"lost": ["node3"]}, followed())
 
 
 def test_facts_are_read_from_a_log(tmp_path: Path) -> None:
