@@ -119,6 +119,7 @@ def test_who_does_not_answer_is_waited_for_a_little_longer() -> None:
     pause(bench, "node2")
     pause(bench, "node1", 2)
     bench.said[ONE]["paused"] = True
+    bench.beat(ONE)
     pause(bench, "node1", 3, resume=True)
     bench.run(DRAIN_S + GRACE_S - 0.1, ONE, TWO)
     assert answers(bench) == []
