@@ -139,11 +139,6 @@ def test_the_last_member_that_may_own_does_not_rest() -> None:
 
 def test_what_cannot_be_placed_is_no_step() -> None:
     """Units were about to move; then there is no room for all of them any more."""
-    bench = serving(2)
-    bench.members[2] = member(2, memory_bytes=1)
-    bench.members[1] = member(1, memory_bytes=1)
-    bench.look(paused={2})
-    assert bench.maker.waiting
     bench = serving()
     bench.look(paused={2})
     bench.adopt(1, 2, 3)
