@@ -61,7 +61,7 @@ MAX_HELD_BYTES = 64 << 20
 MAX_CREDIT_BYTES = 16 << 20
 """Delta KV that a standby lets an owner send without having heard of it again."""
 
-NEAR_POSITIONS = 16
+MAX_STANDBY_LAG = 16
 """A standby that lacks no more of any request is ready to take over: while steps run it is a few
 behind by nature, and so many take hardly longer to compute again than one."""
 

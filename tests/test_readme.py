@@ -43,6 +43,8 @@ EXPECTED = {
     "bin/p2pinfer status": r"node1 .*alive",
     "bin/p2pinfer plan --without": r"without node2 the cluster goes on",
     "bin/p2pinfer plan": r"node1 +yes +0-3",
+    "bin/p2pinfer node pause": r"node2 owns nothing now",
+    "bin/p2pinfer node resume": r"node2 may own units again",
     "bin/p2pinfer node drain": r"node3 has left",
     "bin/p2pinfer model make": r"/models/tiny: tiny",
     "bin/p2pinfer model inspect": r"LlamaForCausalLM",
@@ -57,6 +59,8 @@ OWN_PORT = {
     "status": "--to 127.0.0.1:{port}",
     "plan": "--to 127.0.0.1:{port}",
     "node drain": "--to 127.0.0.1:{port}",
+    "node pause": "--to 127.0.0.1:{port}",
+    "node resume": "--to 127.0.0.1:{port}",
     "doctor": "--listen 127.0.0.1:{other}",
 }
 """The flag that replaces the default port, for verbs that have one."""

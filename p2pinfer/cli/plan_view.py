@@ -67,7 +67,7 @@ def _table(plan: Mapping[str, Any]) -> Table:
             member["kv_room_bytes"],
         )
         table.add_row(
-            member["name"],
+            member["name"] + (" (paused)" if member.get("paused") else ""),
             "yes" if member["voter"] else "no",
             spans(member),
             owned_runs(member, "head_units"),

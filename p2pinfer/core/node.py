@@ -103,7 +103,9 @@ class Node:
         self._holder = PlanHolder(me, config.model, self._durable, self._box)
         self._serving = Serving(config, self._box, self._near.table.contacts)
         self._departure = Departure(config, self._near, self._box)
-        self._outlook = Outlook(config, self._near, self._election, self._holder)
+        self._outlook = Outlook(
+            config, self._near, self._election, self._holder, self._departure.pausing
+        )
         self._leadership: Leadership | None = None
         self._followed = ("", 0)
         self._stats = WorkerStats()

@@ -8,6 +8,7 @@ from p2pinfer.core.election import Election
 from p2pinfer.core.events import NodeConfig, WorkerStats
 from p2pinfer.core.leadership import Leadership
 from p2pinfer.core.neighbours import Neighbours
+from p2pinfer.core.pausing import Pausing
 from p2pinfer.core.plan_holder import PlanHolder
 from p2pinfer.core.preview import plan_object, preview
 from p2pinfer.core.proposal import owners
@@ -20,12 +21,18 @@ class Outlook:
     """Reads the parts of one node, and changes nothing."""
 
     def __init__(
-        self, config: NodeConfig, near: Neighbours, election: Election, holder: PlanHolder
+        self,
+        config: NodeConfig,
+        near: Neighbours,
+        election: Election,
+        holder: PlanHolder,
+        pausing: Pausing,
     ) -> None:
         self._config = config
         self._near = near
         self._election = election
         self._holder = holder
+        self._pausing = pausing
 
     @property
     def ready(self) -> bool:
@@ -84,5 +91,5 @@ class Outlook:
             message = f"no plan is in force; the cluster waits for {waiting}"
             raise ClusterError("not_ready", message, retryable=True)
         if not without:
-            return plan_object(plan)
+            return plan_object(plan, self._pausing.paused_ids())
         return preview(plan, self._near.table.members(), without)

@@ -55,6 +55,12 @@ class Pausing:
         """When this wants to look again."""
         return min((self._until, *(wish.until for wish in self._wishes)))
 
+    def paused_ids(self) -> frozenset[str]:
+        """Node ids of the members that are paused, by what they say."""
+        words = ((p.member.node_id, p.heartbeat) for p in self._near.table.living())
+        found = {node_id for node_id, word in words if word and word.paused}
+        return frozenset(found | ({self._me.node_id} if self.paused else set()))
+
     # --- asked ------------------------------------------------------------------------------------
 
     def asked(self, message: Pause, route: bytes, now: float) -> None:
@@ -96,15 +102,10 @@ class Pausing:
     def _others(self, but: Member) -> bool:
         """Whether another living member may own units now."""
         words = {p.member.node_id: p.heartbeat for p in self._near.table.living()}
-        able = [
-            member
-            for member in self._near.table.members()
-            if member.node_id != but.node_id and may_own(member)
-        ]
-        resting = {i for i, word in words.items() if word and (word.paused or word.draining)}
-        if self.paused:
-            resting.add(self._me.node_id)
-        return any(member.node_id not in resting for member in able)
+        out = {but.node_id, *self.paused_ids()}
+        out.update(i for i, word in words.items() if word and word.draining)
+        members = self._near.table.members()
+        return any(may_own(member) and member.node_id not in out for member in members)
 
     # --- what comes of it -------------------------------------------------------------------------
 
@@ -143,11 +144,7 @@ class Pausing:
             self._fail(wish, "leaving", f"{self._me.name} is leaving; ask another node")
 
     def _fulfilled(self, wish: _Wish, plan: Plan | None) -> bool:
-        if wish.node_id == self._me.node_id:
-            paused = self.paused
-        else:
-            heartbeat = self._near.table[wish.node_id].heartbeat
-            paused = heartbeat is not None and heartbeat.paused
+        paused = wish.node_id in self.paused_ids()
         if wish.message.resume:
             return not paused
         return paused and plan is not None and _owns_nothing(plan, wish.node_id)

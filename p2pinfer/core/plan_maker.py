@@ -268,8 +268,15 @@ class PlanMaker:
         keep = frozenset() if self._base_active else frozenset(voters)
         return tuple(listed_as(living.get(i), before.get(i), keep=i in keep) for i in ids)
 
-    def _next(self, view: View, able: Iterable[Member], *, rebalance: bool) -> Staged:
+    def _next(self, view: View, *, rebalance: bool) -> Staged:
         """The plan to propose, by what is known now. Raises `PlacementError`."""
+        try:
+            return self._by(self._able(view), view, rebalance=rebalance)
+        except PlacementError:
+            # Better one that should rest than nobody.
+            return self._by(self._can_own(view), view, rebalance=rebalance)
+
+    def _by(self, able: Iterable[Member], view: View, *, rebalance: bool) -> Staged:
         voters, old_voters = self._voters(view)
         members = recorded(self._listed(view, voters), self._base, active=self._base_active)
         previous = self.target or self._base
@@ -318,7 +325,7 @@ class PlanMaker:
 
         def find() -> str:
             try:
-                found = self._next(view, self._able(view), rebalance=True)
+                found = self._next(view, rebalance=True)
             except PlacementError:
                 return ""
             return progress(current.plan, found.plan)
@@ -331,11 +338,7 @@ class PlanMaker:
         fence = Fence(self._term, self._epoch + 1)
         self._out.let_rest(self._current.owners if self._current else (), view, now)
         try:
-            try:
-                found = self._next(view, able, rebalance=rebalance)
-            except PlacementError:
-                # Better one that should rest than nobody.
-                found = self._next(view, self._can_own(view), rebalance=rebalance)
+            found = self._next(view, rebalance=rebalance)
         except PlacementError as error:
             self._cannot_place(able, fence, error.message, inf)
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 from p2pinfer.core.holdings import Holding, holding, owners_of, standby_holding, standbys_of
@@ -16,8 +17,8 @@ from p2pinfer.types import Fence, Member, Plan, UnitKind
 Json = dict[str, Any]
 
 
-def plan_object(plan: Plan) -> Json:
-    """The object of `plan --json`.
+def plan_object(plan: Plan, paused: AbstractSet[str] = frozenset()) -> Json:
+    """The object of `plan --json`; `paused` are node ids.
 
     `epoch` and `term` are its fence; `kv_positions` the positions of KV, over all requests, that
     all owners have room for, `exact` whether all owners are of one numeric class. Of each member:
@@ -42,7 +43,10 @@ def plan_object(plan: Plan) -> Json:
         "voters": [m.name for m in plan.members if m.node_id in voters],
         "exact": len(classes) == 1,
         "kv_positions": position_limit(plan),
-        "members": [_member(plan, index) for index in range(len(plan.members))],
+        "members": [
+            _member(plan, index) | {"paused": member.node_id in paused}
+            for index, member in enumerate(plan.members)
+        ],
     }
 
 

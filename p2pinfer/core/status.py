@@ -70,6 +70,7 @@ def _counters(stats: WorkerStats) -> Json:
     fields: Json = {
         name: round(value, 6) if isinstance(value, float) else value
         for name, value in msgspec.structs.asdict(stats).items()
+        if name != "fence"
     }
     return fields | {"hears_steps": list(stats.hears_steps)}
 

@@ -17,9 +17,9 @@ from msgspec import Meta, Struct
 from p2pinfer.limits import (
     MAX_FAILOVERS,
     MAX_NODES,
+    MAX_STANDBY_LAG,
     MAX_STATUS_BYTES,
     MAX_STEP_SLOTS,
-    NEAR_POSITIONS,
 )
 from p2pinfer.types import (
     U16,
@@ -174,7 +174,7 @@ class Heartbeat(ControlMessage, frozen=True, kw_only=True):
     def standbys_ready(self) -> bool:
         """Whether the sender could take over all that it keeps by the plan of `standby_fence`."""
         loaded = self.standby_units_ready == self.standby_units
-        return loaded and self.standby_behind <= NEAR_POSITIONS
+        return loaded and self.standby_behind <= MAX_STANDBY_LAG
 
 
 class Leave(ControlMessage, frozen=True, kw_only=True):

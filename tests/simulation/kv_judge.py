@@ -226,7 +226,7 @@ class KvJudge:
         now, least = dict(heads(plan)), fact.length - 1
         for unit, head in heads(death.plan):
             living = [boot for boot in (head.owner, *head.standbys) if boot in death.has]
-            if not living:
+            if not living or unit not in now:
                 return
             if unit not in now:  # The stages were made anew.
                 return

@@ -28,6 +28,7 @@ class FakeClient:
         self.addresses: tuple[str, ...] = ()
         self.retry_for = -1.0
         self.drained: str | None = None
+        self.paused: list[tuple[str, str]] = []
 
     def __call__(self, addresses: tuple[str, ...], retry_for: float = -1.0) -> FakeClient:
         self.addresses, self.retry_for = addresses, retry_for
@@ -70,6 +71,14 @@ class FakeClient:
     def drain(self, name: str) -> None:
         self._fail()
         self.drained = name
+
+    def pause(self, name: str) -> None:
+        self._fail()
+        self.paused.append(("pause", name))
+
+    def resume(self, name: str) -> None:
+        self._fail()
+        self.paused.append(("resume", name))
 
     def _fail(self) -> None:
         for event in self.events:
@@ -272,6 +281,17 @@ def test_drain_and_leave_say_when_it_is_done(
     assert ask("node", "leave").drained == ""
     assert capsys.readouterr().out == "b has left\nthe node has left its cluster\n"
     ask("node", "drain", "b", events=(ClusterError("not_ready", "b could not"),), code=1)
+    assert capsys.readouterr() == ("", "error (not_ready): b could not\n")
+
+
+def test_pause_and_resume_say_when_it_is_done(
+    ask: Callable[..., FakeClient], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both are about the node that is named."""
+    assert ask("node", "pause", "b", "--to", "h:1").paused == [("pause", "b")]
+    assert ask("node", "resume", "b").paused == [("resume", "b")]
+    assert capsys.readouterr().out == "b owns nothing now\nb may own units again\n"
+    ask("node", "pause", "b", events=(ClusterError("not_ready", "b could not"),), code=1)
     assert capsys.readouterr() == ("", "error (not_ready): b could not\n")
 
 

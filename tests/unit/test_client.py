@@ -25,6 +25,7 @@ from p2pinfer.wire.messages import (
     Drain,
     Failed,
     Finished,
+    Pause,
     PlanRequest,
     StatusReply,
     StatusRequest,
@@ -209,6 +210,20 @@ def test_a_drain_returns_when_it_is_done(make_node: MakeNode) -> None:
     node = make_node(answer)
     Client([node.address]).drain("b")
     assert [m.name for m in node.got if isinstance(m, Drain)] == ["b"]
+
+
+def test_a_pause_returns_when_it_is_done(make_node: MakeNode) -> None:
+    """So does its end."""
+
+    def answer(message: ControlMessage) -> list[ControlMessage | bytes | None]:
+        assert isinstance(message, Pause)
+        return [Done(request_id=message.request_id)]
+
+    node = make_node(answer)
+    Client([node.address]).pause("b")
+    Client([node.address]).resume("b")
+    asked = [(m.name, m.resume) for m in node.got if isinstance(m, Pause)]
+    assert asked == [("b", False), ("b", True)]
 
 
 def test_a_question_that_fails_is_raised_with_its_code(make_node: MakeNode) -> None:

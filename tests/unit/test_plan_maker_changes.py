@@ -137,6 +137,18 @@ def test_the_last_member_that_may_own_does_not_rest() -> None:
     assert small.owners() == {1}
 
 
+def test_what_cannot_be_placed_is_no_step() -> None:
+    """Units were about to move; then there is no room for all of them any more."""
+    bench = serving()
+    bench.look(paused={2})
+    bench.adopt(1, 2, 3)
+    bench.proposed()
+    for number in (1, 2, 3):
+        bench.members[number] = member(number, memory_bytes=1)
+    bench.look(1.0)
+    assert bench.proposed() == []
+
+
 def test_who_is_relieved_no_more_keeps_its_units() -> None:
     """Nothing had moved yet; what was prepared is given up."""
     bench = serving()
