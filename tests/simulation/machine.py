@@ -185,14 +185,14 @@ class Process:
         if plane is Plane.CONTROL:
             self.take(e.LinkUp(address=address))
         else:
-            self.worker.link_up(plane, address)
+            self.worker.link_changed(plane, address, up=True)
 
     def link_down(self, plane: Plane, address: str) -> None:
         """Its link lost its connection."""
         if plane is Plane.CONTROL:
             self.take(e.LinkDown(address=address))
         else:
-            self.worker.link_down(plane, address)
+            self.worker.link_changed(plane, address, up=False)
 
     def arrived(self, plane: Plane, route: bytes, link: str, frame: bytes) -> None:
         """A frame came; nobody asks for one while this process does not read."""

@@ -180,15 +180,8 @@ class ToyWorker:
         if not self.bulk.working:
             self._guard(self._turn)
 
-    def link_up(self, plane: Plane, address: str) -> None:
-        """A link is connected."""
-        self._link_changed(plane, address, up=True)
-
-    def link_down(self, plane: Plane, address: str) -> None:
-        """A link broke."""
-        self._link_changed(plane, address, up=False)
-
-    def _link_changed(self, plane: Plane, address: str, *, up: bool) -> None:
+    def link_changed(self, plane: Plane, address: str, *, up: bool) -> None:
+        """A link is connected, or broke."""
         if plane is Plane.STEPS:
             self.links.changed(address, up=up)
         else:
