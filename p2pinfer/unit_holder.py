@@ -81,8 +81,9 @@ class UnitHolder:
         self._places: dict[KvUnit, Part] = {}
         self._own: frozenset[Unit] = frozenset()
         self._model: ModelSpec | None = None
-        self._wanted: tuple[Holding, tuple[Holding, ...]] | None = None
-        self._trunk: Trunk | None = None
+        self._wanted: tuple[tuple[Holding, ...], tuple[Holding, ...]] | None = None
+        self._trunks: dict[Slice, Trunk] = {}
+        """Of the stages of which this node owns any unit."""
         self._standbys: StandbyLoader | None = None
         self._told = 0.0
         self.runner: StageRunner | None = None
@@ -137,7 +138,7 @@ class UnitHolder:
         KV of units that stay, owned or kept for another, stays. Raises what reading the model's
         files raises: nothing is held then, and no coverage left.
         """
-        wanted = (mine.holding, kept_units(mine.plan, mine.me))
+        wanted = (mine.holdings, kept_units(mine.plan, mine.me))
         if wanted == self._wanted:
             return
         self.close()
@@ -146,20 +147,19 @@ class UnitHolder:
         self._told = time.monotonic()
         try:
             self._arrange(model, *wanted)
-            self._load_own(model, mine.holding)
+            self._load_own(model, mine.holdings)
         except BaseException:  # an order may break the load off, too: no KV is left without units
-            self._own, self._parts, self._places, self._trunk = frozenset(), [], {}, None
+            self._own, self._parts, self._places, self._trunks = frozenset(), [], {}, {}
             self._logs.coverage.lose(self._logs.coverage.computed | self._logs.coverage.fed)
             raise
         self._wanted = wanted
         if self._parts:
-            trunk = self._trunk if self._own else None
-            self.runner = StageRunner(self._parts, mine.holding, trunk, model, self._device)
+            self.runner = StageRunner(self._parts, mine.holdings, self._trunks, model, self._device)
 
-    def _arrange(self, model: ModelSpec, own: Holding, kept: Sequence[Holding]) -> None:
+    def _arrange(self, model: ModelSpec, own: Sequence[Holding], kept: Sequence[Holding]) -> None:
         """Keep the parts that still serve, make new ones of the other units, and bring their KV
         there."""
-        own_units = units_of(own)
+        own_units = frozenset[Unit]().union(*map(units_of, own))
         wanted = own_units.union(*map(units_of, kept))
         stay = [part for part in self._parts if self._serves(part, own_units, wanted)]
         left = [part for part in self._parts if part not in stay]
@@ -167,10 +167,9 @@ class UnitHolder:
             part.unload()
         placed = {unit for part in stay for unit in part.units}
         new: list[Part] = []
-        for held in (own, *kept):
+        for held in (*own, *kept):
             units = units_of(held) - placed
             if units:
-                assert held.stage is not None
                 piece = holding_of(units, held.stage)
                 new.append(Part(piece, self._cache(piece, model, left)))
         self._own, self._parts = own_units, [*stay, *new]
@@ -209,13 +208,14 @@ class UnitHolder:
                     self._tell(0, 0)
         return cache
 
-    def _load_own(self, model: ModelSpec, own: Holding) -> None:
+    def _load_own(self, model: ModelSpec, own: Sequence[Holding]) -> None:
         """Load what is owned and not ready; the parts that are given up are freed by now."""
         if not self._own:
             return
-        loader = self._loader()
-        if self._trunk is None or self._trunk.span != own.span:
-            self._trunk = loader().trunk(own.span)
+        loader, before = self._loader(), self._trunks
+        self._trunks = {
+            held.span: before.get(held.span) or loader().trunk(held.span) for held in own
+        }
         parts = [part for part in self._parts if part.units & self._own and part.stage is None]
         if not parts:
             return

@@ -15,7 +15,7 @@ from p2pinfer.core.events import Draining, NodeConfig, Output, ReplyTo
 from p2pinfer.core.membership import Peer
 from p2pinfer.core.neighbours import Neighbours
 from p2pinfer.core.outbox import Outbox
-from p2pinfer.core.planner import holding
+from p2pinfer.core.planner import holdings
 from p2pinfer.limits import MAX_REASON_CHARS
 from p2pinfer.types import Member, Plan
 from p2pinfer.wire.messages import Done, Drain, Failed, MemberState
@@ -177,7 +177,7 @@ class Departure:
             return False
         index = ids.index(self._me.node_id)
         # Whoever goes with a vote that the others need leaves them unable to elect anybody.
-        return holding(plan, index).stage is None and index not in plan.voters
+        return not holdings(plan, index) and index not in plan.voters
 
     def _others(self) -> list[Peer]:
         """Members that could take over: not going themselves."""

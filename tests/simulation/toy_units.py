@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from p2pinfer.core.coverage import KvUnit
-from p2pinfer.core.holdings import Holding, holding, standby_holding
+from p2pinfer.core.holdings import Holding, holdings, standby_holdings
 from p2pinfer.core.replication import computed_units, fed_units
 from p2pinfer.core.token_log import TokenLogs
 from p2pinfer.core.topology import Topology
@@ -139,7 +139,7 @@ class ToyUnits:
     def hold(self, mine: Topology) -> None:
         """From now on this plan's units are wanted, and all others are freed."""
         plan, me = mine.plan, mine.me
-        self._own = frozenset(_weights(mine.holding))
+        self._own = frozenset(_weights(mine.holdings))
         self._kept = tuple(_kept_for(plan, me))
         self._ready &= self._own.union(*self._kept)
         computed, fed = computed_units(plan, me), fed_units(plan, me)
@@ -165,17 +165,21 @@ class ToyUnits:
         self._ready |= next(each for each in self._kept if not each <= self._ready)
 
 
-def _weights(held: Holding) -> list[Weights]:
-    if held.stage is None:
-        return []
-    kinds = zip(UnitKind, (held.head_units, held.mlp_units, held.vocab_units), strict=True)
-    return [(kind, held.span, unit) for kind, units in kinds for unit in units]
+def _weights(by_stage: Iterable[Holding]) -> list[Weights]:
+    return [
+        (kind, held.span, unit)
+        for held in by_stage
+        for kind, units in zip(
+            UnitKind, (held.head_units, held.mlp_units, held.vocab_units), strict=True
+        )
+        for unit in units
+    ]
 
 
 def _kept_for(plan: Plan, me: int) -> list[frozenset[Weights]]:
     """What `me` is a standby of, owner by owner."""
-    kept = set(_weights(standby_holding(plan, me)))
+    kept = set(_weights(standby_holdings(plan, me)))
     by_owner = (
-        frozenset(_weights(holding(plan, owner))) & kept for owner in range(len(plan.members))
+        frozenset(_weights(holdings(plan, owner))) & kept for owner in range(len(plan.members))
     )
     return [each for each in by_owner if each]
