@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from p2pinfer.client import Client
 from p2pinfer.cluster import LocalCluster, LocalNode, free_base_port
@@ -30,17 +31,21 @@ SAMPLED = SamplingParams(
     max_tokens=1500, ignore_eos=True, temperature=0.9, top_k=40, top_p=0.95, seed=7
 )
 
+Undisturbed = Callable[[SamplingParams, int], list[int]]
+
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[SamplingParams, list[int]]:
-    """The whole replies of one node alone, by their settings."""
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Undisturbed]:
+    """The first tokens of one node's reply, by its settings and how many are wanted."""
     folder = tmp_path_factory.mktemp("alone")
     with LocalCluster(1, threads=1, base_port=free_base_port(1), folder=folder) as cluster:
         client = Client([cluster.nodes[0].address])
-        return {
-            params: client.submit_json_object(PROMPT, params)["token_ids"]
-            for params in (GREEDY, SAMPLED)
-        }
+
+        def tokens(params: SamplingParams, count: int) -> list[int]:
+            reply = client.submit_json_object(PROMPT, replace(params, max_tokens=count))
+            return list(reply["token_ids"])
+
+        yield tokens
 
 
 @pytest.fixture
@@ -56,12 +61,12 @@ def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LocalClu
         yield started
 
 
-def check(readings: list[Reading], undisturbed: dict[SamplingParams, list[int]]) -> None:
+def check(readings: list[Reading], undisturbed: Undisturbed) -> None:
     """The replies so far have the tokens of undisturbed ones."""
     for reading in readings:
         reading.stop()
     for reading in readings:
-        assert reading.tokens == undisturbed[reading.params][: len(reading.tokens)]
+        assert reading.tokens == undisturbed(reading.params, len(reading.tokens))
 
 
 def stages(node: LocalNode) -> dict[str, list[list[int]]]:
@@ -73,7 +78,7 @@ def stages(node: LocalNode) -> dict[str, list[list[int]]]:
 @pytest.mark.parametrize("cluster", [(3, "layers")], indirect=True)
 @pytest.mark.parametrize("kind", ["follower", "leader"])
 def test_layers_go_on_from_replicas(
-    cluster: LocalCluster, undisturbed: dict[SamplingParams, list[int]], kind: str
+    cluster: LocalCluster, undisturbed: Undisturbed, kind: str
 ) -> None:
     """One of the others owns two stages, until the killed node is back and has one again."""
     before = stages(cluster.nodes[0])
@@ -91,13 +96,11 @@ def test_layers_go_on_from_replicas(
     reply = Client([rest[0].address]).submit_json_object(
         PROMPT, SamplingParams(max_tokens=40, ignore_eos=True)
     )
-    assert reply["token_ids"] == undisturbed[GREEDY][:40]
+    assert reply["token_ids"] == undisturbed(GREEDY, 40)
 
 
 @pytest.mark.parametrize("cluster", [(4, "2x2")], indirect=True)
-def test_both_nodes_of_a_stage_may_die(
-    cluster: LocalCluster, undisturbed: dict[SamplingParams, list[int]]
-) -> None:
+def test_both_nodes_of_a_stage_may_die(cluster: LocalCluster, undisturbed: Undisturbed) -> None:
     """One after the other: the nodes of the other stage compute both."""
     held = stages(cluster.nodes[0])
     leader = pick(cluster, "leader")
