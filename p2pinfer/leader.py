@@ -175,7 +175,7 @@ class Leader:
         )
         by_unit: list[dict[int, UnitCandidates]] = [{} for _ in range(slots)]
         for row, of_slot in enumerate(own):
-            by_unit[row].update(zip(t.holding.vocab_units, of_slot, strict=True))
+            by_unit[row].update(zip(t.vocab_units, of_slot, strict=True))
         for member, frame in arrived.items():
             node_id = t.plan.members[member].node_id
             if not _finite(frame):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from p2pinfer.core.step_checks import write_down
 from p2pinfer.core.step_clock import StepClock
 from p2pinfer.core.token_log import TokenLogs
-from p2pinfer.core.topology import Topology
+from p2pinfer.core.topology import Role, Topology
 from p2pinfer.core.units import unit_bounds
 from p2pinfer.errors import RemoteProtocolError
 from p2pinfer.model.reduction import subtree_sums, whole_sum
@@ -137,7 +138,7 @@ class StepEngine:
         if self._runner is not None and rows:
             computed = self.clock.compute_s
             self._run(self._runner, step, rows)
-            if rows <= DECODE_ROWS and self.topology.holding.stage is not None:
+            if rows <= DECODE_ROWS and self.topology.roles:
                 self._decoded.append(self.clock.compute_s - computed)
         self._logs.finish(step.slots)
         self.clock.steps += 1
@@ -190,7 +191,7 @@ class StepEngine:
                 case NeedSum():
                     answer = self._sum(step, need, rows)
                 case NeedHidden():
-                    answer = self._hidden(step, rows)
+                    answer = self._hidden(step, need, rows)
                 case GiveHidden():
                     self._give(step, need)
                     answer = None
@@ -207,12 +208,11 @@ class StepEngine:
     # --- exchanges --------------------------------------------------------------------------------
 
     def _sum(self, step: Step, need: NeedSum, rows: int) -> torch.Tensor:
-        t = self.topology
-        units = t.units[need.half]
+        role, units = self._role(need.stage), self.topology.units[need.half]
         parts = subtree_sums(need.partials, units) if need.partials else {}
-        if parts and t.peers:
-            self._send_parts(step, need, parts)
-        senders = t.senders(need.half)
+        if parts and role.peers:
+            self._send_parts(step, need, parts, role.peers)
+        senders = role.senders(need.half)
         if not senders:
             return whole_sum(parts, units)
         arrived = self._links.collect(
@@ -227,7 +227,14 @@ class StepEngine:
             parts.update(zip(partial.parts, sums.to(device).unbind(), strict=True))
         return whole_sum(parts, units)
 
-    def _send_parts(self, step: Step, need: NeedSum, parts: dict[int, torch.Tensor]) -> None:
+    def _role(self, stage: int) -> Role:
+        role = self.topology.role(stage)
+        assert role is not None, "the runner computes what is owned"
+        return role
+
+    def _send_parts(
+        self, step: Step, need: NeedSum, parts: dict[int, torch.Tensor], peers: Sequence[int]
+    ) -> None:
         t = self.topology
         stacked = (
             next(iter(parts.values()))[None]
@@ -237,14 +244,13 @@ class StepEngine:
         tensor = to_wire(stacked)
         if not is_finite(tensor):
             raise StepBroken(self._id(t.me), "a partial that is not finite", broken=True)
-        assert t.holding.stage is not None
-        for peer in t.peers:
+        for peer in peers:
             frame = Partial(
                 fence=t.plan.fence,
                 step=step.step,
                 link_seq=self._links.next_sequence(peer),
                 sender=t.me,
-                stage=t.holding.stage,
+                stage=need.stage,
                 layer=need.layer,
                 half=need.half,
                 parts=tuple(parts),
@@ -252,10 +258,12 @@ class StepEngine:
             )
             self._links.send(peer, frame)
 
-    def _hidden(self, step: Step, rows: int) -> torch.Tensor:
-        sender = self.topology.hidden_from
+    def _hidden(self, step: Step, need: NeedHidden, rows: int) -> torch.Tensor:
+        sender = self._role(need.stage).hidden_from
         assert sender is not None
-        arrived = self._links.collect(self._links.inbox.hidden, step.step, {sender: sender})
+        arrived = self._links.collect(
+            self._links.inbox.hidden, (step.step, need.stage - 1), {sender: sender}
+        )
         hidden = arrived[sender].tensor
         self._check(sender, hidden, hidden.shape[0] == rows, "hidden states")
         return from_wire(hidden)
@@ -268,18 +276,17 @@ class StepEngine:
             raise StepBroken(self._id(member), f"{what} not finite", broken=True)
 
     def _give(self, step: Step, need: GiveHidden) -> None:
-        t = self.topology
-        if not t.hidden_to:
+        t, receivers = self.topology, self._role(need.stage).hidden_to
+        if not receivers:
             return
         tensor = to_wire(need.hidden)
-        assert t.holding.stage is not None
-        for receiver in t.hidden_to:
+        for receiver in receivers:
             frame = Hidden(
                 fence=t.plan.fence,
                 step=step.step,
                 link_seq=self._links.next_sequence(receiver),
                 sender=t.me,
-                stage=t.holding.stage,
+                stage=need.stage,
                 tensor=tensor,
             )
             self._links.send(receiver, frame)
@@ -298,7 +305,7 @@ class StepEngine:
             params, tokens = self._logs.params(slot.request_id), self._logs.tokens(slot.request_id)
             position = slot.start + len(slot.tokens)
             of_slot = []
-            for place, unit in enumerate(self.topology.holding.vocab_units):
+            for place, unit in enumerate(self.topology.vocab_units):
                 first = unit_bounds(model, UnitKind.VOCAB, unit).start
                 logits = self._last[place][row]
                 penalty = params.repetition_penalty
@@ -315,7 +322,7 @@ class StepEngine:
         begins no other before.
         """
         t = self.topology
-        units = t.holding.vocab_units
+        units = t.vocab_units
         wanted = [candidates_wanted(self._logs.params(s.request_id)) for s in self._sampling]
         shape = (max(len(offers), 1), len(units), max(wanted, default=1))
         ids = np.full(shape, -1, np.int32)
@@ -344,7 +351,7 @@ class StepEngine:
         t = self.topology
         if request.step != self.step or max(request.slots) >= len(self._sampling):
             raise StepBroken(self._id(t.plan.leader), "logits asked of a step that is over")
-        for place, unit in enumerate(t.holding.vocab_units):
+        for place, unit in enumerate(t.vocab_units):
             frame = Logits(
                 fence=t.plan.fence,
                 step=request.step,
@@ -357,4 +364,4 @@ class StepEngine:
 
     def own_logits(self, unit: int, slots: list[int]) -> NDArray[np.float32]:
         """[slots, unit width] of a vocab unit that this node owns, of the last step."""
-        return self._last[self.topology.holding.vocab_units.index(unit)][slots]
+        return self._last[self.topology.vocab_units.index(unit)][slots]

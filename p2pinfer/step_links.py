@@ -80,7 +80,7 @@ class StepOverdue(StepBroken):
     """The member owes its part for longer than any step should take."""
 
 
-Key = TypeVar("Key", int, tuple[int, int, int])
+Key = TypeVar("Key", int, tuple[int, int], tuple[int, int, int])
 Frame = TypeVar("Frame")
 
 
@@ -101,7 +101,7 @@ class Inbox:
     steps: deque[Step] = field(default_factory=deque)
     requests: deque[LogitsRequest] = field(default_factory=deque)
     partials: dict[tuple[int, int, int], dict[int, Partial]] = field(default_factory=dict)
-    hidden: dict[int, dict[int, Hidden]] = field(default_factory=dict)
+    hidden: dict[tuple[int, int], dict[int, Hidden]] = field(default_factory=dict)
     candidates: dict[int, dict[int, Candidates]] = field(default_factory=dict)
     logits: dict[int, dict[int, Logits]] = field(default_factory=dict)
 
@@ -109,8 +109,8 @@ class Inbox:
         """Drop what came for steps that are over (a duplicate, or a frame nobody waited for)."""
         for key in [key for key in self.partials if key[0] < step]:
             del self.partials[key]
-        for number in [number for number in self.hidden if number < step]:
-            del self.hidden[number]
+        for place in [place for place in self.hidden if place[0] < step]:
+            del self.hidden[place]
         for number in [number for number in self.candidates if number < step]:
             del self.candidates[number]
         for number in [number for number in self.logits if number < step]:
@@ -420,7 +420,7 @@ class StepLinks:
                 key = (message.step, message.layer, message.half)
                 inbox.partials.setdefault(key, {})[sender] = message
             case Hidden():
-                inbox.hidden.setdefault(message.step, {})[sender] = message
+                inbox.hidden.setdefault((message.step, message.stage), {})[sender] = message
             case Candidates():
                 inbox.candidates.setdefault(message.step, {})[sender] = message
             case Logits():

@@ -90,10 +90,11 @@ class UnitHolder:
         self._places: dict[KvUnit, Part] = {}
         self._own: frozenset[Unit] = frozenset()
         self._model: ModelSpec | None = None
-        self._wanted: tuple[Holding, tuple[Holding, ...]] | None = None
-        self._trunk: Trunk | None = None
-        self._inputs: InputStore | None = None
-        """Of what this node computes, if it is to keep them."""
+        self._wanted: tuple[tuple[Holding, ...], tuple[Holding, ...]] | None = None
+        self._trunks: dict[Slice, Trunk] = {}
+        """Of the stages of which this node owns any unit."""
+        self._inputs: dict[Slice, InputStore] = {}
+        """Of these stages, if this node is to keep them."""
         self._standbys: StandbyLoader | None = None
         self._trims: list[Part] = []
         """Parts to be, of units that parts here have together with others."""
@@ -122,7 +123,7 @@ class UnitHolder:
     @property
     def kv_inputs_bytes(self) -> int:
         """Bytes of kept inputs."""
-        return self._inputs.used_bytes if self._inputs is not None else 0
+        return sum(store.used_bytes for store in self._inputs.values())
 
     def _kv_bytes(self, *, owned: bool) -> int:
         heads = {(unit.span, unit.number) for unit in self._own if unit.kind is UnitKind.HEAD}
@@ -156,7 +157,7 @@ class UnitHolder:
         KV of units that stay, owned or kept for another, stays. Raises what reading the model's
         files raises: nothing is held then, and no coverage left.
         """
-        wanted = (mine.holding, kept_units(mine.plan, mine.me))
+        wanted = (mine.holdings, kept_units(mine.plan, mine.me))
         if wanted == self._wanted:
             return
         self.close()
@@ -167,25 +168,23 @@ class UnitHolder:
         try:
             self._arrange(model, *wanted)
             self._keep_inputs(mine)
-            self._load_own(model, mine.holding)
+            self._load_own(model, mine.holdings)
         except BaseException:  # an order may break the load off, too: no KV is left without units
-            self._own, self._parts, self._places, self._trunk = frozenset(), [], {}, None
-            self._trims = []
+            self._own, self._parts, self._places, self._trunks = frozenset(), [], {}, {}
+            self._trims, self._inputs = [], {}
             self._logs.coverage.lose(self._logs.coverage.computed | self._logs.coverage.fed)
-            self._inputs = None
             self._logs.inputs.lose()
             raise
         self._wanted = wanted
         if self._parts:
-            trunk = self._trunk if self._own else None
             self.runner = StageRunner(
-                self._parts, mine.holding, trunk, model, self._device, inputs=self._inputs
+                self._parts, mine.holdings, self._trunks, model, self._device, inputs=self._inputs
             )
 
-    def _arrange(self, model: ModelSpec, own: Holding, kept: Sequence[Holding]) -> None:
+    def _arrange(self, model: ModelSpec, own: Sequence[Holding], kept: Sequence[Holding]) -> None:
         """Keep the parts that still serve, make new ones of the other units, and bring their KV
         there."""
-        own_units = units_of(own)
+        own_units = frozenset[Unit]().union(*map(units_of, own))
         wanted = own_units.union(*map(units_of, kept))
         stay = [part for part in self._parts if self._serves(part, own_units, wanted)]
         left = [part for part in self._parts if part not in stay]
@@ -193,10 +192,9 @@ class UnitHolder:
             part.unload()
         placed = {unit for part in stay for unit in part.units}
         new: list[Part] = []
-        for held in (own, *kept):
+        for held in (*own, *kept):
             units = units_of(held) - placed
             if units:
-                assert held.stage is not None
                 piece = holding_of(units, held.stage)
                 new.append(Part(piece, self._cache(piece, model, left)))
         self._own, self._parts = own_units, [*stay, *new]
@@ -206,17 +204,15 @@ class UnitHolder:
             self._logs.coverage.lose(part.kv_units.keys() - self._places.keys())
 
     def _keep_inputs(self, mine: Topology) -> None:
-        """Inputs stay where a plan gives this node units of the same span; otherwise they are of
-        no use any more."""
-        spans = input_spans(mine.plan, mine.me)
-        if self._inputs is not None and self._inputs.span in spans:
-            return
-        self._inputs = None
-        self._logs.inputs.lose()
-        for span in spans:
-            model = mine.plan.model
-            dtype = TORCH_DTYPES[model.dtype]
-            self._inputs = InputStore(span, model.hidden_size, dtype, self._device)
+        """Inputs stay where a plan gives this node units of the same span; those of other spans are
+        of no use any more."""
+        model = mine.plan.model
+        dtype = TORCH_DTYPES[model.dtype]
+        before = self._inputs
+        self._inputs = {
+            span: before.get(span) or InputStore(span, model.hidden_size, dtype, self._device)
+            for span in input_spans(mine.plan, mine.me)
+        }
 
     def _serves(self, part: Part, own: frozenset[Unit], wanted: frozenset[Unit]) -> bool:
         """Whether a part is to stay as it is.
@@ -249,13 +245,14 @@ class UnitHolder:
                     self._tell(0, 0)
         return cache
 
-    def _load_own(self, model: ModelSpec, own: Holding) -> None:
+    def _load_own(self, model: ModelSpec, own: Sequence[Holding]) -> None:
         """Load what is owned and not ready; the parts that are given up are freed by now."""
         if not self._own:
             return
-        loader = self._loader()
-        if self._trunk is None or self._trunk.span != own.span:
-            self._trunk = loader().trunk(own.span)
+        loader, before = self._loader(), self._trunks
+        self._trunks = {
+            held.span: before.get(held.span) or loader().trunk(held.span) for held in own
+        }
         parts = [part for part in self._parts if part.units & self._own and part.stage is None]
         if not parts:
             return
@@ -309,7 +306,7 @@ class UnitHolder:
             owned = part.units & self._own
             for units in (owned, (part.units & wanted) - owned):
                 if units and owned and units != part.units:
-                    assert part.held.stage is not None and self._model is not None
+                    assert self._model is not None
                     piece = holding_of(units, part.held.stage)
                     known = begun.get(units)
                     found.append(
@@ -371,7 +368,7 @@ class UnitHolder:
         Yields several times a second. Raises `LookupError` where the inputs are not here.
         """
         assert self.runner is not None, "units that are owned are held"
-        return self.runner.recompute(request_id, {unit.unit for unit in units}, start, end)
+        return self.runner.recompute(request_id, units, start, end)
 
     # --- delta KV ---------------------------------------------------------------------------------
 

@@ -393,7 +393,7 @@ class Worker:
             engine.write(step)
             engine.acknowledge(step)
             offers = engine.compute(step)
-            if step.slots and engine.topology.holding.vocab_units:
+            if step.slots and engine.topology.vocab_units:
                 engine.send_candidates(step, offers)
             engine.finish(step)
             engine.replicate()

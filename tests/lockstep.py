@@ -6,13 +6,13 @@ the tests of the arithmetic; the same runners behind ZeroMQ are tested by proces
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from p2pinfer.core.holdings import Holding, holding
+from p2pinfer.core.holdings import Holding, holdings, stage_members
 from p2pinfer.core.planner import make_plan
 from p2pinfer.core.topology import topology
 from p2pinfer.model.checkpoint import Checkpoint
@@ -52,7 +52,8 @@ class Lockstep:
     """All nodes of one plan of the model in `folder`.
 
     Each node's units are in `parts` parts. With `spare`, what the next member of its stage owns is
-    in these parts too, as of a standby that was given a part of what it kept ready.
+    in these parts too, as of a standby that was given a part of what it kept ready. `change` makes
+    another plan of the one that is made anew.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Lockstep:
         device: torch.device = CPU,
         parts: int = 1,
         spare: bool = False,
+        change: Callable[[Plan], Plan] = lambda plan: plan,
     ) -> None:
         self.config = load_config(folder)
         self.model = model_spec(
@@ -75,30 +77,41 @@ class Lockstep:
             dtype=dtype or self.config.dtype,
             quant="none",
         )
-        self.plan: Plan = make_plan(
-            members=members(nodes, weights),
-            model=self.model,
-            layout=layout,
-            fence=Fence(1, 1),
-            cluster_id="0" * 16,
-            leader_id="0" * 16,
+        self.plan: Plan = change(
+            make_plan(
+                members=members(nodes, weights),
+                model=self.model,
+                layout=layout,
+                fence=Fence(1, 1),
+                cluster_id="0" * 16,
+                leader_id="0" * 16,
+            )
         )
         self.weights = Weights(Checkpoint.open(folder, self.config))
         loader = StageLoader(self.weights, self.config, self.model, device)
         self.topologies = [topology(self.plan, i) for i in range(nodes)]
         self.runners: dict[int, StageRunner] = {}
         for index in range(nodes):
-            held = holding(self.plan, index)
-            if held.stage is None:
+            roles = self.topologies[index].roles
+            if not roles:
                 continue
-            peers = [holding(self.plan, peer) for peer in self.topologies[index].peers]
-            pieces = []
-            for piece in dealt(held, parts, peers[index % len(peers)] if spare and peers else None):
-                part = Part(piece, empty_cache(piece, self.model, device))
-                part.stage = loader.load(piece)
-                pieces.append(part)
-            trunk = loader.trunk(held.span)
-            self.runners[index] = StageRunner(pieces, held, trunk, self.model, device)
+            pieces, trunks = [], {}
+            for role in roles:
+                held = role.holding
+                peers = [
+                    each
+                    for peer in role.peers
+                    for each in holdings(self.plan, peer)
+                    if each.stage == held.stage
+                ]
+                other = peers[index % len(peers)] if spare and peers else None
+                for piece in dealt(held, parts, other):
+                    part = Part(piece, empty_cache(piece, self.model, device))
+                    part.stage = loader.load(piece)
+                    pieces.append(part)
+                trunks[held.span] = loader.trunk(held.span)
+            owned = self.topologies[index].holdings
+            self.runners[index] = StageRunner(pieces, owned, trunks, self.model, device)
 
     def under(self, plan: Plan, runners: dict[int, StageRunner]) -> None:
         """From now on these runners compute, by member of `plan`, of the same model."""
@@ -107,36 +120,38 @@ class Lockstep:
 
     def step(self, slots: Sequence[Slot]) -> np.ndarray:
         """Logits [sampling slots, vocab] of one step, float32."""
-        hidden: torch.Tensor | None = None
         pieces: dict[int, torch.Tensor] = {}
-        for index, runner in self.runners.items():
-            if self.topologies[index].holding.stage is None:
-                assert not list(runner.run(slots)), "who owns nothing needs nobody"
+        runs = {index: runner.run(slots) for index, runner in self.runners.items()}
+        needs = {i: next_or_done(run, None, pieces, self, i) for i, run in runs.items()}
+        for i, mine in enumerate(self.topologies):
+            assert mine.roles or not needs.get(i), "who owns nothing needs nobody"
+        hidden: list[torch.Tensor] = []
         for stage in range(len(self.plan.stages)):
-            nodes = [i for i in self.runners if self.topologies[i].holding.stage == stage]
-            runs = {i: self.runners[i].run(slots) for i in nodes}
-            needs = {i: next_or_done(runs[i], None, pieces, self, i) for i in nodes}
-            while any(need is not None for need in needs.values()):
-                answers = self._answers(needs, hidden)
-                if all(isinstance(n, GiveHidden) for n in needs.values()):
-                    states = [n.hidden for n in needs.values() if isinstance(n, GiveHidden)]
-                    assert all(torch.equal(states[0], s) for s in states[1:])
-                    hidden = states[0].clone()
-                needs = {i: next_or_done(runs[i], answers[i], pieces, self, i) for i in nodes}
+            nodes = stage_members(self.plan, stage)
+            for i in nodes:
+                if isinstance(needs[i], NeedHidden):
+                    assert self.topologies[i].role(stage).hidden_from is not None
+                    needs[i] = next_or_done(runs[i], hidden[-1], pieces, self, i)
+            while any(needs[i] and needs[i].stage == stage for i in nodes):
+                answers = self._answers({i: needs[i] for i in nodes}, hidden)
+                needs |= {i: next_or_done(runs[i], answers[i], pieces, self, i) for i in nodes}
+        assert not any(needs.values()), "every stage is computed to its end"
         if not pieces:
             return np.zeros((0, self.model.vocab_size), np.float32)
         return torch.cat([pieces[u] for u in sorted(pieces)], dim=1).cpu().numpy()
 
-    def _answers(self, needs: dict, hidden: torch.Tensor | None) -> dict[int, torch.Tensor | None]:
+    def _answers(self, needs: dict, hidden: list[torch.Tensor]) -> dict[int, torch.Tensor | None]:
+        """What each member of a stage gets for its need; the states that leave it join `hidden`."""
         first = next(iter(needs.values()))
-        if isinstance(first, NeedHidden):
-            return {i: hidden for i in needs}
         if isinstance(first, GiveHidden):
-            return {i: None for i in needs}
+            assert all(torch.equal(first.hidden, need.hidden) for need in needs.values())
+            hidden.append(first.hidden.clone())
+            return dict.fromkeys(needs)
         assert isinstance(first, NeedSum)
         units = self.topologies[0].units[first.half]
         sent: dict[int, torch.Tensor] = {}
         for need in needs.values():
+            assert (need.layer, need.half) == (first.layer, first.half)
             if need.partials:
                 sent.update(subtree_sums(need.partials, units))
         # Each node adds in its own order of arrival: the sum may not depend on it.
@@ -185,7 +200,7 @@ def next_or_done(run, answer, pieces, lockstep: Lockstep, node: int):  # type: i
     try:
         return run.send(answer)
     except StopIteration as done:
-        units = lockstep.topologies[node].holding.vocab_units
+        units = lockstep.topologies[node].vocab_units
         if done.value:
             pieces.update(zip(units, done.value, strict=True))
         return None

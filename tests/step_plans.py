@@ -20,6 +20,26 @@ class Offer:
     kv_bytes: int = 0
 
 
+def inherited(plan: Plan, gone: int, *heirs: int) -> Plan:
+    """The plan in which the units of member `gone` are with the heirs, in turns."""
+
+    def owners(units: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(heirs[u % len(heirs)] if i == gone else i for u, i in enumerate(units))
+
+    return msgspec.structs.replace(
+        plan,
+        stages=tuple(
+            msgspec.structs.replace(
+                stage,
+                head_owners=owners(stage.head_owners),
+                mlp_owners=owners(stage.mlp_owners),
+                vocab_owners=owners(stage.vocab_owners),
+            )
+            for stage in plan.stages
+        ),
+    )
+
+
 def plan_of(nodes: int, layout: str = "heads", offer: Offer | None = None) -> Plan:
     """A plan of `nodes` members that all offer the same."""
     offer = offer or Offer()

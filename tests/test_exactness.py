@@ -11,10 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from p2pinfer.types import DType
+from p2pinfer.types import DType, Plan
 from p2pinfer.wire.messages import Slot
 from tests.lockstep import Lockstep
 from tests.random_models import LINEAR_ROPE, LLAMA3_ROPE, write_random_model
+from tests.step_plans import inherited
 
 NEW_TOKENS = 64
 LOGIT_TOLERANCE = 1e-4
@@ -182,6 +183,36 @@ def test_bits_depend_on_the_tokens_alone(
         assert np.array_equal(rows, expected), (nodes, layout, chunk, parts)
         replay = lockstep.prefill(prompt + tokens[:-1], request_id=2, chunk=70)
         assert np.array_equal(replay[0], expected[-1]), "replayed as one prefill"
+
+
+@pytest.mark.parametrize("dtype", [DType.FLOAT32, DType.BFLOAT16])
+def test_bits_are_the_same_where_a_member_owns_several_stages(dtype: DType, tmp_path: Path) -> None:
+    """Whoever inherited which stages of whom: neighbouring ones, others, whole or in part."""
+    folder = write_random_model(tmp_path / "model", seed=8, num_hidden_layers=4)
+    prompt = prompt_of(300, 90)
+    tokens, expected = Lockstep(folder, dtype=dtype).greedy(prompt, 8)
+    cases: tuple[tuple[int, str, dict[int, tuple[int, ...]]], ...] = (
+        (2, "layers", {0: (1,)}),
+        (3, "layers", {1: (0,)}),
+        (3, "layers", {2: (0,)}),
+        (4, "layers", {0: (2,), 1: (3,)}),
+        (4, "layers", {1: (0, 3)}),
+        (4, "2x2", {0: (1,), 1: (2, 3)}),
+        (4, "2x2", {3: (2,), 2: (1,)}),
+        (4, "2x2", {0: (1, 2)}),
+    )
+    for nodes, layout, heirs in cases:
+
+        def change(plan: Plan, heirs: dict[int, tuple[int, ...]] = heirs) -> Plan:
+            for gone, those in heirs.items():
+                plan = inherited(plan, gone, *those)
+            return plan
+
+        lockstep = Lockstep(folder, nodes=nodes, layout=layout, dtype=dtype, parts=2, change=change)
+        assert max(len(mine.roles) for mine in lockstep.topologies) > 1
+        again, rows = lockstep.greedy(prompt, 8, chunk=40)
+        assert again == tokens, (layout, heirs)
+        assert np.array_equal(rows, expected), (layout, heirs)
 
 
 @pytest.mark.parametrize("dtype", [DType.FLOAT32, DType.BFLOAT16])

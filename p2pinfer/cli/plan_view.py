@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from p2pinfer.cli.status_view import MIB, kept_runs, owned_runs, runs, spans
+from p2pinfer.cli.status_view import MIB, kept_runs, owned_runs, runs, spans, stages_of
 
 KINDS = {"head": "heads", "mlp": "MLP units", "vocab": "vocabulary units"}
 
@@ -60,6 +60,7 @@ def _table(plan: Mapping[str, Any]) -> Table:
         table.add_column(title)
     for title in ("weights MiB", "offered MiB", "KV MiB"):
         table.add_column(title, justify="right", no_wrap=True)
+    staged = stages_of(plan["members"]) > 1
     for member in plan["members"]:
         sizes = (
             member["weight_bytes"] + member["standby_bytes"],
@@ -71,7 +72,7 @@ def _table(plan: Mapping[str, Any]) -> Table:
             "yes" if member["voter"] else "no",
             spans(member),
             owned_runs(member, "head_units"),
-            kept_runs(member, "head_units"),
+            kept_runs(member, "head_units", staged=staged),
             owned_runs(member, "mlp_units"),
             owned_runs(member, "vocab_units"),
             *("-" if member["witness"] else _mib(size) for size in sizes),

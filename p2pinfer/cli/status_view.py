@@ -30,19 +30,32 @@ def owned_runs(member: Mapping[str, Any], kind: str) -> str:
     return " | ".join(runs(stage[kind]) for stage in member["owned"]) or "-"
 
 
-def kept_runs(member: Mapping[str, Any], kind: str) -> str:
-    """The units of `kind` that a member keeps replicas of; by stage if there are several."""
-    return " | ".join(runs(stage[kind]) for stage in member.get("standby", ())) or "-"
+def kept_runs(member: Mapping[str, Any], kind: str, *, staged: bool) -> str:
+    """The units of `kind` that a member keeps replicas of; in a plan of several stages (`staged`)
+    with their layers."""
+    kept = member.get("standby", ())
+    return (
+        " | ".join(
+            f"{runs(stage[kind])} of layers {_layers(stage)}" if staged else runs(stage[kind])
+            for stage in kept
+        )
+        or "-"
+    )
 
 
 def spans(member: Mapping[str, Any]) -> str:
     """The layers of the stages a member takes part in."""
-    return (
-        " | ".join(
-            f"{start}-{end - 1}" for start, end in (stage["span"] for stage in member["owned"])
-        )
-        or "-"
-    )
+    return " | ".join(_layers(stage) for stage in member["owned"]) or "-"
+
+
+def stages_of(members: Iterable[Mapping[str, Any]]) -> int:
+    """How many stages the members hold together."""
+    return len({tuple(stage["span"]) for member in members for stage in member["owned"]})
+
+
+def _layers(stage: Mapping[str, Any]) -> str:
+    start, end = stage["span"]
+    return f"{start}-{end - 1}"
 
 
 def header(status: Mapping[str, Any]) -> Text:
@@ -100,10 +113,10 @@ def members_table(members: Sequence[Mapping[str, Any]]) -> Table:
 
     Of a plan of one stage the layers are left out: all have all of them.
     """
-    stages = {tuple(stage["span"]) for member in members for stage in member["owned"]}
+    staged = stages_of(members) > 1
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("name", style="bold", no_wrap=True)
-    parts = ("layers",) if len(stages) > 1 else ()
+    parts = ("layers",) if staged else ()
     for title in ("state", "address", *parts, "heads", "keeps", "MLP"):
         table.add_column(title, no_wrap=title not in ("heads", "keeps"))
     for title in ("rtt ms", "tokens/s", "KV MiB"):
@@ -116,7 +129,7 @@ def members_table(members: Sequence[Mapping[str, Any]]) -> Table:
             member["address"].removeprefix("tcp://"),
             *((spans(member),) if parts else ()),
             owned_runs(member, "head_units"),
-            _kept(member),
+            _kept(member, staged=staged),
             owned_runs(member, "mlp_units"),
             _figure(member.get("rtt_ms") if there else None),
             _figure(member.get("tokens_per_s") if there else None),
@@ -130,10 +143,10 @@ def status_view(status: Mapping[str, Any]) -> RenderableType:
     return Group(header(status), prospects(status), members_table(status["members"]))
 
 
-def _kept(member: Mapping[str, Any]) -> Text:
+def _kept(member: Mapping[str, Any], *, staged: bool) -> Text:
     """The heads that a member keeps replicas of, and why these are not ready."""
     state = member.get("standby_state") or {}
-    text = Text(kept_runs(member, "head_units"))
+    text = Text(kept_runs(member, "head_units", staged=staged))
     if state.get("error"):
         text.append(f" ({state['error']})", style="red")
     elif state.get("units_ready", 0) < state.get("units", 0):

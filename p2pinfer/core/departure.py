@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from math import inf
 
 from p2pinfer.core.events import Draining, NodeConfig, Output, ReplyTo
-from p2pinfer.core.holdings import standby_holding
+from p2pinfer.core.holdings import holdings, standby_holdings
 from p2pinfer.core.membership import Peer
 from p2pinfer.core.neighbours import Neighbours
 from p2pinfer.core.outbox import Outbox
 from p2pinfer.core.pausing import Pausing
-from p2pinfer.core.planner import holding
 from p2pinfer.limits import MAX_REASON_CHARS
 from p2pinfer.types import Member, Plan
 from p2pinfer.wire.messages import Done, Drain, Failed, MemberState, Pause
@@ -191,7 +190,7 @@ class Departure:
         if not self._owns_nothing(plan, ready):
             return False
         # As long as it keeps replicas, those that are to take their place are not complete.
-        return standby_holding(plan, ids.index(self._me.node_id)).stage is None
+        return not standby_holdings(plan, ids.index(self._me.node_id))
 
     def _owns_nothing(self, plan: Plan | None, ready: bool) -> bool:
         """Whether the plan in force gives this node nothing to own, and no vote."""
@@ -203,7 +202,7 @@ class Departure:
             return False
         index = ids.index(self._me.node_id)
         # Whoever goes with a vote that the others need leaves them unable to elect anybody.
-        return holding(plan, index).stage is None and index not in plan.voters
+        return not holdings(plan, index) and index not in plan.voters
 
     def _others(self) -> list[Peer]:
         """Members that could take over: not going themselves."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from msgspec import Struct
 
@@ -20,51 +20,53 @@ Copies = tuple[tuple[int, ...], ...]
 
 
 class Holding(Struct, frozen=True, kw_only=True):
-    """What one member owns: its stage (None: nothing at all), its layers and its unit numbers."""
+    """What one member owns, or keeps for others, in one stage: the stage's number, its layers, and
+    unit numbers."""
 
-    stage: int | None
+    stage: int
     span: Slice
     head_units: Units
     mlp_units: Units
     vocab_units: Units
 
 
-def holding(plan: Plan, index: int) -> Holding:
-    """What member `index` owns."""
-    for number, stage in enumerate(plan.stages):
-        heads, mlp, vocab = (
+def holdings(plan: Plan, index: int) -> tuple[Holding, ...]:
+    """What member `index` owns, in the order of the stages; nothing where it owns nothing."""
+    return _by_stage(
+        plan,
+        lambda stage: [
             tuple(unit for unit, owner in enumerate(owners) if owner == index)
             for owners in owners_of(stage)
-        )
-        if heads or mlp or vocab:
-            return _held(plan, number, heads, mlp, vocab)
-    return _NOTHING
-
-
-def standby_holding(plan: Plan, index: int) -> Holding:
-    """What member `index` keeps a replica of, in one stage."""
-    for number, stage in enumerate(plan.stages):
-        heads, mlp, vocab = (
-            tuple(unit for unit, members in enumerate(copies) if index in members)
-            for copies in standbys_of(stage)
-        )
-        if heads or mlp or vocab:
-            return _held(plan, number, heads, mlp, vocab)
-    return _NOTHING
-
-
-def _held(plan: Plan, number: int, heads: Units, mlp: Units, vocab: Units) -> Holding:
-    stage = plan.stages[number]
-    return Holding(
-        stage=number,
-        span=Slice(stage.start, stage.end),
-        head_units=heads,
-        mlp_units=mlp,
-        vocab_units=vocab,
+        ],
     )
 
 
-_NOTHING = Holding(stage=None, span=Slice(0, 0), head_units=(), mlp_units=(), vocab_units=())
+def standby_holdings(plan: Plan, index: int) -> tuple[Holding, ...]:
+    """What member `index` keeps a replica of, in the order of the stages."""
+    return _by_stage(
+        plan,
+        lambda stage: [
+            tuple(unit for unit, members in enumerate(copies) if index in members)
+            for copies in standbys_of(stage)
+        ],
+    )
+
+
+def _by_stage(plan: Plan, units: Callable[[Stage], Sequence[Units]]) -> tuple[Holding, ...]:
+    """The stages of which `units` names any, by kind."""
+    found = []
+    for number, stage in enumerate(plan.stages):
+        heads, mlp, vocab = units(stage)
+        if heads or mlp or vocab:
+            held = Holding(
+                stage=number,
+                span=Slice(stage.start, stage.end),
+                head_units=heads,
+                mlp_units=mlp,
+                vocab_units=vocab,
+            )
+            found.append(held)
+    return tuple(found)
 
 
 def stage_members(plan: Plan, stage: int) -> tuple[int, ...]:
@@ -73,12 +75,16 @@ def stage_members(plan: Plan, stage: int) -> tuple[int, ...]:
 
 
 def sender_of_hidden(plan: Plan, stage: int, receiver: int) -> int:
-    """Who of the previous stage sends its hidden states to `receiver`, a member of `stage` >= 1.
+    """Who of the previous stage has its hidden states for `receiver`, a member of `stage` >= 1.
 
-    All have the same bits, so they share the work: the j-th receiver hears the (j mod n)-th of n.
+    A member of both has them itself. All have the same bits, so they share the work for the others:
+    the j-th of these hears the (j mod n)-th of n.
     """
     senders = stage_members(plan, stage - 1)
-    return senders[stage_members(plan, stage).index(receiver) % len(senders)]
+    if receiver in senders:
+        return receiver
+    hearing = [member for member in stage_members(plan, stage) if member not in senders]
+    return senders[hearing.index(receiver) % len(senders)]
 
 
 def validate(plan: Plan) -> None:
@@ -97,7 +103,7 @@ def validate(plan: Plan) -> None:
         raise RemoteProtocolError("a plan has no voters, so it could never be in force")
     if len(set(plan.old_voters)) != len(plan.old_voters):
         raise RemoteProtocolError("a plan names one old voter twice")
-    reached, placed = 0, set[int]()
+    reached = 0
     for number, stage in enumerate(plan.stages):
         if stage.start != reached or stage.end <= stage.start:
             raise RemoteProtocolError(
@@ -105,16 +111,13 @@ def validate(plan: Plan) -> None:
                 f"it must begin at {reached} and not be empty"
             )
         reached = stage.end
-        owners = _check_stage(plan, number)
-        if owners & placed:
-            raise RemoteProtocolError(f"members {sorted(owners & placed)} are in two stages")
-        placed |= owners
+        _check_stage(plan, number)
     if reached != model.num_layers:
         raise RemoteProtocolError(f"a plan ends at layer {reached} of {model.num_layers}")
 
 
-def _check_stage(plan: Plan, number: int) -> set[int]:
-    """Check the owners and standbys of one stage; returns its owners."""
+def _check_stage(plan: Plan, number: int) -> None:
+    """Check the owners and standbys of one stage."""
     stage = plan.stages[number]
     last = number == len(plan.stages) - 1
     parts = zip(UnitKind, owners_of(stage), standbys_of(stage), strict=True)
@@ -134,7 +137,6 @@ def _check_stage(plan: Plan, number: int) -> set[int]:
             )
         if not fits_on_the_wire(owners):
             raise RemoteProtocolError(f"{where} scatters {kind} units over too many subtrees")
-    return {owner for owners in owners_of(stage) for owner in owners}
 
 
 def owners_of(stage: Stage) -> tuple[Units, Units, Units]:

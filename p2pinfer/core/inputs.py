@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Set as AbstractSet
 
-from p2pinfer.core.holdings import holding
+from p2pinfer.core.holdings import holdings
 from p2pinfer.core.units import Slice
 from p2pinfer.types import Plan
 
 
 def input_spans(plan: Plan, member: int) -> frozenset[Slice]:
     """The spans whose inputs a member keeps: those of which it owns anything, if it keeps any."""
-    held = holding(plan, member)
-    keeps = plan.members[member].keeps_inputs and held.stage is not None
-    return frozenset((held.span,)) if keeps else frozenset()
+    if not plan.members[member].keeps_inputs:
+        return frozenset()
+    return frozenset(held.span for held in holdings(plan, member))
 
 
 class Inputs:

@@ -20,18 +20,26 @@ Owner = int | None
 
 
 class StageMove:
-    """Who owns which unit of a stage, being changed; `members` are those that may own any."""
+    """Who owns which unit of a stage, being changed; `members` are those that may own any.
+
+    The stage is to be shared by its `crew`, those of them that belong to it; where there are none,
+    by all. `elsewhere` is what members own in other stages, in bytes.
+    """
 
     def __init__(
         self,
         loads: Sequence[Load],
         members: Mapping[int, Member],
         owners: Sequence[Sequence[Owner]],
+        *,
+        crew: Sequence[int],
+        elsewhere: Mapping[int, int],
     ) -> None:
         self._loads = loads
         self._order = sorted(members)
+        self._crew = sorted(crew) or self._order
         self._weights = {i: Fraction(members[i].weight) for i in self._order}
-        self._rooms = {i: room_of(members[i]) for i in self._order}
+        self._rooms = {i: room_of(members[i]) - elsewhere.get(i, 0) for i in self._order}
         self._owners = [list(each) for each in owners]
         self._counts = [{i: each.count(i) for i in self._order} for each in self._owners]
         self._warm: list[list[set[int]]] = [[set() for _ in each] for each in owners]
@@ -48,9 +56,19 @@ class StageMove:
         return [tuple(i for i in each if i is not None) for each in self._owners]
 
     @property
+    def held(self) -> Mapping[int, int]:
+        """Bytes of what each owns of the stage, the least KV included."""
+        return self._held
+
+    @property
     def has_owners(self) -> bool:
         """Whether anybody owns anything yet."""
         return any(any(counts.values()) for counts in self._counts)
+
+    @property
+    def has_guests(self) -> bool:
+        """Whether anybody owns anything who does not belong to the stage."""
+        return any(counts[i] for counts in self._counts for i in self._order if i not in self._crew)
 
     def holds(self) -> bool:
         """Whether everybody has memory for what it owns, and few enough subtrees to send."""
@@ -157,10 +175,10 @@ class StageMove:
         counts = self._counts[kind]
         shares = largest_remainder(
             self._loads[kind].units,
-            [self._weights[i] for i in self._order],
-            [(-counts[i], self._held[i]) for i in self._order],
+            [self._weights[i] for i in self._crew],
+            [(-counts[i], self._held[i]) for i in self._crew],
         )
-        return dict(zip(self._order, shares, strict=True))
+        return dict.fromkeys(self._order, 0) | dict(zip(self._crew, shares, strict=True))
 
     def _missing(self, kind: int) -> dict[int, int]:
         targets = self._targets(kind)

@@ -50,12 +50,10 @@ def staged(previous: Plan, goal: Plan, standing: Standing) -> Staged:
     if not _same_spans(previous, goal):
         return Staged(goal, moving=False)
     way = _Way(previous, goal, standing)
-    stages = [way.stage(number) for number in range(len(goal.stages))]
-    found = tuple(stage for stage in stages if stage is not None)
-    if len(found) < len(stages) or not _apart(found):
-        return Staged(goal, moving=False)
-    plan = msgspec.structs.replace(goal, stages=found)
-    return Staged(plan, moving=way.moving)
+    stages = way.stages()
+    if stages and all(fits_on_the_wire(owners) for each in stages for owners in owners_of(each)):
+        return Staged(msgspec.structs.replace(goal, stages=stages), moving=way.moving)
+    return Staged(goal, moving=False)
 
 
 def progress(before: Plan, after: Plan) -> str:
@@ -111,13 +109,6 @@ def _holders(plan: Plan) -> list[frozenset[str]]:
     ]
 
 
-def _apart(stages: Sequence[Stage]) -> bool:
-    """Whether nobody owns units of two stages, nor more pieces than one frame may carry."""
-    owning = [{i for owners in owners_of(stage) for i in owners} for stage in stages]
-    disjoint = sum(map(len, owning)) == len(set().union(*owning))
-    return disjoint and all(fits_on_the_wire(own) for s in stages for own in owners_of(s))
-
-
 class _Unit(NamedTuple):
     """One unit on its way: who owns it next, and who keeps it, the most important ones first."""
 
@@ -125,6 +116,10 @@ class _Unit(NamedTuple):
     names: tuple[Units, Units, Units]
     """Who is to own it and does not yet; the standbys of the goal; those that have it, and keep it
     until all of these have it too."""
+
+
+_Place = tuple[int, int, int]
+"""Stage, kind and number of a unit."""
 
 
 class _Way:
@@ -168,16 +163,25 @@ class _Way:
             old = ready[0] if ready else None
         return old, tuple(kept)
 
-    def stage(self, number: int) -> Stage | None:
-        """One stage of the plan to propose; None where there is no memory to go by stages."""
-        goal = self._goal.stages[number]
-        kinds = [
-            [self._unit(number, kind, unit) for unit in range(len(owners_of(goal)[kind]))]
-            for kind in range(3)
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of the plan to propose; none where there is no memory to go by stages."""
+        units = [
+            [
+                [self._unit(number, kind, unit) for unit in range(len(owners))]
+                for kind, owners in enumerate(owners_of(stage))
+            ]
+            for number, stage in enumerate(self._goal.stages)
         ]
-        copies = self._named(number, kinds)
-        if copies is None:
-            return None
+        copies = self._named(units)
+        return tuple(
+            self._stage(number, kinds, copies[number])
+            for number, kinds in enumerate(units if copies else ())
+        )
+
+    def _stage(
+        self, number: int, kinds: Sequence[Sequence[_Unit]], copies: Sequence[Copies]
+    ) -> Stage:
+        goal = self._goal.stages[number]
         self.moving |= any(
             each.owner != new or not self._rests.issuperset({*have} - {new, *each.names[1]})
             for kind, units in enumerate(kinds)
@@ -208,55 +212,67 @@ class _Way:
         spare = tuple(i for i in before if not complete or i in self._rests)
         return _Unit(owner, ((new,) if owner != new else (), wanted, spare))
 
-    def _named(self, number: int, kinds: Sequence[Sequence[_Unit]]) -> list[Copies] | None:
-        """Standbys by kind and unit, as far as there is memory; None: not even for the heirs."""
-        room = _Room(self._goal, number)
-        for kind, units in enumerate(kinds):
-            for unit, each in enumerate(units):
-                room.take(kind, unit, each.owner)
-        names: list[list[list[int]]] = [[[] for _ in units] for units in kinds]
+    def _named(self, units: Sequence[Sequence[Sequence[_Unit]]]) -> list[list[Copies]]:
+        """Standbys by stage, kind and unit, as far as there is memory; empty: not even for the
+        heirs."""
+        room = _Room(self._goal)
+        for place, each in _every(units):
+            room.take(place, each.owner)
+        names: dict[_Place, list[int]] = {place: [] for place, _ in _every(units)}
         for rank in range(3):
-            for kind, unit, each, member in _of_rank(kinds, rank):
-                taken = names[kind][unit]
-                if member == each.owner or member in taken:
-                    continue
-                if room.has(kind, unit, member):
-                    room.take(kind, unit, member)
-                    taken.append(member)
-                elif not rank:
-                    return None
-        return [tuple(map(tuple, of_kind)) if any(of_kind) else () for of_kind in names]
+            for place, each in _every(units):
+                for member in each.names[rank]:
+                    if member == each.owner or member in names[place]:
+                        continue
+                    if room.has(place, member):
+                        room.take(place, member)
+                        names[place].append(member)
+                    elif not rank:
+                        return []
+        return [
+            [
+                _copies([names[number, kind, unit] for unit in range(len(of_kind))])
+                for kind, of_kind in enumerate(kinds)
+            ]
+            for number, kinds in enumerate(units)
+        ]
 
 
-def _of_rank(kinds: Sequence[Sequence[_Unit]], rank: int) -> Iterator[tuple[int, int, _Unit, int]]:
-    """Kind, unit and member of all that are to keep a unit for one reason."""
-    for kind, units in enumerate(kinds):
-        for unit, each in enumerate(units):
-            for member in each.names[rank]:
-                yield kind, unit, each, member
+def _every(units: Sequence[Sequence[Sequence[_Unit]]]) -> Iterator[tuple[_Place, _Unit]]:
+    for number, kinds in enumerate(units):
+        for kind, of_kind in enumerate(kinds):
+            for unit, each in enumerate(of_kind):
+                yield (number, kind, unit), each
+
+
+def _copies(names: Sequence[Sequence[int]]) -> Copies:
+    return tuple(map(tuple, names)) if any(names) else ()
 
 
 class _Room:
-    """The memory that members have left, while units of one stage are given to them."""
+    """The memory that members have left, while units are given to them."""
 
-    def __init__(self, plan: Plan, number: int) -> None:
-        stage = plan.stages[number]
-        depth, last = stage.end - stage.start, number == len(plan.stages) - 1
-        self._loads = stage_loads(plan.model, depth, last)
-        self._kv = least_kv_bytes(plan.model, depth)
+    def __init__(self, plan: Plan) -> None:
+        last = len(plan.stages) - 1
+        depths = [stage.end - stage.start for stage in plan.stages]
+        self._loads = [stage_loads(plan.model, d, n == last) for n, d in enumerate(depths)]
+        self._kv = [least_kv_bytes(plan.model, depth) for depth in depths]
         self._room = [room_of(member) for member in plan.members]
         self._kv_room = [member.kv_bytes or inf for member in plan.members]
 
-    def take(self, kind: int, unit: int, member: int) -> None:
+    def take(self, place: _Place, member: int) -> None:
         """A member owns or keeps a unit."""
-        self._room[member] -= self._loads[kind].bytes_of(unit)
-        self._kv_room[member] -= self._kv_of(kind)
+        weights, kv = self._needs(place)
+        self._room[member] -= weights
+        self._kv_room[member] -= kv
 
-    def has(self, kind: int, unit: int, member: int) -> bool:
+    def has(self, place: _Place, member: int) -> bool:
         """Whether a member has room for one more unit."""
-        kv = self._kv_of(kind)
-        enough = self._loads[kind].bytes_of(unit) <= self._room[member]
-        return enough and (not kv or kv <= self._kv_room[member])
+        weights, kv = self._needs(place)
+        return weights <= self._room[member] and (not kv or kv <= self._kv_room[member])
 
-    def _kv_of(self, kind: int) -> int:
-        return self._kv if self._loads[kind].kind is UnitKind.HEAD else 0
+    def _needs(self, place: _Place) -> tuple[int, int]:
+        """Bytes of a unit's weights with the least KV, and of this alone."""
+        number, kind, unit = place
+        load = self._loads[number][kind]
+        return load.bytes_of(unit), self._kv[number] if load.kind is UnitKind.HEAD else 0

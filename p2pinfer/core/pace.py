@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import inf
 from statistics import median
 
-from p2pinfer.core.planner import holding
+from p2pinfer.core.planner import holdings
 from p2pinfer.core.timing import Timing
 from p2pinfer.core.topology import weight_bytes
 from p2pinfer.types import Member, Plan
@@ -119,10 +119,8 @@ class Pace:
 
 def _cost(plan: Plan, index: int, member: Member) -> float:
     """What a member is predicted to take for a step, in an arbitrary unit; 0: it owns nothing."""
-    held = holding(plan, index)
-    if held.stage is None:
-        return 0.0
-    return weight_bytes(plan.model, held) / member.weight
+    held = sum(weight_bytes(plan.model, each) for each in holdings(plan, index))
+    return held / member.weight if held else 0.0
 
 
 def _factor(mine: tuple[float, float], others: list[tuple[float, float]]) -> float:

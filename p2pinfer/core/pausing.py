@@ -15,7 +15,7 @@ from math import inf
 from p2pinfer.core.events import NodeConfig, ReplyTo
 from p2pinfer.core.neighbours import Neighbours
 from p2pinfer.core.outbox import Outbox
-from p2pinfer.core.planner import holding, may_own
+from p2pinfer.core.planner import holdings, may_own
 from p2pinfer.limits import MAX_REASON_CHARS
 from p2pinfer.types import Member, Plan
 from p2pinfer.wire.messages import Done, Failed, Pause
@@ -171,4 +171,4 @@ class Pausing:
 def _owns_nothing(plan: Plan, node_id: str) -> bool:
     """Whether a plan gives a node nothing to own."""
     indices = [i for i, member in enumerate(plan.members) if member.node_id == node_id]
-    return all(holding(plan, index).stage is None for index in indices)
+    return not any(holdings(plan, index) for index in indices)

@@ -16,7 +16,7 @@ from fractions import Fraction
 
 from p2pinfer.core.holdings import (
     Holding,
-    holding,
+    holdings,
     sender_of_hidden,
     stage_members,
     validate,
@@ -43,7 +43,8 @@ __all__ = [
     "MIN_KV_POSITIONS",
     "Holding",
     "PlacementError",
-    "holding",
+    "crew_size",
+    "holdings",
     "make_plan",
     "may_own",
     "normal_layout",
@@ -64,6 +65,13 @@ class PlacementError(ClusterError):
 def normal_layout(layout: str) -> str:
     """The layout that `auto` stands for, or the layout itself."""
     return "heads" if layout == "auto" else layout
+
+
+def crew_size(layout: str) -> int:
+    """The most members that share one stage of a normal layout while none is lost."""
+    if layout == "heads":
+        return MAX_NODES
+    return int(layout.partition("x")[2] or 1)
 
 
 def may_own(member: Member) -> bool:

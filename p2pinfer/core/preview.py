@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
-from p2pinfer.core.holdings import Holding, holding, owners_of, standby_holding, standbys_of
+from p2pinfer.core.holdings import Holding, holdings, owners_of, standby_holdings, standbys_of
 from p2pinfer.core.planner import PlacementError, ordered_members
 from p2pinfer.core.quorum import tolerates, voter_ids
 from p2pinfer.core.replan import next_plan
@@ -135,7 +135,7 @@ def _after(plan: Plan, living: Sequence[Member], gone: str) -> Plan:
 
 def _member(plan: Plan, index: int) -> Json:
     member = plan.members[index]
-    owned, kept = holding(plan, index), standby_holding(plan, index)
+    owned, kept = holdings(plan, index), standby_holdings(plan, index)
     return {
         "name": member.name,
         "node_id": member.node_id,
@@ -143,25 +143,25 @@ def _member(plan: Plan, index: int) -> Json:
         "voter": index in plan.voters,
         "witness": member.witness,
         "weight": member.weight,
-        "owned": _units(owned),
-        "standby": _units(kept),
-        "weight_bytes": weight_bytes(plan.model, owned),
-        "standby_bytes": weight_bytes(plan.model, kept),
+        "owned": units_by_stage(owned),
+        "standby": units_by_stage(kept),
+        "weight_bytes": sum(weight_bytes(plan.model, held) for held in owned),
+        "standby_bytes": sum(weight_bytes(plan.model, held) for held in kept),
         "memory_bytes": member.memory_bytes or None,
         "kv_room_bytes": kv_room(plan, index),
     }
 
 
-def _units(held: Holding) -> list[Json]:
-    if held.stage is None:
-        return []
+def units_by_stage(held: Sequence[Holding]) -> list[Json]:
+    """Unit numbers by kind, with the span of each stage."""
     return [
         {
-            "span": list(held.span),
-            "head_units": list(held.head_units),
-            "mlp_units": list(held.mlp_units),
-            "vocab_units": list(held.vocab_units),
+            "span": list(each.span),
+            "head_units": list(each.head_units),
+            "mlp_units": list(each.mlp_units),
+            "vocab_units": list(each.vocab_units),
         }
+        for each in held
     ]
 
 

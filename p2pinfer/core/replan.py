@@ -3,12 +3,16 @@
 What stays where it was keeps its KV cache and its loaded weights. So owners that live on keep what
 they own; a lost owner's units go to their standbys, which have the KV, and only where there are
 none to whoever has the least for its weight. Only newcomers make others give something away, and
-then as little as makes the shares right. Where that cannot be (a stage has lost everybody, or the
-memory does not reach), the plan is made anew.
+then as little as makes the shares right. Where that cannot be (a stage has lost everybody and all
+standbys, or the memory does not reach), the plan is made anew.
+
+A member that owns units of several stages, since it was a standby for one that has lost everybody,
+belongs to one of them and is a guest in the others: there newcomers take its place.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
@@ -18,12 +22,13 @@ from p2pinfer.core.holdings import Units, owners_of, stage_members, standbys_of
 from p2pinfer.core.movement import StageMove
 from p2pinfer.core.planner import (
     PlacementError,
+    crew_size,
     make_plan,
     may_own,
     normal_layout,
     ordered_members,
 )
-from p2pinfer.core.shares import stage_loads
+from p2pinfer.core.shares import Load, stage_loads
 from p2pinfer.core.standbys import name_standbys
 from p2pinfer.errors import LocalProtocolError
 from p2pinfer.limits import MAX_NODES
@@ -107,17 +112,24 @@ def _same(one: ModelSpec, other: ModelSpec) -> bool:
 
 
 def _with_more_stages(
-    stages: tuple[Stage, ...], owners: Iterable[int], anew: Callable[[], tuple[Stage, ...]]
+    stages: tuple[Stage, ...],
+    members: Mapping[int, Member],
+    anew: Callable[[], tuple[Stage, ...]],
 ) -> tuple[Stage, ...]:
-    """In layout `layers` a newcomer can only get a stage of its own, in a plan made anew."""
-    idle = set(owners) - _owners(stages)
-    if not idle:
+    """In layout `layers` a newcomer can only get a stage of its own, in a plan made anew.
+
+    That is not worth it where it would only take the place of members of as much weight.
+    """
+    before = _owners(stages)
+    if not members.keys() - before:
         return stages
     try:
         fresh = anew()
     except PlacementError:
         return stages
-    return fresh if idle & _owners(fresh) else stages
+    after = _owners(fresh)
+    gained = sum(members[i].weight for i in after - before)
+    return fresh if gained > sum(members[i].weight for i in before - after) else stages
 
 
 def _owners(stages: Iterable[Stage]) -> set[int]:
@@ -128,7 +140,8 @@ class _Follower:
     """Brings the stages of a plan to the members that are there now.
 
     `members` and `owners` are those of the plan to be, the latter those that may own units, by
-    index; `_homes` says in which stage a member owned anything before, in whichever boot.
+    index; `_homes` says to which stage a member belonged before, in whichever boot: that of which
+    it owned the most bytes.
     """
 
     def __init__(
@@ -149,21 +162,38 @@ class _Follower:
             for i, member in zip(self._now, previous.members, strict=True)
         ]
         """The same, None also for one that started again since: what it held is lost."""
-        self._homes: dict[int, int] = {}
-        for number in range(len(previous.stages)):
-            for before in stage_members(previous, number):
-                if (i := self._now[before]) is not None:
-                    self._homes[i] = number
+        last = len(previous.stages) - 1
+        self._loads = [
+            stage_loads(previous.model, stage.end - stage.start, number == last)
+            for number, stage in enumerate(previous.stages)
+        ]
+        held = [
+            _bytes(loads, owners_of(stage))
+            for loads, stage in zip(self._loads, previous.stages, strict=True)
+        ]
+        self._home_before = {
+            before: max(range(last + 1), key=lambda n: held[n][before])
+            for before in sorted({i for each in held for i in each})
+        }
+        self._homes = {
+            i: number
+            for before, number in self._home_before.items()
+            if (i := self._now[before]) is not None
+        }
+        self._held: list[Mapping[int, int]] = [
+            {i: n for before, n in each.items() if (i := self._alive[before]) is not None}
+            for each in held
+        ]
+        """Bytes that each owns by stage: of before, as far as it is there, or of the plan to be."""
 
     def stages(self, rebalance: bool) -> tuple[Stage, ...] | None:
         """The stages; None where they cannot be kept."""
         crews = self._crews()
         stages = []
-        for number in range(len(self._previous.stages)):
+        for number, before in enumerate(self._previous.stages):
             owners = self._moved(number, crews[number], rebalance)
             if owners is None:
                 return None
-            before = self._previous.stages[number]
             stages.append(
                 Stage(
                     start=before.start,
@@ -176,14 +206,14 @@ class _Follower:
         return tuple(stages)
 
     def _crews(self) -> list[list[int]]:
-        """Who may own units of each stage: its owners that are left, and others to fill its ranks.
+        """Who is to share each stage: its owners that are left, and others to fill its ranks.
 
         The heaviest go first, to the stage with the fewest owners.
         """
         crews: list[list[int]] = [[] for _ in self._previous.stages]
         for i, number in self._homes.items():
             crews[number].append(i)
-        most = _height(self._previous.layout)
+        most = crew_size(self._previous.layout)
         free = [i for i in self._owners if i not in self._homes]
         for i in sorted(free, key=lambda i: (-self._owners[i].weight, i)):
             crew = min(crews, key=len)
@@ -192,17 +222,20 @@ class _Follower:
         return crews
 
     def _moved(self, number: int, crew: Sequence[int], rebalance: bool) -> list[Units] | None:
-        stage = self._previous.stages[number]
-        last = number == len(self._previous.stages) - 1
-        loads = stage_loads(self._previous.model, stage.end - stage.start, last)
+        stage, loads = self._previous.stages[number], self._loads[number]
         before = owners_of(stage)[: len(loads)]
-        members = {i: self._owners[i] for i in crew}
-        move = StageMove(loads, members, [[self._alive[i] for i in each] for each in before])
+        guests = {self._now[i] for i in stage_members(self._previous, number)} | {
+            self._alive[i] for each in standbys_of(stage) for copies in each for i in copies
+        }
+        move = StageMove(
+            loads,
+            {i: self._owners[i] for i in {*crew, *guests} if i is not None},
+            [[self._alive[i] for i in each] for each in before],
+            crew=crew,
+            elsewhere=self._elsewhere(number),
+        )
         for kind, copies in enumerate(standbys_of(stage)[: len(loads)]):
-            named = [
-                [i if (i := self._alive[member]) in members else None for member in each]
-                for each in copies
-            ]
+            named = [[self._alive[member] for member in each] for each in copies]
             move.promote(kind, named, self._ready)
         for kind, each in enumerate(before):
             move.restore(kind, [self._now[i] for i in each])
@@ -215,9 +248,19 @@ class _Follower:
         if full or rebalance:
             hungry = self._newcomers(number, crew, move.owners)
             shares = move.fair_shares() if full or hungry else None
-            if shares and (full or any(each[i] for each in shares for i in hungry)):
+            wanted = any(each[i] for each in shares or () for i in hungry)
+            if shares and (full or wanted or move.has_guests):
                 move.bring_to(shares)
+        self._held[number] = move.held
         return move.owners if move.holds() else None
+
+    def _elsewhere(self, number: int) -> Counter[int]:
+        """Bytes that each owns of the other stages."""
+        held = Counter[int]()
+        for other, each in enumerate(self._held):
+            if other != number:
+                held.update(each)
+        return held
 
     def _newcomers(self, number: int, crew: Sequence[int], owners: Sequence[Units]) -> list[int]:
         """Those of a crew that should own more than they do, since they own no share of before.
@@ -227,14 +270,14 @@ class _Follower:
         """
         previous = self._previous
         seen = {i for i in self._alive if i is not None}
-        weights = [previous.members[i].weight for i in stage_members(previous, number)]
+        weights = [previous.members[i].weight for i, n in self._home_before.items() if n == number]
         most = max(map(len, owners))
         found = []
         for i in crew:
             if i in seen and i not in self._homes:
                 weight = self._owners[i].weight
                 if (
-                    len(weights) >= _height(previous.layout)
+                    len(weights) >= crew_size(previous.layout)
                     or most * weight < sum(weights) + weight
                 ):
                     continue
@@ -256,8 +299,10 @@ class _Follower:
         )
 
 
-def _height(layout: str) -> int:
-    """The most owners of one stage."""
-    if layout == "heads":
-        return MAX_NODES
-    return int(layout.partition("x")[2] or 1)
+def _bytes(loads: Sequence[Load], owners: Sequence[Units]) -> Counter[int]:
+    """Bytes of a stage that each owner has."""
+    held = Counter[int]()
+    for load, each in zip(loads, owners, strict=False):
+        for unit, owner in enumerate(each):
+            held[owner] += load.bytes_of(unit)
+    return held

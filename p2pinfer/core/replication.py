@@ -19,7 +19,7 @@ from math import inf
 from typing import NamedTuple
 
 from p2pinfer.core.coverage import KvUnit
-from p2pinfer.core.holdings import holding
+from p2pinfer.core.holdings import holdings
 from p2pinfer.core.token_log import TokenLogs
 from p2pinfer.core.units import Slice, kv_bytes_per_position
 from p2pinfer.errors import RemoteProtocolError
@@ -57,10 +57,11 @@ class Piece(NamedTuple):
 
 def computed_units(plan: Plan, member: int) -> dict[KvUnit, int]:
     """The head units that a member owns, with their stage."""
-    held = holding(plan, member)
-    if held.stage is None:
-        return {}
-    return {KvUnit(held.span, unit): held.stage for unit in held.head_units}
+    return {
+        KvUnit(held.span, unit): held.stage
+        for held in holdings(plan, member)
+        for unit in held.head_units
+    }
 
 
 def fed_units(plan: Plan, member: int) -> dict[KvUnit, int]:

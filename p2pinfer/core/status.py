@@ -7,9 +7,9 @@ from typing import Any
 import msgspec
 
 from p2pinfer.core.events import WorkerStats
+from p2pinfer.core.holdings import holdings, standby_holdings
 from p2pinfer.core.membership import Membership, Peer
-from p2pinfer.core.planner import holding
-from p2pinfer.core.preview import fits_without
+from p2pinfer.core.preview import fits_without, units_by_stage
 from p2pinfer.core.quorum import tolerates
 from p2pinfer.core.units import unit_count
 from p2pinfer.types import Member, ModelSpec, Plan, UnitKind
@@ -89,8 +89,9 @@ def _model(model: ModelSpec) -> Json:
 def _member(member: Member, peer: Peer | None, plan: Plan | None, own: Heartbeat) -> Json:
     health = peer.heartbeat if peer else own
     there = plan is not None and (peer is None or peer.living)
-    owned = _owned(member, plan) if plan and there else []
-    standby = _standby(member, plan) if plan and there else []
+    index = _index(member, plan) if plan and there else None
+    owned = units_by_stage(holdings(plan, index)) if plan and index is not None else []
+    standby = units_by_stage(standby_holdings(plan, index)) if plan and index is not None else []
     return {
         "name": member.name,
         "node_id": member.node_id,
@@ -135,38 +136,3 @@ def _index(member: Member, plan: Plan) -> int | None:
         if (planned.node_id, planned.boot_id) == (member.node_id, member.boot_id):
             return index
     return None
-
-
-def _owned(member: Member, plan: Plan) -> list[Json]:
-    index = _index(member, plan)
-    if index is None:
-        return []
-    held = holding(plan, index)
-    if held.stage is None:
-        return []
-    return [_part(held.span, held.head_units, held.mlp_units, held.vocab_units)]
-
-
-def _standby(member: Member, plan: Plan) -> list[Json]:
-    """By stage, the units that a member is to keep a replica of."""
-    index = _index(member, plan)
-    parts = []
-    for stage in plan.stages:
-        kinds = [
-            tuple(unit for unit, copies in enumerate(standbys) if index in copies)
-            for standbys in (stage.head_standbys, stage.mlp_standbys, stage.vocab_standbys)
-        ]
-        if any(kinds):
-            parts.append(_part((stage.start, stage.end), *kinds))
-    return parts
-
-
-def _part(
-    span: tuple[int, int], heads: tuple[int, ...], mlp: tuple[int, ...], vocab: tuple[int, ...]
-) -> Json:
-    return {
-        "span": list(span),
-        "head_units": list(heads),
-        "mlp_units": list(mlp),
-        "vocab_units": list(vocab),
-    }

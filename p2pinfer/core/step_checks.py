@@ -45,18 +45,21 @@ def _fits(topology: Topology, sender: int, message: StepMessage) -> bool:
         case StepAck():
             return topology.leads
         case Partial(tensor=tensor):
-            span = topology.holding.span
+            role = topology.role(message.stage)
             return (
-                sender in topology.peers
-                and span.start <= message.layer < span.end
-                and message.parts == topology.parts[message.half].get(sender)
+                role is not None
+                and sender in role.peers
+                and role.holding.span.start <= message.layer < role.holding.span.end
+                and message.parts == role.parts[message.half].get(sender)
                 and tensor.shape[1] <= MAX_STEP_TOKENS
                 and tensor.shape[2] == hidden_size
                 and tensor.dtype == WireDType.FLOAT32
             )
         case Hidden(tensor=tensor):
+            role = topology.role(message.stage + 1)
             return (
-                sender == topology.hidden_from
+                role is not None
+                and sender == role.hidden_from
                 and tensor.shape[0] <= MAX_STEP_TOKENS
                 and tensor.shape[1] == hidden_size
                 and tensor.dtype == WireDType.FLOAT32
@@ -81,7 +84,7 @@ def write_down(topology: Topology, logs: TokenLogs, newest: int, step: Step) -> 
     if step.step <= newest:
         raise RemoteProtocolError("a step that was there before")
     logs.take(step)
-    if not topology.holding.head_units:
+    if not any(held.head_units for held in topology.holdings):
         return
     if any(logs.coverage.least(slot.request_id) < slot.start for slot in step.slots):
         raise RemoteProtocolError("a slot beyond the positions that have their KV here")

@@ -31,7 +31,7 @@ def needed(mine: Topology) -> frozenset[int]:
     if mine.leads:
         return owning - {mine.me}
     if mine.me in owning:
-        return frozenset((mine.plan.leader, *mine.peers, *mine.hidden_to))
+        return mine.sends_to | {mine.plan.leader}
     return frozenset()
 
 
@@ -39,5 +39,5 @@ def trouble(mine: Topology, member: int) -> Trouble:
     """What it means that frames to or from `member` may be lost."""
     if mine.leads:
         return Trouble.BREAKS if member in owners(mine.plan) else Trouble.DEAF
-    exchanged = (mine.plan.leader, mine.hidden_from, *mine.peers, *mine.hidden_to)
+    exchanged = mine.sends_to | mine.hears_from | {mine.plan.leader}
     return Trouble.BREAKS if member in exchanged else Trouble.NONE

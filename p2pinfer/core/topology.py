@@ -5,17 +5,17 @@ The plan is data and the data plane runs it blindly; this is that data, worked o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
 
 from p2pinfer.core import tree
 from p2pinfer.core.holdings import (
     Holding,
-    holding,
+    holdings,
     sender_of_hidden,
     stage_members,
-    standby_holding,
+    standby_holdings,
 )
 from p2pinfer.core.inputs import input_spans
 from p2pinfer.core.units import (
@@ -28,23 +28,37 @@ from p2pinfer.limits import MAX_POSITIONS, MAX_REQUESTS
 from p2pinfer.types import ModelSpec, Plan, UnitKind
 
 
+class Role(Struct, frozen=True, kw_only=True):
+    """A member's part in one stage. Members are indices into the plan's members.
+
+    `peers` are the other members of the stage. `parts[half][member]` are the tree nodes whose sums
+    a member of it sends in that half layer. `hidden_from` sends me the hidden states of the stage
+    before; None in the first one, and where I have them myself, being of that stage too.
+    `hidden_to` get mine.
+    """
+
+    holding: Holding
+    peers: tuple[int, ...]
+    parts: tuple[Mapping[int, tuple[int, ...]], Mapping[int, tuple[int, ...]]]
+    hidden_from: int | None
+    hidden_to: tuple[int, ...]
+
+    def senders(self, half: int) -> tuple[int, ...]:
+        """Peers that send a partial in this half layer."""
+        return tuple(p for p in self.peers if self.parts[half].get(p))
+
+
 class Topology(Struct, frozen=True, kw_only=True):
     """Members are indices into `plan.members`.
 
-    `parts[half][member]` are the tree nodes whose sums a member of my stage sends in that half
-    layer; `units[half]` counts the units. `peers` are the other members of my stage.
-    `hidden_from` sends me the hidden states of the previous stage (None in the first one);
-    `hidden_to` get mine. `vocab[member]` are the vocab units that a member owns.
+    `roles` are my parts in the stages of which I own anything, in the order of the stages.
+    `units[half]` counts the units. `vocab[member]` are the vocab units that a member owns.
     """
 
     plan: Plan
     me: int
-    holding: Holding
-    peers: tuple[int, ...]
+    roles: tuple[Role, ...]
     units: tuple[int, int]
-    parts: tuple[Mapping[int, tuple[int, ...]], Mapping[int, tuple[int, ...]]]
-    hidden_from: int | None
-    hidden_to: tuple[int, ...]
     vocab: Mapping[int, tuple[int, ...]]
 
     @property
@@ -57,55 +71,80 @@ class Topology(Struct, frozen=True, kw_only=True):
         """Every member but me."""
         return tuple(i for i in range(len(self.plan.members)) if i != self.me)
 
-    def senders(self, half: int) -> tuple[int, ...]:
-        """Peers that send a partial in this half layer."""
-        return tuple(p for p in self.peers if self.parts[half].get(p))
+    @property
+    def holdings(self) -> tuple[Holding, ...]:
+        """What I own, by stage."""
+        return tuple(role.holding for role in self.roles)
+
+    @property
+    def vocab_units(self) -> tuple[int, ...]:
+        """The vocab units that I own."""
+        return self.vocab.get(self.me, ())
+
+    def role(self, stage: int) -> Role | None:
+        """My part in the stage of that number; None where I own nothing of it."""
+        return next((role for role in self.roles if role.holding.stage == stage), None)
+
+    @property
+    def sends_to(self) -> frozenset[int]:
+        """Members to which I send partials or hidden states."""
+        return frozenset(m for role in self.roles for m in (*role.peers, *role.hidden_to))
+
+    @property
+    def hears_from(self) -> frozenset[int]:
+        """Members that send me partials or hidden states."""
+        peers = {peer for role in self.roles for peer in role.peers}
+        return frozenset(peers | {r.hidden_from for r in self.roles if r.hidden_from is not None})
 
 
 def topology(plan: Plan, me: int) -> Topology:
     """Work out `me`'s part in the steps of `plan`; the plan must be valid."""
-    mine = holding(plan, me)
-    units = (unit_count(plan.model, UnitKind.HEAD), unit_count(plan.model, UnitKind.MLP))
-    vocab = {
-        member: owned
-        for member in range(len(plan.members))
-        if (owned := holding(plan, member).vocab_units)
-    }
-    peers: tuple[int, ...] = ()
-    parts: tuple[dict[int, tuple[int, ...]], dict[int, tuple[int, ...]]] = ({}, {})
-    hidden_from: int | None = None
-    hidden_to: tuple[int, ...] = ()
-    if mine.stage is not None:
-        members = stage_members(plan, mine.stage)
-        peers = tuple(m for m in members if m != me)
-        held = {member: holding(plan, member) for member in members}
-        parts = (
-            {m: tree.cover(h.head_units, units[0]) for m, h in held.items() if h.head_units},
-            {m: tree.cover(h.mlp_units, units[1]) for m, h in held.items() if h.mlp_units},
-        )
-        if mine.stage > 0:
-            hidden_from = sender_of_hidden(plan, mine.stage, me)
-        hidden_to = _receivers(plan, mine.stage, me)
+    held = [holdings(plan, index) for index in range(len(plan.members))]
+    units = unit_count(plan.model, UnitKind.HEAD), unit_count(plan.model, UnitKind.MLP)
     return Topology(
         plan=plan,
         me=me,
-        holding=mine,
-        peers=peers,
+        roles=tuple(_role(plan, me, mine, held, units) for mine in held[me]),
         units=units,
-        parts=parts,
-        hidden_from=hidden_from,
-        hidden_to=hidden_to,
-        vocab=vocab,
+        vocab={m: each[-1].vocab_units for m, each in enumerate(held) if _offers(each)},
+    )
+
+
+def _offers(held: Sequence[Holding]) -> bool:
+    """Whether any of it is of the vocabulary, which is the last stage's."""
+    return bool(held) and bool(held[-1].vocab_units)
+
+
+def _role(
+    plan: Plan,
+    me: int,
+    mine: Holding,
+    held: Sequence[Sequence[Holding]],
+    units: tuple[int, int],
+) -> Role:
+    """My part in the stage of `mine`; `held` is what each member owns."""
+    stage = mine.stage
+    here = {m: h for m, each in enumerate(held) for h in each if h.stage == stage}
+    hears = sender_of_hidden(plan, stage, me) if stage > 0 else me
+    return Role(
+        holding=mine,
+        peers=tuple(m for m in here if m != me),
+        parts=(
+            {m: tree.cover(h.head_units, units[0]) for m, h in here.items() if h.head_units},
+            {m: tree.cover(h.mlp_units, units[1]) for m, h in here.items() if h.mlp_units},
+        ),
+        hidden_from=hears if hears != me else None,
+        hidden_to=_receivers(plan, stage, me),
     )
 
 
 def _receivers(plan: Plan, stage: int, me: int) -> tuple[int, ...]:
-    """Members of the next stage that get their hidden states from `me`."""
+    """Other members of the next stage that get their hidden states from `me`."""
     following = stage + 1
     if following == len(plan.stages):
         return ()
     members = stage_members(plan, following)
-    return tuple(m for m in members if sender_of_hidden(plan, following, m) == me)
+    return tuple(m for m in members if m != me and sender_of_hidden(plan, following, m) == me)
 
 
 def position_limit(plan: Plan) -> int:
@@ -138,9 +177,9 @@ def kv_room(plan: Plan, index: int) -> int | None:
     return min(rooms, default=None)
 
 
-def _held(plan: Plan, index: int) -> tuple[Holding, Holding]:
+def _held(plan: Plan, index: int) -> tuple[Holding, ...]:
     """What a member owns, and what it keeps replicas of."""
-    return holding(plan, index), standby_holding(plan, index)
+    return holdings(plan, index) + standby_holdings(plan, index)
 
 
 def _kv_bytes_per_position(plan: Plan, held: Holding) -> int:

@@ -96,7 +96,8 @@ def numeric_class(dtype: DType, device: torch.device) -> str:
     loader = StageLoader(_SeededSource(config.hidden_size), config, spec, device)
     part = Part(everything, empty_cache(everything, spec, device))
     part.stage = loader.load(everything)
-    runner = StageRunner((part,), everything, loader.trunk(everything.span), spec, device)
+    trunks = {everything.span: loader.trunk(everything.span)}
+    runner = StageRunner((part,), (everything,), trunks, spec, device)
     digest = hashlib.sha256()
     for request_id, rows in enumerate(ROW_COUNTS):
         tokens = tuple((7 * i + rows) % _VOCAB for i in range(rows))

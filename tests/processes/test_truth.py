@@ -99,7 +99,7 @@ def test_a_node_keeps_its_own_units_and_little_else(tmp_path: Path) -> None:
     config = load_config(folder)
     spec = model_spec(config, name="t", model_id="0" * 64)
     plan = Lockstep(folder, nodes=nodes)
-    held = weight_bytes(spec, plan.topologies[0].holding)
+    held = weight_bytes(spec, plan.topologies[0].holdings[0])
     assert held > 450 << 20, "the whole model must not fit into the overhead"
     with LocalCluster(nodes, model=str(folder), base_port=free_base_port(nodes)) as cluster:
         submit(cluster.nodes[0].address, "x" * 300, "--max-tokens", "20", "--ignore-eos")

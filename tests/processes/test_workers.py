@@ -23,7 +23,7 @@ from p2pinfer.core.events import (
     WorkerReady,
     WorkerStats,
 )
-from p2pinfer.core.planner import holding
+from p2pinfer.core.planner import holdings
 from p2pinfer.core.topology import topology
 from p2pinfer.core.units import kv_bytes_per_position
 from p2pinfer.step_links import STEP_PORT_OFFSET, port_shifted
@@ -87,20 +87,20 @@ def test_the_messages_and_bytes_of_a_request_are_exactly_these(
             assert stats.kv_used_bytes == 0
             mine = topology(plan, node)
             messages, data_bytes = 0, 0
-            layers = mine.holding.span.end - mine.holding.span.start
             hidden = plan.model.hidden_size
             for count in rows:
-                for half in (0, 1):
-                    parts = mine.parts[half].get(node, ())
-                    if parts:
-                        messages += layers * len(mine.peers)
-                        size = (
-                            DATA_HEADER + _padded(2 * len(parts)) + 4 * len(parts) * count * hidden
-                        )
-                        data_bytes += layers * len(mine.peers) * (HEADER + size)
-                messages += len(mine.hidden_to)
-                data_bytes += len(mine.hidden_to) * (HEADER + DATA_HEADER + 4 * count * hidden)
-                units = len(holding(plan, node).vocab_units)
+                for role in mine.roles:
+                    layers = role.holding.span.end - role.holding.span.start
+                    for half in (0, 1):
+                        parts = len(role.parts[half].get(node, ()))
+                        if parts:
+                            messages += layers * len(role.peers)
+                            size = DATA_HEADER + _padded(2 * parts) + 4 * parts * count * hidden
+                            data_bytes += layers * len(role.peers) * (HEADER + size)
+                    messages += len(role.hidden_to)
+                    size = DATA_HEADER + 4 * count * hidden
+                    data_bytes += len(role.hidden_to) * (HEADER + size)
+                units = len(mine.vocab_units)
                 if units and not mine.leads:
                     messages += 1
                     data_bytes += HEADER + DATA_HEADER + _padded(2 * units) + units * 12
@@ -134,7 +134,7 @@ def test_delta_kv_is_each_row_once(folder: Path) -> None:
         after = [fleet.deltas(node) for node in range(3)]
         rows, row = len(PROMPT) + new - 1, kv_bytes_per_position(plan.model, plan.model.num_layers)
         for node in range(3):
-            units = len(holding(plan, node).head_units)
+            units = sum(len(held.head_units) for held in holdings(plan, node))
             sent = after[node].delta_bytes_sent - before[node].delta_bytes_sent
             heads = HEADER + DATA_HEADER + KV_HEADER
             assert units * (rows - new // 2) * row < sent <= units * (rows * row + new * heads)

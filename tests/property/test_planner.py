@@ -11,7 +11,7 @@ from p2pinfer.core.holdings import owners_of, standbys_of
 from p2pinfer.core.planner import (
     MIN_KV_POSITIONS,
     PlacementError,
-    holding,
+    holdings,
     make_plan,
     may_own,
     sender_of_hidden,
@@ -96,20 +96,20 @@ def test_every_unit_of_every_layer_has_one_owner(
     validate(plan)
     seen: list[tuple[UnitKind, int, int]] = []
     for index in range(len(members)):
-        held = holding(plan, index)
-        for kind, units in (
-            (UnitKind.HEAD, held.head_units),
-            (UnitKind.MLP, held.mlp_units),
-            (UnitKind.VOCAB, held.vocab_units),
-        ):
-            assert not units or units == tuple(range(units[0], units[-1] + 1))
-            depth = range(held.span.start, held.span.end) if kind is not UnitKind.VOCAB else (0,)
-            seen += [(kind, layer, unit) for layer in depth for unit in units]
-        if held.stage is not None:
+        assert len(holdings(plan, index)) <= 1
+        for held in holdings(plan, index):
+            for kind, units in (
+                (UnitKind.HEAD, held.head_units),
+                (UnitKind.MLP, held.mlp_units),
+                (UnitKind.VOCAB, held.vocab_units),
+            ):
+                assert not units or units == tuple(range(units[0], units[-1] + 1))
+                depth = range(*held.span) if kind is not UnitKind.VOCAB else (0,)
+                seen += [(kind, layer, unit) for layer in depth for unit in units]
             assert index in stage_members(plan, held.stage)
             if held.stage > 0:
                 sender = sender_of_hidden(plan, held.stage, index)
-                assert holding(plan, sender).stage == held.stage - 1
+                assert sender in stage_members(plan, held.stage - 1)
     wanted = [
         (kind, layer, unit)
         for kind in UnitKind
@@ -154,11 +154,7 @@ def test_mutated_owners_are_caught(
     last = number == len(plan.stages) - 1
     field = data.draw(st.sampled_from(["head_owners", "mlp_owners", "vocab_owners"]))
     owners = getattr(stage, field)
-    outsiders = [
-        i
-        for i, m in enumerate(plan.members)
-        if m.witness or holding(plan, i).stage not in (None, number)
-    ]
+    outsiders = [i for i, m in enumerate(plan.members) if m.witness]
     wrong = data.draw(st.sampled_from([len(members), 255, -1, *outsiders]))
     mutants = [(*owners, *stage.head_owners[:1])]
     if field != "vocab_owners" or last:
@@ -176,14 +172,15 @@ def test_mutated_owners_are_caught(
 
 def bytes_of(plan: Plan, index: int) -> int:
     """Weights and least KV of one member, counted unit by unit."""
-    held, model = holding(plan, index), plan.model
-    depth = held.span.end - held.span.start
+    model = plan.model
     positions = min(MIN_KV_POSITIONS, model.max_positions)
-    return (
+    return sum(
         sum(unit_weight_bytes(model, UnitKind.HEAD, u) * depth for u in held.head_units)
         + kv_bytes_per_position(model, depth) * positions * len(held.head_units)
         + sum(unit_weight_bytes(model, UnitKind.MLP, u) * depth for u in held.mlp_units)
         + sum(unit_weight_bytes(model, UnitKind.VOCAB, u) for u in held.vocab_units)
+        for held in holdings(plan, index)
+        for depth in (held.span.end - held.span.start,)
     )
 
 
@@ -233,6 +230,7 @@ def follow(
     model: ModelSpec,
     layout: str = "heads",
     replicas: int = 0,
+    rebalance: bool = True,
 ) -> Plan:
     """The plan after `previous`, which must be valid, led by the member with the lowest id."""
     leader = min(m.node_id for m in members)
@@ -247,6 +245,7 @@ def follow(
         leader_id=leader,
         voters=[leader],
         replicas=replicas,
+        rebalance=rebalance,
     )
     validate(plan)
     return plan
@@ -336,6 +335,42 @@ def test_whatever_happens_each_unit_has_one_able_owner(
         for index, m in enumerate(plan.members):
             assert not m.memory_bytes or bytes_of(plan, index) <= m.memory_bytes
         crowd.change(("death", "join", "restart", "unable"))
+
+
+@given(st.data(), st.integers(2, 6), models(), st.sampled_from(["layers", "2x1", "2x2", "3x2"]))
+def test_stages_outlive_their_owners(
+    data: st.DataObject, spare: int, model: ModelSpec, layout: str
+) -> None:
+    """With a replica of each unit and deaths one at a time, no layer's KV is ever lost: only units
+    of the dead move, to standbys. Newcomers then bring each stage a crew of its own again."""
+    size = 1 if layout == "layers" else int(layout[-1])
+    count = size * (spare if layout == "layers" else int(layout[0])) + data.draw(st.integers(0, 2))
+    members = [
+        Member(node_id=f"{i:016x}", boot_id="0" * 16, name=f"n{i}", address="tcp://host:7720")
+        for i in range(count)
+    ]
+    crowd = Crowd(data, members)
+    if "x" in layout and int(layout[0]) > model.num_layers:
+        return
+    more = {"model": model, "layout": layout, "replicas": 1}
+    plan = follow(None, crowd.members, crowd.able, **more)  # type: ignore[arg-type]
+    spans = [(stage.start, stage.end) for stage in plan.stages]
+    for _ in range(data.draw(st.integers(1, count - 1))):
+        before, standbys = owners_by_unit(plan), standbys_by_unit(plan)
+        living = {m.node_id for m in crowd.members}
+        crowd.change(("death",))
+        (gone,) = living - {m.node_id for m in crowd.members}
+        plan = follow(plan, crowd.members, crowd.able, rebalance=False, **more)  # type: ignore[arg-type]
+        assert [(stage.start, stage.end) for stage in plan.stages] == spans
+        for unit, owner in owners_by_unit(plan).items():
+            assert owner == before[unit] or (before[unit] == gone and owner in standbys[unit])
+    while len(crowd.members) < min(count, 16):
+        crowd.change(("join",))
+        plan = follow(plan, crowd.members, crowd.able, **more)  # type: ignore[arg-type]
+    owning = [holdings(plan, index) for index in range(len(plan.members))]
+    if layout != "layers":
+        assert [(stage.start, stage.end) for stage in plan.stages] == spans
+        assert max(map(len, owning)) == 1
 
 
 def check_any_death(plan: Plan, crowd: Crowd, model: ModelSpec, replicas: int) -> list[Plan]:

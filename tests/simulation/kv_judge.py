@@ -114,7 +114,7 @@ class KvJudge:
     def _look_at_inputs(
         self, process: Process, request_id: int, span: Slice, tokens: tuple[int, ...]
     ) -> None:
-        inputs = process.worker.units.inputs
+        inputs = process.worker.units.inputs.get(span)
         for layer in range(*span):
             rows = inputs.rows(request_id, layer) if inputs is not None else []
             for position, name in enumerate(toy.tags(tokens)):

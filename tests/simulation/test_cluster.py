@@ -191,6 +191,38 @@ def test_new_standbys_are_filled_before_the_next_death(seed: int) -> None:
     assert client.end == "complete"
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    ("count", "layout", "victims"),
+    [(2, "layers", (2,)), (3, "layers", (2, 3)), (3, "layers", (3, 2)), (4, "2x2", (2, 1))],
+)
+def test_a_stage_that_loses_everybody_goes_on_from_replicas(
+    seed: int, count: int, layout: str, victims: tuple[int, ...]
+) -> None:
+    """Its standbys own units of two stages then, until other nodes come."""
+    story = formed(count, seed, layout=layout, replicas=1)
+    left, found = min({*range(1, count + 1)} - {*victims}), set[str]()
+    client = story.submit(left, 90)
+    for victim in victims:
+        shown = len(client.shown)
+        assert story.until(lambda shown=shown: len(client.shown) > shown + 12)
+        story.facts.clear()
+        story.cluster.crash(story.cluster.machines[victim - 1])
+        assert story.until(lambda: bool(story.told(e.RequestRestored)), 4)
+        found |= set(rungs(story))
+    # Of three nodes one owns nothing.
+    assert found - {"none"} == {"replica"}
+    assert story.until(lambda: bool(client.end))
+    assert client.end == "complete"
+    for victim in victims:
+        story.start(victim, left)
+    assert story.until(story.cluster.agreed, 20)
+    plan = story.cluster.living()[0].worker.active.plan
+    owners = [set(stage.head_owners) for stage in plan.stages]
+    assert len(owners) == 2
+    assert not owners[0] & owners[1]
+
+
 def test_a_standby_that_was_cut_off_makes_the_restart_smaller() -> None:
     """No delta KV comes for a while, and the owner dies: the reply goes on from what there is."""
     story = formed(3, replicas=1)

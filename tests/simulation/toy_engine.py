@@ -14,10 +14,10 @@ from typing import Protocol
 from msgspec import Struct
 
 from p2pinfer.core import tree
-from p2pinfer.core.replication import computed_units
+from p2pinfer.core.coverage import KvUnit
 from p2pinfer.core.step_checks import write_down
 from p2pinfer.core.token_log import TokenLogs
-from p2pinfer.core.topology import Topology
+from p2pinfer.core.topology import Role, Topology
 from p2pinfer.errors import RemoteProtocolError
 from p2pinfer.wire.messages import Candidates, Hidden, Partial, Slot, Step, StepAck
 from p2pinfer.wire.tensors import Tensor, WireDType
@@ -74,13 +74,15 @@ class ToyEngine:
         self._cache = units.cache
         self._links = links
         self._truth = truth
-        self._heads = tuple(computed_units(mine.plan, mine.me))
-        self._subtrees = tuple(
-            {node: _units_below(node, count) for node in mine.parts[half].get(mine.me, ())}
-            for half, count in enumerate(mine.units)
-        )
-        if mine.holding.stage is not None:
-            _check_cover(mine)
+        self._subtrees = {
+            role.holding.stage: [
+                {node: _units_below(node, count) for node in role.parts[half].get(mine.me, ())}
+                for half, count in enumerate(mine.units)
+            ]
+            for role in mine.roles
+        }
+        for role in mine.roles:
+            _check_cover(mine, role)
 
     # --- one step ---------------------------------------------------------------------------------
 
@@ -113,7 +115,7 @@ class ToyEngine:
         self._links.gate.began(step.step)
         self._links.inbox.forget_before(step.step)
         offers: list[list[tuple[int, int]]] = []
-        if step.slots and self.topology.holding.stage is not None:
+        if step.slots and self.topology.roles:
             rows = [row for slot in step.slots for row in self._rows(slot)]
             offers = yield from self._run(step, rows)
         self._logs.finish(step.slots)
@@ -133,32 +135,45 @@ class ToyEngine:
     def _run(
         self, step: Step, rows: list[Row]
     ) -> Generator[Wait, None, list[list[tuple[int, int]]]]:
-        mine = self.topology
-        busy = Sleep(HALF_LAYER_S + ROW_S * len(rows))
-        if mine.holding.stage == 0:
-            xs = [toy.embedding(row.token, row.position) for row in rows]
-        else:
-            xs = yield from self._hidden(step, len(rows))
-        for layer in range(*mine.holding.span):
-            yield busy
-            own = self._attend(layer, rows, xs)
-            xs = yield from self._add(step, layer, 0, own, xs)
-            self._check_rows(rows, 2 * layer + 1, xs)
-            yield busy
-            own = [{u: toy.mlp_partial(layer, u, x) for u in mine.holding.mlp_units} for x in xs]
-            xs = yield from self._add(step, layer, 1, own, xs)
-            self._check_rows(rows, 2 * layer + 2, xs)
-        for receiver in mine.hidden_to:
-            self._give(step, receiver, xs)
+        xs: list[int] = []
+        for role in self.topology.roles:
+            held = role.holding
+            if held.stage == 0:
+                xs = [toy.embedding(row.token, row.position) for row in rows]
+            elif role.hidden_from is not None:
+                xs = yield from self._hidden(step, held.stage, role.hidden_from, len(rows))
+            yield from self._run_stage(step, role, rows, xs)
+            for receiver in role.hidden_to:
+                self._give(step, held.stage, receiver, xs)
         return self._offers(step, xs)
 
-    def _attend(self, layer: int, rows: list[Row], xs: list[int]) -> list[dict[int, int]]:
+    def _run_stage(
+        self, step: Step, role: Role, rows: list[Row], xs: list[int]
+    ) -> Generator[Wait, None, None]:
+        """Compute the layers of a stage; the residuals `xs` become what leaves it."""
+        busy, held = Sleep(HALF_LAYER_S + ROW_S * len(rows)), role.holding
+        heads = [KvUnit(held.span, unit) for unit in held.head_units]
+        inputs = self._units.inputs.get(held.span)
+        for layer in range(*held.span):
+            yield busy
+            if inputs is not None:
+                for row, x in zip(rows, xs, strict=True):
+                    inputs.write(layer, row, x)
+            own = self._attend(heads, layer, rows, xs)
+            xs[:] = yield from self._add(step, (role, layer, 0), own, xs)
+            self._check_rows(rows, 2 * layer + 1, xs)
+            yield busy
+            own = [{u: toy.mlp_partial(layer, u, x) for u in held.mlp_units} for x in xs]
+            xs[:] = yield from self._add(step, (role, layer, 1), own, xs)
+            self._check_rows(rows, 2 * layer + 2, xs)
+
+    def _attend(
+        self, heads: list[KvUnit], layer: int, rows: list[Row], xs: list[int]
+    ) -> list[dict[int, int]]:
         own = []
         for row, x in zip(rows, xs, strict=True):
             partials = {}
-            if self._units.inputs is not None:
-                self._units.inputs.write(layer, row, x)
-            for head in self._heads:
+            for head in heads:
                 value = toy.attend(layer, head.unit, self._cache.past(head, layer, row), x)
                 self._cache.write(head, layer, row, value)
                 partials[head.unit] = toy.head_partial(layer, head.unit, value, x)
@@ -172,23 +187,27 @@ class ToyEngine:
     # --- exchanges --------------------------------------------------------------------------------
 
     def _add(
-        self, step: Step, layer: int, half: int, own: list[dict[int, int]], xs: list[int]
+        self,
+        step: Step,
+        place: tuple[Role, int, int],
+        own: list[dict[int, int]],
+        xs: list[int],
     ) -> Generator[Wait, None, list[int]]:
-        """Exchange partial sums, own and others', and add all of them to the residuals."""
-        mine, links = self.topology, self._links
+        """Exchange partial sums, own and others', and add all of them to the residuals; `place` is
+        (role, layer, half)."""
+        links, (role, layer, half) = self._links, place
+        stage = role.holding.stage
         totals = list(xs)
-        subtrees = self._subtrees[half]
+        subtrees = self._subtrees[stage][half]
         if subtrees:
             sums = [sum(row[u] for u in units) for units in subtrees.values() for row in own]
             sums = [value % toy.PRIME for value in sums]
             _add_to(totals, sums)
             tensor = toy.to_tensor(sums, (len(subtrees), len(xs)))
-            for peer in mine.peers:
-                frame = self._partial(
-                    step, peer, layer=layer, half=half, parts=tuple(subtrees), tensor=tensor
-                )
-                links.send(peer, frame)
-        senders = mine.senders(half)
+            for peer in role.peers:
+                parts = tuple(subtrees)
+                links.send(peer, self._partial(step, peer, (stage, layer, half), parts, tensor))
+        senders = role.senders(half)
         if senders:
             key = (step.step, layer, half)
             yield Frames(links.inbox.partials, key, senders)
@@ -202,45 +221,43 @@ class ToyEngine:
         self,
         step: Step,
         peer: int,
-        *,
-        layer: int,
-        half: int,
+        place: tuple[int, int, int],
         parts: tuple[int, ...],
         tensor: Tensor,
     ) -> Partial:
-        mine = self.topology
-        assert mine.holding.stage is not None
+        """A frame; `place` is (stage, layer, half)."""
+        mine, (stage, layer, half) = self.topology, place
         return Partial(
             fence=mine.plan.fence,
             step=step.step,
             link_seq=self._links.next_sequence(peer),
             sender=mine.me,
-            stage=mine.holding.stage,
+            stage=stage,
             layer=layer,
             half=half,
             parts=parts,
             tensor=tensor,
         )
 
-    def _hidden(self, step: Step, rows: int) -> Generator[Wait, None, list[int]]:
-        sender = self.topology.hidden_from
-        assert sender is not None
-        inbox = self._links.inbox
-        yield Frames(inbox.hidden, step.step, (sender,))
-        hidden = inbox.hidden.pop(step.step)[sender]
+    def _hidden(
+        self, step: Step, stage: int, sender: int, rows: int
+    ) -> Generator[Wait, None, list[int]]:
+        """What the stage before `stage` has computed."""
+        inbox, key = self._links.inbox, (step.step, stage - 1)
+        yield Frames(inbox.hidden, key, (sender,))
+        hidden = inbox.hidden.pop(key)[sender]
         if hidden.tensor.shape[0] != rows:
             raise StepBroken(self._id(sender), "hidden states of the wrong size")
         return toy.from_tensor(hidden.tensor)
 
-    def _give(self, step: Step, receiver: int, xs: list[int]) -> None:
+    def _give(self, step: Step, stage: int, receiver: int, xs: list[int]) -> None:
         mine = self.topology
-        assert mine.holding.stage is not None
         frame = Hidden(
             fence=mine.plan.fence,
             step=step.step,
             link_seq=self._links.next_sequence(receiver),
             sender=mine.me,
-            stage=mine.holding.stage,
+            stage=stage,
             tensor=toy.to_tensor(xs, (len(xs),)),
         )
         self._links.send(receiver, frame)
@@ -255,14 +272,14 @@ class ToyEngine:
         for slot in step.slots:
             row += len(slot.tokens)
             if slot.sample:
-                units = self.topology.holding.vocab_units
+                units = self.topology.vocab_units
                 offers.append([toy.offer(unit, xs[row]) for unit in units])
         return offers
 
     def send_candidates(self, step: Step, offers: list[list[tuple[int, int]]]) -> None:
         """Offer this node's candidates to the leader; without any, say that the step is done."""
         mine = self.topology
-        units = mine.holding.vocab_units
+        units = mine.vocab_units
         flat = [offer for of_slot in offers for offer in of_slot] or [(-1, 0)] * len(units)
         shape = (max(len(offers), 1), len(units), 1)
         ids = pack(f"<{len(flat)}i", *(token for token, _ in flat))
@@ -322,10 +339,10 @@ def _units_below(node: int, count: int) -> tuple[int, ...]:
     return tuple(range(first, min(first + (1 << level), count)))
 
 
-def _check_cover(mine: Topology) -> None:
+def _check_cover(mine: Topology, role: Role) -> None:
     """All parts of all members together must be every unit once, and make the whole tree."""
     for half, count in enumerate(mine.units):
-        nodes = [node for parts in mine.parts[half].values() for node in parts]
+        nodes = [node for parts in role.parts[half].values() for node in parts]
         below = sorted(unit for node in nodes for unit in _units_below(node, count))
         check(below == list(range(count)), "a unit contributes not exactly once")
         additions = tree.plan_additions(nodes, count)

@@ -50,16 +50,17 @@ class Inbox:
     def __init__(self) -> None:
         self.steps: deque[Step] = deque()
         self.partials: dict[tuple[int, int, int], dict[int, Partial]] = {}
-        self.hidden: dict[int, dict[int, Hidden]] = {}
+        self.hidden: dict[tuple[int, int], dict[int, Hidden]] = {}
         self.candidates: dict[int, dict[int, Candidates]] = {}
 
     def forget_before(self, step: int) -> None:
         """Drop what came for steps that are over."""
         for key in [key for key in self.partials if key[0] < step]:
             del self.partials[key]
-        for box in (self.hidden, self.candidates):
-            for number in [number for number in box if number < step]:
-                del box[number]
+        for place in [place for place in self.hidden if place[0] < step]:
+            del self.hidden[place]
+        for number in [number for number in self.candidates if number < step]:
+            del self.candidates[number]
 
 
 def steps_address(member: Member) -> str:
@@ -236,7 +237,7 @@ class ToyLinks:
                 key = (message.step, message.layer, message.half)
                 inbox.partials.setdefault(key, {})[sender] = message
             case Hidden():
-                inbox.hidden.setdefault(message.step, {})[sender] = message
+                inbox.hidden.setdefault((message.step, message.stage), {})[sender] = message
             case Candidates():
                 inbox.candidates.setdefault(message.step, {})[sender] = message
 

@@ -11,7 +11,7 @@ from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 from p2pinfer.core.coverage import KvUnit
-from p2pinfer.core.holdings import Holding, holding, standby_holding
+from p2pinfer.core.holdings import Holding, holdings, standby_holdings
 from p2pinfer.core.inputs import input_spans
 from p2pinfer.core.replication import computed_units, fed_units
 from p2pinfer.core.token_log import TokenLogs
@@ -155,7 +155,7 @@ class ToyUnits:
 
     def __init__(self, logs: TokenLogs) -> None:
         self.cache = ToyCache()
-        self.inputs: ToyInputs | None = None
+        self.inputs: dict[Slice, ToyInputs] = {}
         self._logs = logs
         self._ready: set[Weights] = set()
         self._own: frozenset[Weights] = frozenset()
@@ -165,7 +165,7 @@ class ToyUnits:
     def hold(self, mine: Topology) -> None:
         """From now on this plan's units are wanted, and all others are freed."""
         plan, me = mine.plan, mine.me
-        self._own = frozenset(_weights(mine.holding))
+        self._own = frozenset(_weights(mine.holdings))
         self._kept = tuple(_kept_for(plan, me))
         self._ready &= self._own.union(*self._kept)
         computed, fed = computed_units(plan, me), fed_units(plan, me)
@@ -173,24 +173,22 @@ class ToyUnits:
         self.cache.hold((*computed, *fed))
         spans = input_spans(plan, me)
         self._logs.inputs.hold(spans)
-        if self.inputs is None or self.inputs.span not in spans:
-            self.inputs = next(map(ToyInputs, spans), None)
+        self.inputs = {span: self.inputs.get(span) or ToyInputs(span) for span in spans}
 
     def forget(self, request_ids: Iterable[int]) -> None:
         """Free what these requests hold."""
         self.cache.forget(request_ids)
-        if self.inputs is not None:
-            self.inputs.forget(request_ids)
+        for inputs in self.inputs.values():
+            inputs.forget(request_ids)
 
     def recompute(
         self, request_id: int, units: AbstractSet[KvUnit], start: int, end: int
     ) -> Iterator[None]:
         """Write KV of these positions, made of inputs."""
-        assert self.inputs is not None
         self.cache.open(request_id)
         for unit in sorted(units):
             for layer in range(*unit.span):
-                kept = self.inputs.rows(request_id, layer)
+                kept = self.inputs[unit.span].rows(request_id, layer)
                 check(len(kept) >= end, f"inputs of request {request_id} are not there")
                 for position in range(start, end):
                     name, x = kept[position]
@@ -224,17 +222,21 @@ class ToyUnits:
         self._ready |= next(each for each in self._kept if not each <= self._ready)
 
 
-def _weights(held: Holding) -> list[Weights]:
-    if held.stage is None:
-        return []
-    kinds = zip(UnitKind, (held.head_units, held.mlp_units, held.vocab_units), strict=True)
-    return [(kind, held.span, unit) for kind, units in kinds for unit in units]
+def _weights(by_stage: Iterable[Holding]) -> list[Weights]:
+    return [
+        (kind, held.span, unit)
+        for held in by_stage
+        for kind, units in zip(
+            UnitKind, (held.head_units, held.mlp_units, held.vocab_units), strict=True
+        )
+        for unit in units
+    ]
 
 
 def _kept_for(plan: Plan, me: int) -> list[frozenset[Weights]]:
     """What `me` is a standby of, owner by owner."""
-    kept = set(_weights(standby_holding(plan, me)))
+    kept = set(_weights(standby_holdings(plan, me)))
     by_owner = (
-        frozenset(_weights(holding(plan, owner))) & kept for owner in range(len(plan.members))
+        frozenset(_weights(holdings(plan, owner))) & kept for owner in range(len(plan.members))
     )
     return [each for each in by_owner if each]

@@ -451,7 +451,7 @@ class ToyWorker:
         self.bulk.stepped(step)
         engine.acknowledge(step)
         offers = yield from engine.compute(step)
-        if step.slots and engine.topology.holding.vocab_units:
+        if step.slots and engine.topology.vocab_units:
             engine.send_candidates(step, offers)
         self._finish(engine, step, began)
         self.bulk.turn()

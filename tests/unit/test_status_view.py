@@ -56,6 +56,25 @@ def test_status_view_shows_which_heads_a_member_keeps() -> None:
     assert len(line.rstrip()) <= 80
 
 
+def test_status_view_shows_the_layers_of_what_a_member_keeps() -> None:
+    """Where the plan has several stages, heads of one are not those of another."""
+    part = {"head_units": [0, 1], "mlp_units": [0, 1], "vocab_units": []}
+    first, last = ({**part, "span": span} for span in ([0, 2], [2, 4]))
+    members = [
+        member("a", owned=[first, last], standby=[]),
+        member("b", owned=[], standby=[first, last]),
+    ]
+    *_, one, other = rendered({"ready": True, "members": members}).splitlines()
+    assert one.split()[3:10] == ["0-1", "|", "2-3", "0-1", "|", "0-1", "-"]
+    assert other.split()[3:14] == [
+        *("-", "-", "0-1", "of", "layers", "0-1", "|"),
+        "0-1",
+        "of",
+        "layers",
+        "2-3",
+    ]
+
+
 def test_status_view_says_what_is_waited_for() -> None:
     """A cluster that is not ready says why, and nothing of deaths that it would survive."""
     text = rendered({"model": None, "leader": None, "waiting": "1 of 3 nodes", "members": []})

@@ -26,7 +26,7 @@ from p2pinfer.wire.messages import (
 )
 from p2pinfer.wire.tensors import Tensor, WireDType
 from tests.model_specs import SIX_LAYERS
-from tests.step_plans import plan_of
+from tests.step_plans import inherited, plan_of
 
 FRAME: dict[str, Any] = {"fence": Fence(1, 1), "step": 1, "link_seq": 0}
 HEADS = plan_of(2)
@@ -48,7 +48,7 @@ def step(*slots: Slot) -> Step:
 
 def partial(**changes: Any) -> Partial:
     """What member 1 of two sends in the first half layer."""
-    parts = topology(HEADS, 0).parts[0][1]
+    parts = topology(HEADS, 0).roles[0].parts[0][1]
     fields: dict[str, Any] = {
         "sender": 1,
         "stage": 0,
@@ -134,6 +134,22 @@ def test_hidden_states_come_from_the_stage_before() -> None:
     assert not accepts(STAGES, 0, 1, message)
     narrow = Hidden(**FRAME, sender=0, stage=0, tensor=floats(3, 8))
     assert not accepts(STAGES, 1, 0, narrow)
+
+
+def test_frames_of_two_stages_of_one_member_are_told_apart() -> None:
+    """Each is taken for its own stage only: layers, parts and senders are those of that stage."""
+    plan = inherited(plan_of(3, "layers"), 2, 0)
+    for stage, taken in ((0, False), (1, True), (2, False)):
+        message = Hidden(**FRAME, sender=1, stage=stage, tensor=floats(3, SIX_LAYERS.hidden_size))
+        assert accepts(plan, 0, 1, message) == taken
+    shared = inherited(plan_of(4, "2x2"), 1, 2, 3)
+    units = topology(shared, 2).roles[0].parts[0][3]
+    assert units != topology(shared, 2).roles[1].parts[0][3]
+    good = partial(sender=3, parts=units, tensor=floats(len(units), 3, SIX_LAYERS.hidden_size))
+    assert accepts(shared, 2, 3, good)
+    assert not accepts(shared, 2, 3, msgspec.structs.replace(good, layer=3))
+    assert not accepts(shared, 2, 3, msgspec.structs.replace(good, stage=1))
+    assert not accepts(shared, 2, 3, msgspec.structs.replace(good, stage=1, layer=3))
 
 
 def test_only_the_leader_gets_candidates_and_logits() -> None:

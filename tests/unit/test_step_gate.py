@@ -44,7 +44,7 @@ def step(number: int = 0, *, at: int = 1, fence: Fence = FIRST.fence, start: int
 
 def partial(number: int, sender: int, **changes: Any) -> Partial:
     """What member 0 sends to member 1 in the first half layer."""
-    parts = topology(FIRST, 1).parts[0][0]
+    parts = topology(FIRST, 1).roles[0].parts[0][0]
     tensor = Tensor(
         WireDType.FLOAT32,
         (len(parts), 1, SIX_LAYERS.hidden_size),

@@ -39,10 +39,10 @@ def test_an_owner_needs_its_leader_its_peers_and_the_stages_beside_it() -> None:
     """It sends hidden states on, and waits for those of the stage before; others are nothing to
     it."""
     assert needed(topology(HEADS, 1)) == {0, 2}
-    assert needed(topology(SPARE, 1)) == {0, topology(SPARE, 1).hidden_to[0]}
+    assert needed(topology(SPARE, 1)) == {0, topology(SPARE, 1).roles[0].hidden_to[0]}
     last = topology(SPARE, 3)
     assert needed(last) == {0, 2}
-    exchanged = {0, 2, last.hidden_from}
+    exchanged = {0, 2, last.roles[0].hidden_from}
     assert {m for m, what in troubles(SPARE, 3).items() if what is Trouble.BREAKS} == exchanged
     assert troubles(SPARE, 3)[4] is Trouble.NONE
 

@@ -6,13 +6,13 @@ import msgspec
 import pytest
 
 from p2pinfer.core import tree
-from p2pinfer.core.holdings import standby_holding
-from p2pinfer.core.planner import holding
+from p2pinfer.core.holdings import standby_holdings, validate
+from p2pinfer.core.planner import holdings
 from p2pinfer.core.standbys import name_standbys
 from p2pinfer.core.topology import kv_room, position_limit, topology, weight_bytes
 from p2pinfer.core.units import input_bytes_per_position, kv_bytes_per_position
 from tests.model_specs import SIX_LAYERS
-from tests.step_plans import Offer, plan_of
+from tests.step_plans import Offer, inherited, plan_of
 
 
 @pytest.mark.parametrize(
@@ -24,11 +24,12 @@ def test_the_parts_of_a_stage_make_the_whole_sum(nodes: int, layout: str) -> Non
     for me in range(nodes):
         mine = topology(plan, me)
         for half in (0, 1):
-            parts = [node for sent in mine.parts[half].values() for node in sent]
+            (role,) = mine.roles
+            parts = [node for sent in role.parts[half].values() for node in sent]
             root = tree.root(mine.units[half])
             additions = tree.plan_additions(parts, mine.units[half])
             assert root in parts or additions[-1][2] == root
-            assert set(mine.senders(half)) <= set(mine.peers)
+            assert set(role.senders(half)) <= set(role.peers)
         assert set(mine.others) == set(range(nodes)) - {me}
         assert mine.leads == (me == 0)
 
@@ -38,18 +39,50 @@ def test_hidden_states_reach_every_member_of_the_next_stage_once() -> None:
     plan = plan_of(5, "layers")
     seen = [topology(plan, i) for i in range(5)]
     for mine in seen:
-        for receiver in mine.hidden_to:
-            assert seen[receiver].hidden_from == mine.me
-    receivers = [r for mine in seen for r in mine.hidden_to]
-    later = [m.me for m in seen if m.holding.stage]
+        for receiver in mine.roles[0].hidden_to:
+            assert seen[receiver].roles[0].hidden_from == mine.me
+    receivers = [r for mine in seen for r in mine.roles[0].hidden_to]
+    later = [m.me for m in seen if m.holdings[0].stage]
     assert sorted(receivers) == sorted(later)
+
+
+def test_a_member_of_two_stages_has_a_role_in_each() -> None:
+    """Hidden states between two stages of its own go nowhere; others get and send as ever."""
+    plan = inherited(plan_of(3, "layers"), 1, 2)
+    both, first = topology(plan, 2), topology(plan, 0)
+    assert [held.stage for held in both.holdings] == [1, 2]
+    assert [(role.hidden_from, role.hidden_to) for role in both.roles] == [(0, ()), (None, ())]
+    assert (first.roles[0].hidden_to, first.role(1), both.role(0)) == ((2,), None, None)
+    assert (both.sends_to, both.hears_from) == (frozenset(), {0})
+    assert topology(plan, 1).roles == ()
+
+
+def test_hidden_states_pass_through_others_and_come_back() -> None:
+    """A member of the first and the last stage of three sends to the second and hears from it."""
+    mine = topology(inherited(plan_of(3, "layers"), 2, 0), 0)
+    assert [(role.hidden_from, role.hidden_to) for role in mine.roles] == [(None, (1,)), (1, ())]
+    assert mine.sends_to == mine.hears_from == {1}
+    assert mine.vocab_units == tuple(range(10))
+
+
+def test_those_of_two_stages_are_sent_nothing_between_them() -> None:
+    """Who joins only the second stage is served in turns by all of the first."""
+    plan = plan_of(5, "1x2")
+    half, (whole,) = SIX_LAYERS.num_layers // 2, plan.stages
+    first = msgspec.structs.replace(whole, end=half, vocab_owners=())
+    (shared,) = inherited(plan, 1, 3, 4, 1).stages
+    last = msgspec.structs.replace(shared, start=half)
+    moved = msgspec.structs.replace(plan, stages=(first, last))
+    validate(moved)
+    heard = {m: topology(moved, m).roles[-1].hidden_from for m in (0, 1, 3, 4)}
+    assert heard == {0: None, 1: None, 3: 0, 4: 1}
 
 
 def test_a_member_that_holds_nothing_has_no_part() -> None:
     """A spare member hears steps and sends nothing."""
     mine = topology(plan_of(5, "2x2"), 4)
-    assert mine.holding.stage is None
-    assert (mine.peers, mine.hidden_from, mine.hidden_to) == ((), None, ())
+    assert mine.roles == mine.holdings == mine.vocab_units == ()
+    assert mine.sends_to == mine.hears_from == frozenset()
 
 
 def test_room_for_kv_is_what_weights_leave_and_what_is_allowed() -> None:
@@ -57,7 +90,7 @@ def test_room_for_kv_is_what_weights_leave_and_what_is_allowed() -> None:
     assert kv_room(plan_of(2), 0) is None
     assert position_limit(plan_of(2)) > 1 << 20
     plan = plan_of(2, offer=Offer(memory_bytes=8 << 20))
-    left = (8 << 20) - weight_bytes(SIX_LAYERS, holding(plan, 0))
+    left = (8 << 20) - weight_bytes(SIX_LAYERS, *holdings(plan, 0))
     assert kv_room(plan, 0) == left
     per_position = 2 * kv_bytes_per_position(SIX_LAYERS, SIX_LAYERS.num_layers)
     assert position_limit(plan) == left // per_position
@@ -69,8 +102,8 @@ def test_replicas_take_room_like_what_is_owned() -> None:
     """Their weights come off the room for KV, and their KV off the positions."""
     plan = plan_of(2, offer=Offer(memory_bytes=8 << 20))
     kept = name_standbys(plan, able={m.node_id for m in plan.members}, replicas=1)
-    weights = weight_bytes(SIX_LAYERS, holding(plan, 0)) + weight_bytes(
-        SIX_LAYERS, holding(plan, 1)
+    weights = weight_bytes(SIX_LAYERS, *holdings(plan, 0)) + weight_bytes(
+        SIX_LAYERS, *holdings(plan, 1)
     )
     assert kv_room(kept, 0) == (8 << 20) - weights
     per_position = 4 * kv_bytes_per_position(SIX_LAYERS, SIX_LAYERS.num_layers)
@@ -102,7 +135,8 @@ def test_who_only_keeps_replicas_limits_too() -> None:
     spare = msgspec.structs.replace(plan.members[1], node_id="f" * 16, name="z", kv_bytes=4 << 20)
     plan = msgspec.structs.replace(plan, members=(*plan.members, spare))
     kept = name_standbys(plan, able={m.node_id for m in plan.members}, replicas=2)
-    units = len(standby_holding(kept, 2).head_units)
+    (held,) = standby_holdings(kept, 2)
+    units = len(held.head_units)
     assert units == 4
     row = kv_bytes_per_position(SIX_LAYERS, SIX_LAYERS.num_layers)
     assert position_limit(kept) == (4 << 20) // (units * row)

@@ -155,7 +155,8 @@ def test_the_same_units_are_kept(folder: Path) -> None:
     assert not node.told
     assert node.units.await_standbys(DEADLINE_S) == (5, 5)
     assert node.units.weight_bytes == sum(
-        weight_bytes(base.model, each) for each in (topology(base, 0).holding, *kept_units(base, 0))
+        weight_bytes(base.model, each)
+        for each in (*topology(base, 0).holdings, *kept_units(base, 0))
     )
     assert node.logs.coverage.least(1) == 3
 
@@ -293,7 +294,7 @@ def test_a_replica_that_is_promoted_in_part_is_not_loaded_again(folder: Path) ->
     assert node.logs.coverage.least(1) == 3
     node.load(placed(base, "0011"))
     assert node.told == []
-    assert node.units.weight_bytes == weight_bytes(base.model, topology(base, 0).holding)
+    assert node.units.weight_bytes == weight_bytes(base.model, *topology(base, 0).holdings)
 
 
 def test_a_replica_of_less_is_loaded_anew(folder: Path) -> None:
