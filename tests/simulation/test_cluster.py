@@ -60,6 +60,13 @@ class Story:
         client.attempt = self.cluster.clients.connect(client, process)
         return client
 
+    def settle(self) -> None:
+        """Until all living nodes agree, and those that were to take units over have had the time
+        to get them ready."""
+        assert self.until(self.cluster.agreed, 20)
+        self.run(3)
+        assert self.cluster.agreed()
+
     def told(self, kind: type[e.Fact]) -> list[e.Fact]:
         return [fact for _, fact in self.facts if isinstance(fact, kind)]
 
@@ -78,8 +85,7 @@ def formed(count: int, seed: int = 1, **settings: object) -> Story:
 def test_nodes_started_together_agree(count: int) -> None:
     """Nodes started at once come to one plan of all of them, in which all vote, and stay there."""
     story = formed(count)
-    story.run(3)
-    assert story.cluster.agreed()
+    story.settle()
     plans = {repr(p.worker.active.plan.fence) for p in story.cluster.living()}
     assert len(plans) == 1
     plan = story.cluster.living()[0].worker.active.plan
@@ -163,6 +169,7 @@ def rungs(story: Story) -> list[str]:
 def test_a_reply_goes_on_from_replicas(seed: int, count: int, victim: int) -> None:
     """An owner dies, the leader or another: its standbys have all but the last positions."""
     story = formed(count, seed, replicas=count // 2)
+    story.settle()
     client = story.submit(3 - victim, 60)
     assert story.until(lambda: len(client.shown) > 15)
     story.facts.clear()
@@ -179,6 +186,7 @@ def test_a_reply_goes_on_from_replicas(seed: int, count: int, victim: int) -> No
 def test_new_standbys_are_filled_before_the_next_death(seed: int) -> None:
     """One owner dies after the other: each time the reply goes on from replicas."""
     story = formed(4, seed, replicas=1)
+    story.settle()
     client = story.submit(4, 90, (5,))
     for victim in (3, 2):
         shown = len(client.shown)
@@ -201,6 +209,7 @@ def test_a_stage_that_loses_everybody_goes_on_from_replicas(
 ) -> None:
     """Its standbys own units of two stages then, until other nodes come."""
     story = formed(count, seed, layout=layout, replicas=1)
+    story.settle()
     left, found = min({*range(1, count + 1)} - {*victims}), set[str]()
     client = story.submit(left, 90)
     for victim in victims:
@@ -216,7 +225,7 @@ def test_a_stage_that_loses_everybody_goes_on_from_replicas(
     assert client.end == "complete"
     for victim in victims:
         story.start(victim, left)
-    assert story.until(story.cluster.agreed, 20)
+    story.settle()
     plan = story.cluster.living()[0].worker.active.plan
     owners = [set(stage.head_owners) for stage in plan.stages]
     assert len(owners) == 2
