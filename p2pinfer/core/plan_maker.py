@@ -474,6 +474,8 @@ class PlanMaker:
         self._be_patient(current.unanswered(here), now)
         self._base, self._base_active, self._first = current.plan, True, False
         self._missed = {}
+        # What could not be made from nothing may follow from this plan.
+        self._unplaceable = _NOTHING
         current.activate(agreed, now)
         self._log.adopt(agreed, lost, detect_s, exact, now)
         self.resumption.activated(agreed, lost, detect_s, now)

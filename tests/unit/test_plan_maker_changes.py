@@ -211,3 +211,17 @@ def test_a_learner_that_drains_gets_no_vote() -> None:
     bench.adopt(1, 2, 3)
     bench.look(draining={3})
     assert bench.voters() == {1, 2}
+
+
+def test_who_could_not_begin_may_be_enough_to_go_on() -> None:
+    """Three nodes cannot begin a plan of two stages of two; when one of four is lost, they go on
+    with it."""
+    bench = Office(3, layout="2x2", replicas=1)
+    bench.look(1.0)
+    assert "needs 4 nodes" in bench.maker.waiting
+    bench.join(4)
+    bench.look(1.0)
+    bench.served()
+    bench.lose(4)
+    bench.look()
+    assert bench.proposed()[-1] == "node4 gone"
