@@ -38,6 +38,7 @@ QUANTS = ("none",)
 LAYOUTS = ("auto", "heads", "layers")
 QUORUMS = ("majority", "last-man")
 TIMINGS = ("lan", "test")
+STANDBYS = ("auto", "hot", "warm")
 
 WILDCARDS = ("0.0.0.0", "::", "*")
 Value = TypeVar("Value")
@@ -104,8 +105,9 @@ class NodeSettings:
     `advertise` empty means: found out from `listen` and the network. `cpus` pins the compute
     threads (empty: not pinned). `kv_memory` is the KV cache's limit in bytes (0: chosen from what
     is free). `replicas` is how many other nodes keep a copy of each unit's weights and KV; that of
-    the leader counts. `keep_inputs`: keep what lost KV can be made of (`core/inputs`). `quorum`
-    counts for the whole cluster, and is its founder's. Raises
+    the leader counts. `standby`: how those that this node keeps have their weights ready, in its
+    memory (`hot`) or in the page cache (`warm`). `keep_inputs`: keep what lost KV can be made of
+    (`core/inputs`). `quorum` counts for the whole cluster, and is its founder's. Raises
     `UsageError` for a value that is out of range.
     """
 
@@ -122,6 +124,7 @@ class NodeSettings:
     quant: str = "none"
     layout: str = "auto"
     replicas: int = 1
+    standby: str = "auto"
     keep_inputs: bool = False
     weight: float | None = None
     kv_memory: int = 0
@@ -154,6 +157,7 @@ class NodeSettings:
         _check_layout(self.layout)
         _check_range("--threads", self.threads, 1, MAX_THREADS)
         _check_range("--replicas", self.replicas, 0, MAX_NODES - 1)
+        _check("--standby", self.standby, self.standby in STANDBYS, ", ".join(STANDBYS))
         _check_range("--min-nodes", self.min_nodes, 1, MAX_NODES)
         _check_range("--join-timeout", self.join_timeout, 0.1, MAX_WAIT_S)
         _check_range("--wait-for-nodes", self.wait_for_nodes, 0.0, MAX_WAIT_S)
@@ -284,7 +288,7 @@ _FILE_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
         (_TEXT, "a text in quotes"),
     ),
     **dict.fromkeys(
-        ("layout", "cpus", "kv_memory", "quorum", "timing"), (_TEXT, "a text in quotes")
+        ("layout", "cpus", "kv_memory", "quorum", "timing", "standby"), (_TEXT, "a text in quotes")
     ),
     **dict.fromkeys(("witness", "keep_inputs"), ((bool,), "true or false")),
     **dict.fromkeys(("threads", "min_nodes", "replicas"), (_WHOLE, "a whole number")),

@@ -11,6 +11,8 @@ from p2pinfer.errors import UsageError
 
 HEADROOM_BYTES = 450 << 20
 
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+
 
 def choose_device(wanted: str) -> torch.device:
     """`auto`, `cpu`, `cuda` or `cuda:N`; raises `UsageError` where there is no such device."""
@@ -24,17 +26,20 @@ def choose_device(wanted: str) -> torch.device:
     return device
 
 
-def offered_memory(device: torch.device) -> int:
+def offered_memory(device: torch.device, group: Path = CONTROL_GROUP) -> int:
     """Bytes that the device has free for weights and KV, within the control group's limit.
 
-    `HEADROOM_BYTES` are left for activations, masks and temporary copies while loading.
+    `HEADROOM_BYTES` are left for activations, masks and temporary copies while loading. Pages of
+    files that were read once, the model's for example, are no use of the group that lasts.
     """
     if device.type == "cuda":
         return max(1, int(torch.cuda.mem_get_info(device)[0]) - HEADROOM_BYTES)
     available = max(1, psutil.virtual_memory().available - HEADROOM_BYTES)
     try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used -= int(counts.get("inactive_file", 0))
     except (OSError, ValueError):  # no control group, or "max"
         return int(available)
     return int(min(available, max(1, limit - used - HEADROOM_BYTES)))

@@ -63,6 +63,7 @@ def node_config(settings: NodeSettings, spec: ModelSpec | None, state: StateDir)
             kv_bytes=settings.kv_memory,
             witness=settings.witness,
             keeps_inputs=settings.keep_inputs,
+            keeps_warm=settings.standby == "warm",
         ),
         model=spec,
         stored=state.read(),
@@ -97,6 +98,7 @@ def worker_config(
         device=settings.device,
         threads=settings.threads,
         cpus=settings.cpus,
+        standby=settings.standby,
     )
 
 

@@ -32,7 +32,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The first message to a worker: who it is and what it may use.
 
     `model` is None for a witness, which holds no model. `cpus` are the CPU numbers to pin to; empty
-    means no pinning. No step is overdue before `least_step_s` seconds.
+    means no pinning. `standby` is how weights are kept for others (`UnitHolder`). No step is
+    overdue before `least_step_s` seconds.
     """
 
     node_id: Identity
@@ -46,6 +47,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     device: str
     threads: int
     cpus: tuple[int, ...] = ()
+    standby: str = "auto"
     least_step_s: float = LEAST_S
 
 

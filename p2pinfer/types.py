@@ -116,6 +116,8 @@ class Member(Struct, frozen=True, kw_only=True):
     the share of work relative to other members. `memory_bytes` is what it offers for weights
     and KV together, `kv_bytes` for KV at most; 0 is unknown, or no limit of its own.
     `keeps_inputs`: it keeps the inputs of the K and V projections of what it computes.
+    `keeps_warm`: of units that it is a standby of it has the weights in no memory of its own, but
+    ready to be loaded.
     """
 
     node_id: Identity
@@ -130,6 +132,7 @@ class Member(Struct, frozen=True, kw_only=True):
     kv_bytes: U63 = 0
     witness: bool = False
     keeps_inputs: bool = False
+    keeps_warm: bool = False
     blank: bool = False
     """No plan in force has named its `memory` a voter yet: it has a say only where one names it."""
 

@@ -2,7 +2,8 @@
 
 They lie in parts (`model/part.py`). A plan that promotes a standby changes what is computed with,
 and nothing lies elsewhere than before: that takes no time. What it owns and has not ready is loaded
-before the plan may go on, what it keeps for others in the background once the plan is in force.
+before the plan may go on, what it keeps for others in the background once the plan is in force:
+`hot`, as if it were owned, or `warm`, in the page cache only. Then a promotion loads it from there.
 
 A part of which units were given away goes on computing with all of its column-parallel products.
 So what is still owned of it is loaded anew by itself, in the background too, and takes its place
@@ -28,12 +29,14 @@ from p2pinfer.core.shares import room_of
 from p2pinfer.core.token_log import TokenLogs
 from p2pinfer.core.topology import Topology, weight_bytes
 from p2pinfer.core.units import Slice
+from p2pinfer.device import offered_memory
 from p2pinfer.errors import LocalProtocolError
 from p2pinfer.model.checkpoint import Checkpoint
 from p2pinfer.model.config import LlamaConfig, load_config
 from p2pinfer.model.input_store import InputStore
 from p2pinfer.model.kv_cache import KvCache
 from p2pinfer.model.llama import TORCH_DTYPES, StageLoader, Trunk
+from p2pinfer.model.page_cache import PageReader
 from p2pinfer.model.part import Part, Unit, empty_cache, holding_of, units_of
 from p2pinfer.model.runner import StageRunner
 from p2pinfer.model.weights import Weights
@@ -45,11 +48,21 @@ PROGRESS_EVERY_S = 0.1
 """A worker that says nothing for a while counts as hung, also while it loads."""
 
 
+MIB = 1 << 20
+
+
 class StandbyReady(NamedTuple):
     """Of how many standby units the weights are ready, and of how many they should be."""
 
     ready: int
     wanted: int
+
+
+class _Waiting(NamedTuple):
+    """Parts to load, and parts to bring into the page cache and keep there."""
+
+    load: list[Part]
+    warm: list[Part]
 
 
 def kept_units(plan: Plan, member: int) -> tuple[Holding, ...]:
@@ -70,7 +83,9 @@ class UnitHolder:
     """Weights and KV of one node. `folder` is the model's; None for a witness, which has none.
 
     `progress` is called several times a second while loading what is owned, with the bytes that are
-    loaded and those of all (both 0 while KV is copied).
+    loaded and those of all (both 0 while KV is copied). `standby` is `hot` or `warm`, how the
+    weights of units are kept that others own; `auto`: hot as long as there is memory for them, of
+    which the device has `available` bytes left when they are asked for.
     """
 
     def __init__(
@@ -79,12 +94,17 @@ class UnitHolder:
         device: torch.device,
         logs: TokenLogs,
         progress: Callable[[int, int], None],
+        *,
+        standby: str = "auto",
+        available: Callable[[torch.device], int] = offered_memory,
     ) -> None:
         self._folder = folder
         self._config: LlamaConfig | None = load_config(folder) if folder else None
         self._device = device
         self._logs = logs
         self._progress = progress
+        self._standby = standby
+        self._available = available
         self._parts: list[Part] = []
         """No unit is in two of them; a request that is open in one is open in all."""
         self._places: dict[KvUnit, Part] = {}
@@ -100,6 +120,8 @@ class UnitHolder:
         """Parts to be, of units that parts here have together with others."""
         self._room = inf
         self._told = 0.0
+        self.standby_reason = ""
+        """Why what is kept for others is warm though nobody has said that it should be."""
         self.runner: StageRunner | None = None
         """None where the last plan gave this node nothing to own or to keep."""
 
@@ -134,10 +156,19 @@ class UnitHolder:
 
     @property
     def standby_ready(self) -> StandbyReady:
-        """How far loading in the background is."""
+        """How far loading or warming in the background is."""
         units = [(part, len(part.units - self._own)) for part in self._parts]
-        ready = sum(count for part, count in units if part.stage is not None)
+        ready = sum(count for part, count in units if self._ready(part))
         return StandbyReady(ready, sum(count for _, count in units))
+
+    @property
+    def standby_units_warm(self) -> int:
+        """How many of these units have their weights in the page cache only."""
+        return sum(len(part.units) for part in self._parts if part.stage is None and part.warm)
+
+    def _ready(self, part: Part) -> bool:
+        """Whether a part has what it is to have: what is owned is in memory, never warm only."""
+        return part.stage is not None or (part.warm and not part.units & self._own)
 
     @property
     def standby_weight_bytes(self) -> int:
@@ -146,7 +177,7 @@ class UnitHolder:
 
     @property
     def standby_error(self) -> str:
-        """Why some of it could not be loaded; empty where nothing failed."""
+        """Why some of it could not be loaded or warmed; empty where nothing failed."""
         return next((part.error for part in self._parts if part.error), "")
 
     # --- plans ------------------------------------------------------------------------------------
@@ -224,7 +255,8 @@ class UnitHolder:
         owned = part.units & own
         given_away = (part.units & self._own) - wanted
         if part.stage is None:
-            return part.units <= (own if owned else wanted) and part.loaded_bytes > 0
+            begun = part.loaded_bytes > 0 or part.warm
+            return part.units <= (own if owned else wanted) and begun
         return (part.units <= wanted or bool(owned)) and not (owned and given_away)
 
     def _cache(self, held: Holding, model: ModelSpec, left: Iterable[Part]) -> KvCache:
@@ -319,7 +351,7 @@ class UnitHolder:
         whether there were any. Their KV is brought there."""
         if not self._trims or self.runner is None:
             return False
-        if any(part.stage is None for part in (*self._parts, *self._trims)):
+        if not all(map(self._ready, (*self._parts, *self._trims))):
             return False
         assert self._model is not None
         new, self._trims = self._trims, []
@@ -335,17 +367,69 @@ class UnitHolder:
         return True
 
     def start_standbys(self) -> None:
-        """Load what is kept for others and has no weights yet, unless that is under way, and then
-        anew what parts are to be replaced by; what failed before is tried again."""
-        waiting = [part for part in self._parts if part.stage is None]
-        used = sum(part.loaded_bytes for part in self._parts)
-        used += self.kv_used_bytes + self.kv_standby_bytes
-        used += sum(weight_bytes(self._model, part.held) for part in self._trims if self._model)
-        if used <= self._room:
-            waiting += [part for part in self._trims if part.stage is None]
-        if waiting and (self._standbys is None or self._standbys.wait(0.0)):
+        """Load or warm what is kept for others and is not ready yet, unless that is under way, and
+        then load anew what parts are to be replaced by; what failed before is tried again."""
+        if self._model is None or (self._standbys is not None and not self._standbys.wait(0.0)):
+            return
+        kept = [part for part in self._parts if not part.units & self._own]
+        warm = self._keeps_warm([part for part in kept if part.stage is None])
+        waiting = self._waiting(kept, warm=warm)
+        idle = self._standbys is None or not all(part.warm for part in waiting.warm)
+        if waiting.load or (waiting.warm and idle):
             self.close()
-            self._standbys = StandbyLoader(waiting, self._loader())
+            freed = any(part.stage is not None for part in waiting.warm)
+            for part in waiting.warm:
+                part.unload()
+            if freed and self.runner is not None:
+                # It knows what is loaded.
+                self.runner.rearrange(self._parts)
+            self._standbys = StandbyLoader(
+                waiting.load, self._loader(), waiting.warm, self._pages()
+            )
+
+    def _waiting(self, kept: Sequence[Part], *, warm: bool) -> _Waiting:
+        """What is to be loaded or warmed. Those of `kept` that are loaded already stay so, unless
+        nothing is to be."""
+        trims = [part for part in self._trims if part.stage is None]
+        load = [part for part in trims if part.units & self._own]
+        others = [part for part in trims if part not in load]
+        cold = [part for part in kept if part.stage is None or self._standby == "warm"]
+        assert self._model is not None
+        used = self._used() + sum(
+            weight_bytes(self._model, part.held)
+            for part in self._trims
+            if not warm or part.units & self._own
+        )
+        if used > self._room:
+            load, others = [], []
+        return _Waiting(load, cold + others) if warm else _Waiting(cold + load + others, [])
+
+    def _used(self) -> int:
+        """Bytes of weights and KV in the parts that are in use."""
+        weights = sum(part.loaded_bytes for part in self._parts)
+        return weights + self.kv_used_bytes + self.kv_standby_bytes
+
+    def _keeps_warm(self, missing: Sequence[Part]) -> bool:
+        """Whether parts that are kept for others are not to be loaded, but only warmed."""
+        self.standby_reason = ""
+        if self._standby != "auto":
+            return self._standby == "warm"
+        assert self._model is not None
+        need = sum(weight_bytes(self._model, part.held) - part.loaded_bytes for part in missing)
+        if not need:
+            return False
+        left = min(self._available(self._device), self._room - self._used())
+        if need > left:
+            self.standby_reason = (
+                f"{max(0, int(left)) // MIB} MiB are left of the memory, and the weights take "
+                f"{-(-need // MIB)} MiB"
+            )
+        return need > left
+
+    def _pages(self) -> Callable[[Holding], Iterator[int]]:
+        """What reads the bytes of a holding's weights."""
+        assert self._folder and self._config and self._model, "who keeps units has a model"
+        return PageReader(self._folder, self._config, self._model).read
 
     def await_standbys(self, timeout: float) -> StandbyReady:
         """Wait until nothing is loading in the background any more, for `timeout` seconds at

@@ -82,7 +82,9 @@ class Worker:
         self._device = choose_device(config.device)
         self._logs = TokenLogs()
         folder = Path(config.model_folder) if config.model else None
-        self._units = UnitHolder(folder, self._device, self._logs, self._loading)
+        self._units = UnitHolder(
+            folder, self._device, self._logs, self._loading, standby=config.standby
+        )
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._steps = SocketPair(
             self._context, limits=PairLimits(MAX_STEP_BYTES, STEP_HWM, STEP_HWM)
@@ -223,7 +225,9 @@ class Worker:
                     StandbysLoaded(
                         fence=self._engine.topology.plan.fence,
                         units=ready,
+                        units_warm=self._units.standby_units_warm,
                         weight_bytes=self._units.standby_weight_bytes,
+                        reason=self._units.standby_reason,
                         error=self._units.standby_error,
                     )
                 )
@@ -256,6 +260,7 @@ class Worker:
             kv_inputs_bytes=self._units.kv_inputs_bytes,
             standby_units_ready=ready,
             standby_units_wanted=wanted,
+            standby_units_warm=self._units.standby_units_warm,
             standby_lacks=replicator.lacking if replicator else 0,
             standby_weight_bytes=self._units.standby_weight_bytes,
             replicas_held=self._held,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -64,10 +64,17 @@ def copies(*standbys: Sequence[int]) -> Copies:
 class Node:
     """One member's holder and logs, as a worker has them."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        standby: str = "hot",
+        available: Callable[[torch.device], int] = lambda _: 0,
+    ) -> None:
         self.logs = TokenLogs()
         self.told: list[tuple[int, int]] = []
-        self.units = UnitHolder(folder, CPU, self.logs, self._progress)
+        self.units = UnitHolder(
+            folder, CPU, self.logs, self._progress, standby=standby, available=available
+        )
 
     def _progress(self, done: int, total: int) -> None:
         if total:  # what is copied may take a moment too
@@ -105,7 +112,13 @@ class Fleet:
     """Members under plans with standbys: their runners in lockstep, and their delta KV."""
 
     def __init__(
-        self, folder: Path, nodes: int, dtype: DType, *, keep_inputs: bool = False
+        self,
+        folder: Path,
+        nodes: int,
+        dtype: DType,
+        *,
+        keep_inputs: bool = False,
+        standby: str = "hot",
     ) -> None:
         self.folder = folder
         self.lockstep = Lockstep(folder, nodes=1, dtype=dtype)
@@ -113,7 +126,7 @@ class Fleet:
         self.members = [
             msgspec.structs.replace(member, keeps_inputs=keep_inputs) for member in members(nodes)
         ]
-        self.nodes = {member.node_id: Node(folder) for member in self.members}
+        self.nodes = {member.node_id: Node(folder, standby) for member in self.members}
         self.epoch = 0
         self.plan: Plan | None = None
         self.restarts: list[int] = []

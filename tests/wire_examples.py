@@ -80,6 +80,7 @@ MEMBER = Member(
     memory_bytes=16 << 30,
     kv_bytes=4 << 30,
     keeps_inputs=True,
+    keeps_warm=True,
     memory=MEMORY,
 )
 WITNESS = Member(
@@ -184,6 +185,7 @@ EXAMPLES: dict[str, m.Message] = {
         standby_units_ready=4,
         standby_behind=17,
         standby_error="no memory",
+        standby_units_warm=3,
     ),
     "heartbeat of an idle node": m.Heartbeat(
         node_id=ANNA, boot_id=BOOT, incarnation=0, term=0, fence=Fence()

@@ -57,6 +57,13 @@ def shared_node_options(command: Command) -> Command:
             "but a node's death makes its replies be computed again. Give all nodes the same.",
         ),
         click.option(
+            "--standby",
+            metavar="auto|hot|warm",
+            help="How copies have their weights ready: hot in the node's memory, warm in the "
+            "system's page cache, from where they are loaded after a death. Default: hot where "
+            "there is memory.",
+        ),
+        click.option(
             "--keep-inputs",
             is_flag=True,
             default=None,

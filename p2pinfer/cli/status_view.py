@@ -151,6 +151,8 @@ def _kept(member: Mapping[str, Any], *, staged: bool) -> Text:
         text.append(f" ({state['error']})", style="red")
     elif state.get("units_ready", 0) < state.get("units", 0):
         text.append(f" (loading {state['units_ready']}/{state['units']})", style="yellow")
+    elif state.get("units_warm"):
+        text.append(" (warm)")
     return text
 
 

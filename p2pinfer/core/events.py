@@ -352,7 +352,9 @@ class StandbysReady(Fact, frozen=True, kw_only=True):
 
     fence: Fence
     units: int
+    units_warm: int = 0
     weight_bytes: int
+    reason: str = ""
     error: str = ""
 
 

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import msgspec
 
 from p2pinfer.core.holdings import Copies, Units, fits_on_the_wire, owners_of, standbys_of
-from p2pinfer.core.shares import least_kv_bytes, room_of, stage_loads
+from p2pinfer.core.room import Room
+from p2pinfer.core.shares import least_kv_bytes, stage_loads
 from p2pinfer.types import Plan, Stage, UnitKind
 
 
@@ -215,17 +216,17 @@ class _Way:
     def _named(self, units: Sequence[Sequence[Sequence[_Unit]]]) -> list[list[Copies]]:
         """Standbys by stage, kind and unit, as far as there is memory; empty: not even for the
         heirs."""
-        room = _Room(self._goal)
+        room, needs = Room(dict(enumerate(self._goal.members))), _Needs(self._goal)
         for place, each in _every(units):
-            room.take(place, each.owner)
+            room.own(each.owner, *needs.of(place))
         names: dict[_Place, list[int]] = {place: [] for place, _ in _every(units)}
         for rank in range(3):
             for place, each in _every(units):
                 for member in each.names[rank]:
                     if member == each.owner or member in names[place]:
                         continue
-                    if room.has(place, member):
-                        room.take(place, member)
+                    if room.has(member, each.owner, *needs.of(place)):
+                        room.keep(member, each.owner, *needs.of(place))
                         names[place].append(member)
                     elif not rank:
                         return []
@@ -249,29 +250,16 @@ def _copies(names: Sequence[Sequence[int]]) -> Copies:
     return tuple(map(tuple, names)) if any(names) else ()
 
 
-class _Room:
-    """The memory that members have left, while units are given to them."""
+class _Needs:
+    """What the units of a plan take of the memory of who has them."""
 
     def __init__(self, plan: Plan) -> None:
         last = len(plan.stages) - 1
         depths = [stage.end - stage.start for stage in plan.stages]
         self._loads = [stage_loads(plan.model, d, n == last) for n, d in enumerate(depths)]
         self._kv = [least_kv_bytes(plan.model, depth) for depth in depths]
-        self._room = [room_of(member) for member in plan.members]
-        self._kv_room = [member.kv_bytes or inf for member in plan.members]
 
-    def take(self, place: _Place, member: int) -> None:
-        """A member owns or keeps a unit."""
-        weights, kv = self._needs(place)
-        self._room[member] -= weights
-        self._kv_room[member] -= kv
-
-    def has(self, place: _Place, member: int) -> bool:
-        """Whether a member has room for one more unit."""
-        weights, kv = self._needs(place)
-        return weights <= self._room[member] and (not kv or kv <= self._kv_room[member])
-
-    def _needs(self, place: _Place) -> tuple[int, int]:
+    def of(self, place: _Place) -> tuple[int, int]:
         """Bytes of a unit's weights with the least KV, and of this alone."""
         number, kind, unit = place
         load = self._loads[number][kind]

@@ -228,6 +228,7 @@ class Neighbours:
             standby_fence=stats.fence if stats.fence != Fence() else None,
             standby_units=stats.standby_units_wanted,
             standby_units_ready=stats.standby_units_ready,
+            standby_units_warm=stats.standby_units_warm,
             standby_behind=stats.standby_behind,
             standby_error=stats.standby_error[:MAX_REASON_CHARS],
         )

@@ -153,12 +153,15 @@ class PlanLoaded(Report, frozen=True, kw_only=True):
 
 
 class StandbysLoaded(Report, frozen=True, kw_only=True):
-    """The weights of all units that this node keeps for others are ready under the plan of `fence`;
-    or `error` says why not."""
+    """The weights of all units that this node keeps for others are ready under the plan of `fence`,
+    `units_warm` of them in the page cache only (`reason` says why, where that was not ordered); or
+    `error` says why they are not."""
 
     fence: Fence
     units: int
+    units_warm: int = 0
     weight_bytes: int
+    reason: str = ""
     error: str = ""
 
 
@@ -212,10 +215,10 @@ class WorkerStats(Report, frozen=True, kw_only=True):
     A worker that sends none for a while hangs. `compute_ms` is how long it computed lately for a
     decoding step, without waiting for others. Frames of delta KV (`delta_bytes_...`) are not
     counted among messages and bytes, but `bulk_s` is all time that they took between steps.
-    `standby_units_ready` of `..._wanted` have their weights here, `standby_weight_bytes`
-    (`standby_error` says why others have not); `standby_lacks` counts the positions whose KV they
-    have not got yet, over all requests and head units, and `standby_behind` those of one of them at
-    most. All this goes by the plan of `fence`, which is in force here; (0, 0) while there is none.
+    `standby_units_ready` of `..._wanted` have their weights here, `standby_weight_bytes`, but for
+    `standby_units_warm` of them, which have them in the page cache (`standby_error` says why others
+    have them nowhere); `standby_lacks` counts the positions whose KV they have not got yet, over
+    all requests and head units, and `standby_behind` those of one of them at most. All this goes by the plan of `fence`, which is in force here; (0, 0) while there is none.
     `replicas_held`: replication is held on this node, so that its cost can be measured.
     `kv_inputs_bytes` are those of the inputs that KV can be made of again.
     """
@@ -243,6 +246,7 @@ class WorkerStats(Report, frozen=True, kw_only=True):
     kv_inputs_bytes: int = 0
     standby_units_ready: int = 0
     standby_units_wanted: int = 0
+    standby_units_warm: int = 0
     standby_lacks: int = 0
     standby_weight_bytes: int = 0
     replicas_held: bool = False

@@ -172,7 +172,9 @@ class PlanHolder:
             StandbysReady(
                 fence=report.fence,
                 units=report.units,
+                units_warm=report.units_warm,
                 weight_bytes=report.weight_bytes,
+                reason=report.reason,
                 error=report.error,
             )
         )

@@ -17,20 +17,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from fractions import Fraction
-from math import inf
 
 import msgspec
 
 from p2pinfer.core.holdings import Copies, Units, owners_of, standbys_of
 from p2pinfer.core.planner import crew_size, may_own
-from p2pinfer.core.shares import (
-    Load,
-    largest_remainder,
-    least_kv_bytes,
-    preferred,
-    room_of,
-    stage_loads,
-)
+from p2pinfer.core.room import Room
+from p2pinfer.core.shares import Load, largest_remainder, least_kv_bytes, preferred, stage_loads
 from p2pinfer.types import Member, Plan, UnitKind
 
 
@@ -105,22 +98,7 @@ class _Load:
         """Stages of which each owns anything, and owners of a stage that it is named for."""
         self.idle = set(members)
         """Those that own nothing."""
-        self._held = dict.fromkeys(members, 0)
-        """Bytes, the least KV included."""
-        self._kv_held = dict.fromkeys(members, 0)
-        """That KV alone."""
-
-    def hold(self, member: int, size: int, kv: int) -> None:
-        """A member has `size` bytes more, `kv` of them of the least KV."""
-        self._held[member] += size
-        self._kv_held[member] += kv
-
-    def has_room(self, member: int, size: Fraction | int, kv: Fraction | int) -> bool:
-        """Whether so much more would fit into what a member offers."""
-        offer = self.members[member]
-        return self._held[member] + size <= room_of(offer) and (
-            not kv or self._kv_held[member] + kv <= (offer.kv_bytes or inf)
-        )
+        self.room = Room(members)
 
 
 class _Naming:
@@ -146,14 +124,11 @@ class _Naming:
         self._tiers: dict[int, list[list[int]]] = {}
         for kind, each in enumerate(owners):
             for unit, owner in enumerate(each):
-                self._hold(kind, unit, owner)
+                load.room.own(owner, loads[kind].bytes_of(unit), self._kv[kind])
         load.groups.update(self._mates)
         load.idle -= self._mates
         if crew >= len(self._members):
             self._mates = set(self._members)
-
-    def _hold(self, kind: int, unit: int, member: int) -> None:
-        self._load.hold(member, self._loads[kind].bytes_of(unit), self._kv[kind])
 
     def name(self, warm: Sequence[Copies], replicas: int) -> list[Copies]:
         """Standbys by kind and unit; empty where there are none at all."""
@@ -214,7 +189,7 @@ class _Naming:
         load = self._load
 
         def rank(i: int) -> tuple[bool, bool, Fraction, bool, bool, int]:
-            full = not load.has_room(i, size, kv)
+            full = not load.room.has(i, owner, size, kv)
             groups = (load.groups[i] + 1) / load.weights[i]
             return full, i not in load.idle, groups, i not in has, i < owner, i
 
@@ -256,7 +231,7 @@ class _Naming:
             given[i] += 1
             missing[i] -= 1
             times[i] += 1
-            self._hold(kind, unit, i)
+            self._load.room.keep(i, owner, self._loads[kind].bytes_of(unit), self._kv[kind])
 
         for unit in units:
             fit = self._fit(kind, owner, unit, named[unit])
@@ -291,9 +266,9 @@ class _Naming:
 
     def _fit(self, kind: int, owner: int, unit: int, named: Sequence[int]) -> list[int]:
         """Who may be the unit's next standby, of the first group in which there is anybody."""
-        size, kv = self._loads[kind].bytes_of(unit), self._kv[kind]
+        size, kv, room = self._loads[kind].bytes_of(unit), self._kv[kind], self._load.room
         for group in self._tiers[owner]:
-            fit = [i for i in group if i not in named and self._load.has_room(i, size, kv)]
+            fit = [i for i in group if i not in named and room.has(i, owner, size, kv)]
             if fit:
                 return fit
         return []

@@ -124,6 +124,7 @@ def _standby_state(health: Heartbeat) -> Json:
     return {
         "units": health.standby_units,
         "units_ready": health.standby_units_ready,
+        "units_warm": health.standby_units_warm,
         "behind": health.standby_behind,
         "ready": health.standbys_ready,
         "error": health.standby_error or None,

@@ -5,6 +5,7 @@ The plan is data and the data plane runs it blindly; this is that data, worked o
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
@@ -13,11 +14,14 @@ from p2pinfer.core import tree
 from p2pinfer.core.holdings import (
     Holding,
     holdings,
+    owners_of,
     sender_of_hidden,
     stage_members,
     standby_holdings,
+    standbys_of,
 )
 from p2pinfer.core.inputs import input_spans
+from p2pinfer.core.room import kept_bytes
 from p2pinfer.core.units import (
     input_bytes_per_position,
     kv_bytes_per_position,
@@ -166,15 +170,30 @@ def position_limit(plan: Plan) -> int:
 
 def kv_room(plan: Plan, index: int) -> int | None:
     """Bytes of KV, replicas and kept inputs included, that a member has room for beside the weights
-    of what it owns and keeps; None when it does not say."""
+    of what it owns and keeps; None when it does not say. Of weights that it keeps warm those of one
+    owner count, the most (`core/room`)."""
     member = plan.members[index]
     rooms = []
     if member.memory_bytes:
-        weights = sum(weight_bytes(plan.model, held) for held in _held(plan, index))
-        rooms.append(max(0, member.memory_bytes - weights))
+        weights = sum(weight_bytes(plan.model, held) for held in holdings(plan, index))
+        kept = int(kept_bytes(member, _kept_weights(plan, index)))
+        rooms.append(max(0, member.memory_bytes - weights - kept))
     if member.kv_bytes:
         rooms.append(member.kv_bytes)
     return min(rooms, default=None)
+
+
+def _kept_weights(plan: Plan, index: int) -> Mapping[int, int]:
+    """Bytes of the weights that a member is a standby of, by their owner."""
+    found: Counter[int] = Counter()
+    for stage in plan.stages:
+        by_kind = zip(UnitKind, owners_of(stage), standbys_of(stage), strict=True)
+        for kind, owners, copies in by_kind:
+            layers = 1 if kind is UnitKind.VOCAB else stage.end - stage.start
+            for unit, members in enumerate(copies):
+                if index in members:
+                    found[owners[unit]] += unit_weight_bytes(plan.model, kind, unit) * layers
+    return found
 
 
 def _held(plan: Plan, index: int) -> tuple[Holding, ...]:

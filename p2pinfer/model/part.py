@@ -8,7 +8,7 @@ compute with it is a matter of the runner that is given it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -58,12 +58,15 @@ class Part:
         self.kv_units = {KvUnit(held.span, u): place for place, u in enumerate(held.head_units)}
         """The head units, with their places in the cache."""
         self.stage: StageModel | None = None
-        """None: the weights are not ready."""
+        """None: the weights are not in this process's memory."""
+        self.warm = False
+        """Their bytes were brought into the page cache, from where loading them is fast."""
         self.loaded_bytes = 0
         """Bytes of weights that are here already."""
         self.error = ""
-        """Why loading failed."""
+        """Why loading or warming failed."""
         self._pieces: Generator[int, None, StageModel] | None = None
+        self._pages: Iterator[int] | None = None
 
     def load_piece(self, loader: Callable[[], StageLoader]) -> int | None:
         """Load some more. Returns the bytes of the product that is ready with that, 0 where none
@@ -81,6 +84,7 @@ class Part:
             nbytes = next(self._pieces)
         except StopIteration as done:
             self.stage, self._pieces = done.value, None
+            self.warm = False  # nobody reads the files from now on
             return None
         except BaseException as error:
             self.error = str(error).partition("\n")[0] or type(error).__name__
@@ -88,6 +92,25 @@ class Part:
             raise
         self.loaded_bytes += nbytes
         return nbytes
+
+    def warm_piece(self, pages: Callable[[Holding], Iterator[int]]) -> int | None:
+        """Bring some more of the weights' bytes into the page cache. Returns how many, or None when
+        all were read; then the next call begins anew.
+
+        `pages` is called at the beginning, and reads. Raises what reading the model's files raises:
+        then the part is not warm.
+        """
+        try:
+            if self._pages is None:
+                self._pages = pages(self.held)
+            return next(self._pages)
+        except StopIteration:
+            self.warm, self.error, self._pages = True, "", None
+            return None
+        except BaseException as error:
+            self.error = str(error).partition("\n")[0] or type(error).__name__
+            self.warm, self._pages = False, None
+            raise
 
     def unload(self) -> None:
         """Free the weights; KV stays."""

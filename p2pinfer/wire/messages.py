@@ -139,8 +139,8 @@ class Heartbeat(ControlMessage, frozen=True, kw_only=True):
     step it is working on (0 when idle), `hung` says that its compute loop stands still, and
     `compute_ms` how long it computed lately for a decoding step, without waiting for others.
     Of `standby_units` that the plan of `standby_fence` makes the sender keep, `standby_units_ready`
-    have their weights there (`standby_error` says why others have not); what they lack of a request
-    is `standby_behind` positions at most.
+    have their weights there, `standby_units_warm` of them in the page cache only (`standby_error`
+    says why others have not); what they lack of a request is `standby_behind` positions at most.
     """
 
     node_id: Identity
@@ -169,6 +169,7 @@ class Heartbeat(ControlMessage, frozen=True, kw_only=True):
     standby_units_ready: U32 = 0
     standby_behind: U32 = 0
     standby_error: Reason = ""
+    standby_units_warm: U32 = 0
 
     @property
     def standbys_ready(self) -> bool:

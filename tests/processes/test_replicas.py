@@ -212,6 +212,26 @@ def received(node: LocalNode) -> int:
     return int(counters["delta_bytes_received"])
 
 
+def test_a_warm_replica_is_loaded_when_it_is_needed(
+    tmp_path: Path, undisturbed: Callable[..., list[int]]
+) -> None:
+    """`--standby warm`: nobody has another's weights in memory, and replies go on all the same."""
+    options = {"standby": "warm"}
+    port = free_base_port(3)
+    with LocalCluster(3, threads=1, base_port=port, folder=tmp_path, options=options) as cluster:
+        until(lambda: all_vote(cluster, 3) and all_own(cluster), what="the cluster")
+        until(lambda: all_protected(cluster), what="a standby for every unit")
+        for node in cluster.nodes:
+            counters: dict[str, Any] = status(node)["counters"]
+            assert counters["standby_units_warm"] == counters["standby_units_wanted"] > 0
+            assert counters["standby_weight_bytes"] == 0
+        victim = pick(cluster, "follower")
+        rest = others(cluster, victim)
+        readings = read(rest, GREEDY, SAMPLED)
+        strike(victim, rest, readings)
+        check(readings, undisturbed)
+
+
 def test_without_replicas_a_reply_is_computed_again(
     tmp_path: Path, undisturbed: Callable[..., list[int]]
 ) -> None:

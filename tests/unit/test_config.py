@@ -141,16 +141,18 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
 
 
 def test_what_decides_about_failures_can_stand_in_the_file(tmp_path: Path) -> None:
-    """Quorum, timing, witness, inputs and the two time-outs are read from the file."""
+    """Quorum, timing, witness, inputs, standbys and the two time-outs are read from the file."""
     file = tmp_path / "node.toml"
     file.write_text(
         'quorum = "last-man"\ntiming = "test"\nwitness = true\nkeep-inputs = true\n'
+        'standby = "warm"\n'
         "orphan-timeout = 0\ndrain-timeout = 2.5\n"
     )
     settings = load_settings({}, file)
     assert (settings.quorum, settings.timing, settings.witness) == ("last-man", "test", True)
     assert (settings.orphan_timeout, settings.drain_timeout) == (0, 2.5)
     assert (settings.keep_inputs, load_settings({}).keep_inputs) == (True, False)
+    assert (settings.standby, load_settings({}).standby) == ("warm", "auto")
 
 
 @pytest.mark.parametrize(

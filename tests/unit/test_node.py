@@ -407,7 +407,11 @@ def test_a_node_tells_when_it_could_take_over() -> None:
     """The weights that it keeps for others are there, or cannot be loaded: both are facts."""
     bench = Bench.leader(TWO, replicas=1)
     for error in ("", "no memory"):
-        report = e.StandbysLoaded(fence=Fence(1, 1), units=4, weight_bytes=9, error=error)
+        report = e.StandbysLoaded(
+            fence=Fence(1, 1), units=4, units_warm=3, weight_bytes=9, reason="room", error=error
+        )
         bench.worker(report)
-        fact = e.StandbysReady(fence=Fence(1, 1), units=4, weight_bytes=9, error=error)
+        fact = e.StandbysReady(
+            fence=Fence(1, 1), units=4, units_warm=3, weight_bytes=9, reason="room", error=error
+        )
         assert bench.told(e.StandbysReady)[-1] == fact

@@ -7,7 +7,7 @@ from collections import Counter
 import msgspec
 import pytest
 
-from p2pinfer.core.holdings import standby_holdings, validate
+from p2pinfer.core.holdings import owners_of, standby_holdings, standbys_of, validate
 from p2pinfer.core.shares import least_kv_bytes
 from p2pinfer.core.standbys import name_standbys
 from p2pinfer.types import Plan
@@ -108,6 +108,29 @@ def test_standbys_need_room_for_the_least_kv_of_all_that_they_have() -> None:
     plan = after(None, members, replicas=2)
     assert sum(2 in copies for copies in plan.stages[0].head_standbys) == 0
     assert owners(plan).count(2) == 2
+
+
+def test_warm_standbys_need_memory_for_one_owner_at_a_time() -> None:
+    """Who has room for all that one of two others owns keeps what both own."""
+    share = after(None, nodes(3)).stages[0]
+    least = 3 * HEAD_BYTES + 3 * MLP_BYTES + 11 * VOCAB_BYTES
+    kv = 3 * least_kv_bytes(MODEL, MODEL.num_layers)
+    assert max(map(Counter(share.head_owners).__getitem__, range(3))) == 3
+
+    def others(**changes: bool) -> int:
+        """Units that the third neither owns nor keeps."""
+        members = [*nodes(2), member(2, memory_bytes=2 * least + kv, **changes)]
+        plan = after(None, members, replicas=2)
+        third = [each.name for each in plan.members].index("node02")
+        stage = plan.stages[0]
+        return sum(
+            third not in (owner, *standbys)
+            for owners, copies in zip(owners_of(stage), standbys_of(stage), strict=True)
+            for owner, standbys in zip(owners, copies, strict=True)
+        )
+
+    assert others(keeps_warm=True) == 0
+    assert others() > 0
 
 
 def test_a_heavier_member_is_standby_for_more() -> None:

@@ -113,6 +113,18 @@ def test_replicas_take_room_like_what_is_owned() -> None:
     assert (position_limit(bounded), position_limit(kept)) == (1024, SIX_LAYERS.max_positions)
 
 
+def test_of_warm_replicas_those_of_one_owner_take_room() -> None:
+    """Those of the owner who gives the most: they are loaded when it is gone."""
+    plan = plan_of(3, offer=Offer(memory_bytes=8 << 20))
+    members = tuple(msgspec.structs.replace(m, keeps_warm=True) for m in plan.members)
+    able = {m.node_id for m in plan.members}
+    hot = name_standbys(plan, able=able, replicas=2)
+    warm = msgspec.structs.replace(hot, members=members)
+    owned = [weight_bytes(SIX_LAYERS, *holdings(plan, i)) for i in range(3)]
+    assert kv_room(hot, 0) == (8 << 20) - sum(owned)
+    assert kv_room(warm, 0) == (8 << 20) - owned[0] - max(owned[1:])
+
+
 def test_kept_inputs_take_room_too() -> None:
     """As many bytes per position whatever a member owns; none where it owns nothing."""
     plan = plan_of(2, offer=Offer(kv_bytes=4 << 20))

@@ -311,7 +311,9 @@ def test_a_replica_of_less_is_loaded_anew(folder: Path) -> None:
 class Half:
     """Loads one product, and is stopped then."""
 
-    def __init__(self, parts: Sequence[Part], loader: Callable[[], StageLoader]) -> None:
+    def __init__(
+        self, parts: Sequence[Part], loader: Callable[[], StageLoader], *_: object
+    ) -> None:
         while not parts[0].loaded_bytes:
             parts[0].load_piece(loader)
 
