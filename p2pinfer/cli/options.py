@@ -39,16 +39,9 @@ def _together(*options: Callable[[Command], Command]) -> Callable[[Command], Com
     return apply
 
 
-def shared_node_options(command: Command) -> Command:
-    """The options that all nodes of one machine may have in common. No default is given here:
-    what was not said stays None, so that a configuration file can say it."""
+def _replica_options(command: Command) -> Command:
+    """What is kept of each part of the model and its KV, so that it is not lost with a node."""
     return _together(
-        click.option("--model", metavar="DIR|demo", help="Model folder, or the bundled model."),
-        click.option("--device", metavar="auto|cpu|cuda[:N]", help="Where to compute."),
-        click.option("--threads", type=int, metavar="N", help="Compute threads of a node."),
-        click.option("--dtype", metavar="auto|float32|bfloat16|float16", help="Number format."),
-        click.option("--quant", metavar="none", help="Weight quantisation: none yet."),
-        click.option("--layout", metavar="auto|heads|layers|SxH", help="How to split the model."),
         click.option(
             "--replicas",
             type=int,
@@ -70,6 +63,20 @@ def shared_node_options(command: Command) -> Command:
             help="Keep what the KV cache is made of: after a node's death only the KV of the parts "
             "that it had is computed again, if they have no copy. Give all nodes the same.",
         ),
+    )(command)
+
+
+def shared_node_options(command: Command) -> Command:
+    """The options that all nodes of one machine may have in common. No default is given here:
+    what was not said stays None, so that a configuration file can say it."""
+    return _together(
+        click.option("--model", metavar="DIR|demo", help="Model folder, or the bundled model."),
+        click.option("--device", metavar="auto|cpu|cuda[:N]", help="Where to compute."),
+        click.option("--threads", type=int, metavar="N", help="Compute threads of a node."),
+        click.option("--dtype", metavar="auto|float32|bfloat16|float16", help="Number format."),
+        click.option("--quant", metavar="none", help="Weight quantisation: none yet."),
+        click.option("--layout", metavar="auto|heads|layers|SxH", help="How to split the model."),
+        _replica_options,
         click.option("--weight", type=float, metavar="F", help="Share of work; default: threads."),
         click.option("--kv-memory", metavar="SIZE", help="Limit of the KV cache, for example 2G."),
         click.option("--min-nodes", type=int, metavar="N", help=MIN_NODES_HELP),

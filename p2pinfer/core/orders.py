@@ -218,7 +218,8 @@ class WorkerStats(Report, frozen=True, kw_only=True):
     `standby_units_ready` of `..._wanted` have their weights here, `standby_weight_bytes`, but for
     `standby_units_warm` of them, which have them in the page cache (`standby_error` says why others
     have them nowhere); `standby_lacks` counts the positions whose KV they have not got yet, over
-    all requests and head units, and `standby_behind` those of one of them at most. All this goes by the plan of `fence`, which is in force here; (0, 0) while there is none.
+    all requests and head units, and `standby_behind` those of one of them at most. All this
+    goes by the plan of `fence`, which is in force here; (0, 0) while there is none.
     `replicas_held`: replication is held on this node, so that its cost can be measured.
     `kv_inputs_bytes` are those of the inputs that KV can be made of again.
     """

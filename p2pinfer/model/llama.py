@@ -8,10 +8,10 @@ of a stage has; the rest is by unit. Names are those of `transformers`' checkpoi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -231,6 +231,23 @@ class StageModel:
         return layers + (self.vocab.nbytes if self.vocab else 0)
 
 
+class Stacked(NamedTuple):
+    """Rows `[start, end)` of a weight and its bias, to be padded to `height`; `name` is both's."""
+
+    name: str
+    start: int
+    end: int
+    height: int
+
+
+class Read(NamedTuple):
+    """Rows `[start, end)` of a tensor by its name; the columns that are wanted may be fewer."""
+
+    name: str
+    start: int
+    end: int
+
+
 class StageLoader:
     """Reads units and trunk of a stage from the checkpoint, slice by slice, and packs them.
 
@@ -310,25 +327,27 @@ class StageLoader:
         return tensor.to(self._device, self._dtype)
 
     def _attention(self, layer: int, units: Sequence[int]) -> Generator[int, None, AttentionHalf]:
-        base = f"model.layers.{layer}.self_attn."
-        dim, group = self._model.head_dim, group_size(self._model)
-        heights = (("q_proj", group * dim), ("k_proj", dim), ("v_proj", dim))
-        rows = [
-            (f"{base}{name}", unit * height, (unit + 1) * height, height)
-            for name, height in heights
-            for unit in units
-        ]
+        name = f"model.layers.{layer}.self_attn.o_proj.weight"
+        rows = self._qkv_rows(layer, units)
         qkv = yield from self._stacked(rows, self._config.attention_bias)
-        width = group * dim
+        width = group_size(self._model) * self._model.head_dim
         out: list[Linear] = []
         for u in units:
-            out.append(self._columns(base + "o_proj.weight", u * width, (u + 1) * width, width))
+            out.append(self._columns(name, u * width, (u + 1) * width, width))
             yield out[-1].nbytes
         return AttentionHalf(model=self._model, units=tuple(units), qkv=qkv, out=tuple(out))
 
-    def _stacked(
-        self, pieces: Sequence[tuple[str, int, int, int]], biased: bool
-    ) -> Generator[int, None, Linear]:
+    def _qkv_rows(self, layer: int, units: Sequence[int]) -> list[Stacked]:
+        base = f"model.layers.{layer}.self_attn."
+        dim, group = self._model.head_dim, group_size(self._model)
+        heights = (("q_proj", group * dim), ("k_proj", dim), ("v_proj", dim))
+        return [
+            Stacked(f"{base}{name}", unit * height, (unit + 1) * height, height)
+            for name, height in heights
+            for unit in units
+        ]
+
+    def _stacked(self, pieces: Sequence[Stacked], biased: bool) -> Generator[int, None, Linear]:
         """One column-parallel product of `(weight, first row, end row, padded height)` stacked."""
         read = self._weights.rows
         slices: list[Tensor] = []
@@ -351,30 +370,61 @@ class StageLoader:
         return pack(self._place(_wider(self._weights.cols(name, start, end), width)))
 
     def _mlp(self, layer: int, units: Sequence[int]) -> Generator[int, None, MlpHalf]:
-        base = f"model.layers.{layer}.mlp."
-        bounds = [unit_bounds(self._model, UnitKind.MLP, u) for u in units]
-        widths = [-(-(b - a) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE for a, b in bounds]
-        pieces = [
-            (f"{base}{name}", a, b, width)
-            for name in ("gate_proj", "up_proj")
-            for (a, b), width in zip(bounds, widths, strict=True)
-        ]
-        gate_up = yield from self._stacked(pieces, self._config.mlp_bias)
+        rows = self._gate_up_rows(layer, units)
+        gate_up = yield from self._stacked(rows, self._config.mlp_bias)
+        name = f"model.layers.{layer}.mlp.down_proj.weight"
         down: list[Linear] = []
-        for (a, b), width in zip(bounds, widths, strict=True):
-            down.append(self._columns(base + "down_proj.weight", a, b, width))
+        for _, start, end, width in rows[: len(units)]:
+            down.append(self._columns(name, start, end, width))
             yield down[-1].nbytes
-        return MlpHalf(units=tuple(units), widths=tuple(widths), gate_up=gate_up, down=tuple(down))
+        widths = tuple(each.height for each in rows[: len(units)])
+        return MlpHalf(units=tuple(units), widths=widths, gate_up=gate_up, down=tuple(down))
+
+    def _gate_up_rows(self, layer: int, units: Sequence[int]) -> list[Stacked]:
+        """Those of `gate_proj` by unit, then those of `up_proj`."""
+        bounds = [unit_bounds(self._model, UnitKind.MLP, u) for u in units]
+        return [
+            Stacked(
+                f"model.layers.{layer}.mlp.{name}",
+                a,
+                b,
+                -(-(b - a) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE,
+            )
+            for name in ("gate_proj", "up_proj")
+            for a, b in bounds
+        ]
 
     def _vocab(self, units: Sequence[int]) -> Generator[int, None, VocabHead]:
-        tied = self._config.tie_word_embeddings
-        name = "model.embed_tokens.weight" if tied else "lm_head.weight"
         heads: dict[int, Linear] = {}
-        for unit in units:
-            start, end = unit_bounds(self._model, UnitKind.VOCAB, unit)
-            heads[unit] = pack(self._place(self._weights.rows(name, start, end)))
+        for unit, read in zip(units, self._vocab_reads(units), strict=True):
+            heads[unit] = pack(self._place(self._weights.rows(*read)))
             yield heads[unit].nbytes
         return VocabHead(heads)
+
+    def _vocab_reads(self, units: Sequence[int]) -> list[Read]:
+        tied = self._config.tie_word_embeddings
+        name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+        return [Read(name, *unit_bounds(self._model, UnitKind.VOCAB, unit)) for unit in units]
+
+    def reads(self, holding: Holding) -> Iterator[Read]:
+        """What `pieces` asks its source for, in another order. Columns lie on nearly all pages of a
+        matrix, so it is all of its rows."""
+        config, hidden = self._config, self._model.hidden_size
+        heads, mlp = holding.head_units, holding.mlp_units
+        for layer in range(holding.span.start, holding.span.end):
+            base = f"model.layers.{layer}."
+            halves = (
+                (heads, self._qkv_rows(layer, heads), config.attention_bias, "self_attn.o_proj"),
+                (mlp, self._gate_up_rows(layer, mlp), config.mlp_bias, "mlp.down_proj"),
+            )
+            for units, rows, biased, columns in halves:
+                for name, start, end, _ in rows:
+                    yield Read(f"{name}.weight", start, end)
+                    if biased:
+                        yield Read(f"{name}.bias", start, end)
+                if units:
+                    yield Read(f"{base}{columns}.weight", 0, hidden)
+        yield from self._vocab_reads(holding.vocab_units)
 
 
 def _taller(tensor: Tensor, height: int) -> Tensor:

@@ -12,22 +12,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from p2pinfer.core.holdings import Holding
 from p2pinfer.errors import ModelError
-from p2pinfer.model.checkpoint import Checkpoint, TensorInfo
+from p2pinfer.model.checkpoint import Checkpoint
 from p2pinfer.model.config import LlamaConfig
 from p2pinfer.model.llama import StageLoader
 from p2pinfer.model.safetensors_file import AGAIN
-from p2pinfer.model.weights import DTYPES
+from p2pinfer.model.weights import Weights
 from p2pinfer.types import ModelSpec
 
 PORTION_BYTES = 1 << 20
 """Read at a time: large enough for a disk to stream, small enough to stop soon."""
-
-_NOWHERE = torch.device("meta")
-"""Tensors with a shape and no memory."""
 
 
 class Extent(NamedTuple):
@@ -36,36 +32,6 @@ class Extent(NamedTuple):
     file: Path
     begin: int
     end: int
-
-
-class _Asked:
-    """A source of weights that notes what it is asked for, and gives tensors without memory."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._tensors = checkpoint.tensors
-        self.extents: set[Extent] = set()
-
-    def rows(self, name: str, start: int, end: int) -> Tensor:
-        info = self._tensors[name]
-        row = (info.end - info.begin) // info.shape[0]
-        self.extents.add(Extent(info.file, info.begin + start * row, info.begin + end * row))
-        return _hollow(info, (end - start, *info.shape[1:]))
-
-    def cols(self, name: str, start: int, end: int) -> Tensor:
-        """Some columns lie on nearly all pages of a matrix, so all of it is asked for."""
-        info = self._tensors[name]
-        self.extents.add(Extent(info.file, info.begin, info.end))
-        return _hollow(info, (info.shape[0], end - start))
-
-    def whole(self, name: str) -> Tensor:
-        return self.rows(name, 0, self._tensors[name].shape[0])
-
-    def mapped(self, name: str) -> Tensor:
-        return self.whole(name)
-
-
-def _hollow(info: TensorInfo, shape: tuple[int, ...]) -> Tensor:
-    return torch.empty(shape, dtype=DTYPES[info.dtype], device=_NOWHERE)
 
 
 class PageReader:
@@ -81,19 +47,22 @@ class PageReader:
         self._known: dict[Holding, tuple[Extent, ...]] = {}
 
     def read(self, held: Holding) -> Iterator[int]:
-        """Read what loading a holding would read: yields the bytes of each portion, and 0 while it
-        finds out where they lie.
+        """Read what loading a holding would read: yields the bytes of each portion.
 
         Raises `ModelError` where a file is gone, damaged, or has become shorter.
         """
         if held not in self._known:
-            checkpoint = Checkpoint.open(self._folder, self._config)
-            asked = _Asked(checkpoint)
-            for _ in StageLoader(asked, self._config, self._model, _NOWHERE).pieces(held):
-                yield 0
-            self._known[held] = joined(asked.extents)
+            self._known[held] = joined(self._extents(held))
         for extent in self._known[held]:
             yield from _read(extent)
+
+    def _extents(self, held: Holding) -> Iterator[Extent]:
+        checkpoint = Checkpoint.open(self._folder, self._config)
+        loader = StageLoader(Weights(checkpoint), self._config, self._model, torch.device("cpu"))
+        for name, start, end in loader.reads(held):
+            info = checkpoint.tensors[name]
+            row = (info.end - info.begin) // info.shape[0]
+            yield Extent(info.file, info.begin + start * row, info.begin + end * row)
 
 
 def joined(extents: Iterable[Extent]) -> tuple[Extent, ...]:

@@ -17,8 +17,10 @@ from p2pinfer.device import HEADROOM_BYTES, offered_memory
 from p2pinfer.errors import ModelError
 from p2pinfer.model.checkpoint import Checkpoint
 from p2pinfer.model.config import load_config, model_spec
+from p2pinfer.model.llama import Read, StageLoader
 from p2pinfer.model.page_cache import Extent, PageReader, joined
 from p2pinfer.model.part import Part, empty_cache
+from p2pinfer.model.weights import Weights
 from p2pinfer.standby_loader import StandbyLoader
 from p2pinfer.types import DType, Plan
 from tests.holder_bench import CPU, DEADLINE_S, Fleet, Node, copies, placed, plan, slots
@@ -252,12 +254,35 @@ def never() -> None:  # type: ignore[misc]
     raise AssertionError
 
 
+class Asked(Weights):
+    """Weights that note what they are asked for."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint)
+        self.reads: set[Read] = set()
+
+    def rows(self, name: str, start: int, end: int) -> torch.Tensor:
+        """Just these."""
+        self.reads.add(Read(name, start, end))
+        return super().rows(name, start, end)
+
+    def cols(self, name: str, start: int, end: int) -> torch.Tensor:
+        """The pages of all rows."""
+        self.reads.add(Read(name, 0, self.checkpoint.tensors[name].shape[0]))
+        return super().cols(name, start, end)
+
+
 def test_pages_are_those_that_loading_reads(folder: Path) -> None:
     """All units' are all products of the model; one unit's are fewer."""
     config = load_config(folder)
     spec = model_spec(config, name="t", model_id="0" * 64)
     read = PageReader(folder, config, spec).read
     whole = topology(plan(folder, 1), 0).holdings[0]
+    for held in (whole, HELD):
+        asked = Asked(Checkpoint.open(folder, config))
+        loader = StageLoader(asked, config, spec, CPU)
+        loader.load(held)
+        assert {*loader.reads(held)} == asked.reads
     inner = ("norm", "embed_tokens", "o_proj.bias", "down_proj.bias")
     checkpoint = Checkpoint.open(folder, config)
     products = sum(
