@@ -164,7 +164,7 @@ class Reading:
     """
 
     addresses: list[str]
-    prompt: str
+    prompt: str | tuple[int, ...]
     params: SamplingParams
     deadline: float = DEADLINE_S
     enter: Callable[[], None] | None = None
