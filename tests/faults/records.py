@@ -22,7 +22,8 @@ IDENTITY = ("commit", "case", "shape", "context", "dtype", "nodes", "replicas", 
 
 
 def commit(root: Path) -> str:
-    """The commit that the program is at, with a `+` where its files differ from it."""
+    """The commit that changed the program last, with a `+` where its files differ from it. One that
+    changes only tests or documents is none: what is run stays the same."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -30,7 +31,8 @@ def commit(root: Path) -> str:
         ).stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "p2pinfer")
-    return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    last = git("log", "-1", "--format=%h", "--abbrev=12", "--", "p2pinfer")
+    return last + ("+" if changed else "")
 
 
 def read(path: Path) -> list[Record]:
