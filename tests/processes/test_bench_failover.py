@@ -21,7 +21,7 @@ def bench(folder: Path, *flags: str) -> dict[str, Any]:
     """What one call prints; models lie in `folder`."""
     command = [sys.executable, "-m", "p2pinfer", "bench", "failover", "--shape", "tiny"]
     command += ["--base-port", str(free_base_port(4)), "--context", "64", "--runs", "1", "--json"]
-    command += ["--max-tokens", "600"]  # the nodes are asked some things before the kill
+    command += ["--max-tokens", "200"]  # the nodes are asked some things before the kill
     done = subprocess.run(
         [*command, *flags],
         env={**os.environ, "XDG_CACHE_HOME": str(folder)},
