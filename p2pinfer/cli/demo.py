@@ -76,7 +76,7 @@ def _tell_story(console: Console, client: Client) -> None:
     from p2pinfer.wire.messages import Accepted, Finished
 
     console.print(PROMPT, style="bold", end="")
-    for event in client.submit(PROMPT, _params()):
+    for event in client.submit(PROMPT, story_params()):
         if isinstance(event, Accepted | Moved):
             continue
         console.out(event.text, end="", highlight=False)
@@ -92,7 +92,7 @@ def _tell_through_a_kill(console: Console, cluster: LocalCluster) -> None:
 
     from p2pinfer.cli.demo_kill import KILL_AFTER, KillPlay
 
-    play = KillPlay(cluster, PROMPT, _params())
+    play = KillPlay(cluster, PROMPT, story_params())
     with Live(console=console, auto_refresh=False) as live:
         for scene in play.scenes():
             live.update(scene, refresh=True)
@@ -110,7 +110,7 @@ def _tell_through_a_kill(console: Console, cluster: LocalCluster) -> None:
         raise click.exceptions.Exit(1)
 
 
-def _params() -> SamplingParams:
+def story_params() -> SamplingParams:
     from p2pinfer.types import SamplingParams
 
     return SamplingParams(max_tokens=MAX_TOKENS, temperature=TEMPERATURE, seed=SEED)
