@@ -12,7 +12,8 @@ from p2pinfer.cli.demo_kill import Scene
 def shown(scene: Scene, *, colour: bool = False) -> str:
     """As a terminal of 80 columns has it."""
     file = StringIO()
-    Console(file=file, width=80, force_terminal=colour, color_system="standard").print(scene)
+    system = "standard" if colour else None
+    Console(file=file, width=80, force_terminal=colour, color_system=system).print(scene)
     return file.getvalue()
 
 
