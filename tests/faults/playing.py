@@ -140,7 +140,7 @@ class Play:
         # Who leads next is known when it does.
         self._heir = case.moment == "failover" and case.before == "leader"
         self.struck = [] if self._heir else [take(role) for role in case.struck]
-        if not case.struck:
+        if not case.struck and case.fault != "nothing":
             self.struck = [self._first()]
         self.serving = self.struck[0] if case.serving == "struck" else free[0]
 
@@ -180,7 +180,8 @@ class Play:
         if case.moment == "join":
             diary = self.timeline.diaries[self._first().name]
             until(lambda: diary.facts("node_started"), PATIENCE_S, "its return")
-            self._pause(3.0)
+            if case.fault != "nothing":
+                self._pause(3.0)
 
     def _await_tokens(self, reading: Reading, count: int) -> None:
         until(lambda: len(reading.tokens) >= count or reading.ended, PATIENCE_S, "the replies")
@@ -206,8 +207,8 @@ class Play:
             self._hit()
         else:
             self._hit()
-        if case.moment in ("failover", "drain") and self._first() not in line.victims:
-            line.victims.append(self._first())
+        if self.before and case.moment in ("failover", "drain", "join"):
+            line.victims += [self.before] * (self.before not in line.victims)
         if not case.quorum:
             self._undo_all()
 
@@ -271,6 +272,8 @@ class Play:
             if case.fault == "disk-full":  # It has been told of that plan, too.
                 ended = "the end of the node with the full disk"
                 until(lambda: all(node.ending for node in self.struck), PATIENCE_S, ended)
+        elif case.fault == "nothing":
+            self._come_or_gone()
         elif case.held_s:
             until(lambda: time.time() - line.at > case.held_s, what="the time that it holds")
             self._undo_all()
@@ -287,6 +290,14 @@ class Play:
                     "another token",
                 )
         return mended
+
+    def _come_or_gone(self) -> None:
+        """Wait until the node that comes owns its part, or the one that goes is gone."""
+        first = self._first()
+        if self.case.moment == "join":
+            until(lambda: all_own(self.cluster), PATIENCE_S, "a part for the node that joined")
+        else:
+            until(lambda: first.ending, PATIENCE_S, "the end of the drained node")
 
     def _step(self) -> float:
         """The median time between two tokens before the fault, in seconds; 0 where there were none
