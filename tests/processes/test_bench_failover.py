@@ -58,9 +58,8 @@ def test_each_rung_is_run_and_measured(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(DEADLINE_S)
-@pytest.mark.parametrize("victim", ["leader", "serving"])
-def test_others_can_be_killed(tmp_path: Path, victim: str) -> None:
-    """The leader, and the node that the client speaks to: the client goes to another."""
-    flags = ["--victim", victim, "--rungs", "replica", "--pairs", "0", "--nodes", "3"]
+def test_the_node_that_the_client_speaks_to_can_be_killed(tmp_path: Path) -> None:
+    """The client goes to another."""
+    flags = ["--victim", "serving", "--rungs", "replica", "--pairs", "0", "--nodes", "3"]
     row = bench(tmp_path, *flags)["rungs"]["replica"]
     assert row["tokens_equal"]

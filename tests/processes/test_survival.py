@@ -39,9 +39,9 @@ from tests.processes.command_line import finish, node_flags, start_cli
 pytestmark = pytest.mark.xdist_group("survival")
 
 PROMPT = "Once upon a time"
-GREEDY = SamplingParams(max_tokens=250, ignore_eos=True)
+GREEDY = SamplingParams(max_tokens=140, ignore_eos=True)
 SAMPLED = SamplingParams(
-    max_tokens=250, ignore_eos=True, temperature=0.9, top_k=40, top_p=0.95, seed=7
+    max_tokens=140, ignore_eos=True, temperature=0.9, top_k=40, top_p=0.95, seed=7
 )
 ENDLESS = SamplingParams(max_tokens=1500, ignore_eos=True)
 REFORM_S = 10.0
