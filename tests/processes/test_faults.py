@@ -9,12 +9,16 @@ import pytest
 
 from tests.faults.cases import BY_NAME
 from tests.faults.clusters import Nodes, cluster_for
-from tests.faults.playing import Play, whole
+from tests.faults.playing import PATIENCE_S, Play, whole
 from tests.faults.truth import Truth
 from tests.faults.vitals import Census
 from tests.faults.watching import until
 
-pytestmark = [pytest.mark.xdist_group("faults"), pytest.mark.sample]
+pytestmark = [
+    pytest.mark.xdist_group("faults"),
+    pytest.mark.sample,
+    pytest.mark.timeout(2 * PATIENCE_S),
+]
 
 SEED = 1
 
