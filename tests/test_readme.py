@@ -33,6 +33,7 @@ NODES = 3
 DEADLINE_S = 120.0
 
 EXPECTED = {
+    "bin/p2pinfer demo --kill": r"the others tell the same \d+ tokens",
     "bin/p2pinfer demo": r"Each held this part of the model",
     "bin/p2pinfer cluster start": r'"event": "cluster_ready"',
     'bin/p2pinfer submit prompt "Once upon a time" --to': r"\w+.*\w+",

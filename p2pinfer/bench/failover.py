@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from p2pinfer.bench.decode import MODEL_SEED, Tell, model_folder, prompt_of, spread
-from p2pinfer.bench.following import Following, longest_gap
+from p2pinfer.bench.following import Following, greedy, longest_gap
 from p2pinfer.client import Client
 from p2pinfer.cluster import STATUS_S, LocalCluster, LocalNode
 from p2pinfer.config import NodeSettings
@@ -211,10 +211,10 @@ def one_run(settings: Settings, rung: str, spec: ModelSpec, folder: Path, tell: 
         rest = [node for node in cluster.nodes if node is not victim]
         await_protection(cluster, rung)
         tell("the reply undisturbed")
-        truth = Following(through, prompt, settings.max_tokens).whole()
+        truth = Following(through, prompt, greedy(settings.max_tokens)).whole()
         tell(f"the reply, and {victim.name} is killed in the middle of it")
         start = counters(cluster.nodes)
-        reply = Following(through, prompt, settings.max_tokens)
+        reply = Following(through, prompt, greedy(settings.max_tokens))
         reply.await_tokens(settings.kill_after)
         await_protection(cluster, rung)
         before = counters(cluster.nodes)

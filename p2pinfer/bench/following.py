@@ -16,25 +16,40 @@ STALLED_S = 120.0
 """Without a token for so long a measurement is given up."""
 
 
+def greedy(tokens: int) -> SamplingParams:
+    """Of a reply of exactly so many tokens."""
+    return SamplingParams(max_tokens=tokens, ignore_eos=True)
+
+
 class Following:
-    """One greedy reply of `tokens` tokens, read in a thread of its own.
+    """One reply, read in a thread of its own; the prompt is text or token ids.
 
     `times` are when its tokens came to this client (wall clock, seconds), as nodes' logs have them.
     """
 
-    def __init__(self, addresses: Sequence[str], prompt: Sequence[int], tokens: int) -> None:
+    def __init__(
+        self, addresses: Sequence[str], prompt: str | Sequence[int], params: SamplingParams
+    ) -> None:
         self.request_id = new_request_id()
+        self.text = ""
         self.tokens: list[int] = []
         self.times: list[float] = []
         self.failovers: tuple[Failover, ...] = ()
         self._addresses = tuple(addresses)
-        self._prompt = tuple(prompt)
-        self._params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+        self._prompt = prompt if isinstance(prompt, str) else tuple(prompt)
+        self._params = params
         self._news = threading.Condition()
         self._error: Exception | None = None
         self._over = self._stopped = False
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
+
+    @property
+    def over(self) -> bool:
+        """Whether no more will come; raises what it failed with."""
+        if self._error is not None:
+            raise self._error
+        return self._over
 
     def await_tokens(self, count: int) -> None:
         """Wait until so many tokens are there; raises `ClusterError` if they will never be."""
@@ -72,6 +87,7 @@ class Following:
                     return
                 if isinstance(event, Finished):
                     self.failovers = event.failovers
+                    self.text += event.text
                 elif isinstance(event, Chunk):
                     self._add(event)
         except Exception as error:  # whatever it is, the caller's thread raises it
@@ -85,6 +101,7 @@ class Following:
         with self._news:
             self.times += [time.time()] * len(chunk.tokens)
             self.tokens += chunk.tokens
+            self.text += chunk.text
             self._news.notify_all()
 
 

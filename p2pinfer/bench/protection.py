@@ -28,7 +28,7 @@ from p2pinfer.bench.failover import (
     is_protected,
     local_cluster,
 )
-from p2pinfer.bench.following import Following
+from p2pinfer.bench.following import Following, greedy
 from p2pinfer.bench.intervals import median_interval
 from p2pinfer.cluster import LocalCluster
 from p2pinfer.errors import ClusterError, UsageError
@@ -108,7 +108,7 @@ def measure_protection(
         addresses = [node.address for node in cluster.nodes]
         while len(pairs) < settings.pairs:
             switch.hold(False)
-            reply = Following(addresses, prompt, room)
+            reply = Following(addresses, prompt, greedy(room))
             try:
                 for held in halves(len(pairs), settings.pairs):
                     if room - len(reply.tokens) < PAIR_TOKENS // 2:

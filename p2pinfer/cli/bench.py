@@ -51,6 +51,7 @@ def decode(report: Path | None, as_json: bool, **options: object) -> None:
 
     from p2pinfer.bench.decode import Settings, measure
     from p2pinfer.bench.report import summary_lines, write_report
+    from p2pinfer.cli.progress import telling
     from p2pinfer.cluster import check_ports
     from p2pinfer.config import load_settings
 
@@ -59,13 +60,10 @@ def decode(report: Path | None, as_json: bool, **options: object) -> None:
     load_settings({"layout": settings.layout, "dtype": settings.dtype})
     check_ports(settings.base_port, settings.nodes)
 
-    def tell(line: str) -> None:
-        click.echo(line, err=True)
-
-    with sigterm_is_ctrl_c():
+    with sigterm_is_ctrl_c(), telling() as tell:
         result = measure(settings, tell)
     if report is not None:
-        tell(f"report: {write_report(result, report)}")
+        click.echo(f"report: {write_report(result, report)}", err=True)
     click.echo(json.dumps(result) if as_json else "\n".join(summary_lines(result)))
 
 
@@ -132,6 +130,7 @@ def failover(report: Path | None, as_json: bool, rungs: str | None, **options: o
         parse_rungs,
     )
     from p2pinfer.bench.failover_report import summary_lines, write_report
+    from p2pinfer.cli.progress import telling
     from p2pinfer.cluster import check_ports
     from p2pinfer.config import load_settings
 
@@ -142,11 +141,8 @@ def failover(report: Path | None, as_json: bool, rungs: str | None, **options: o
     load_settings({"layout": settings.layout, "dtype": settings.dtype, "quant": settings.quant})
     check_ports(settings.base_port, settings.nodes)
 
-    def tell(line: str) -> None:
-        click.echo(line, err=True)
-
-    with sigterm_is_ctrl_c():
+    with sigterm_is_ctrl_c(), telling() as tell:
         result = measure(settings, tell)
     if report is not None:
-        tell(f"report: {write_report(result, report)}")
+        click.echo(f"report: {write_report(result, report)}", err=True)
     click.echo(json.dumps(result) if as_json else "\n".join(summary_lines(result)))

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from p2pinfer.client import Client
+    from p2pinfer.cluster import LocalCluster
+    from p2pinfer.types import SamplingParams
 
 PROMPT = "Once upon a time"
 NODES = 4
@@ -22,7 +24,8 @@ TEMPERATURE, SEED = 0.7, 9
 
 
 @click.command()
-def demo() -> None:
+@click.option("--kill", is_flag=True, help="Kill one of them in the middle of it (kill -9).")
+def demo(*, kill: bool) -> None:
     """Watch four nodes tell a story.
 
     Starts four nodes on this machine with the bundled model, streams a reply, shows who held
@@ -47,16 +50,22 @@ def demo() -> None:
             )
             stack.enter_context(cluster)
         asked = cluster.nodes[1]
-        console.print(f"[dim]Ready. {asked.name} at {asked.address} is asked for a story:[/]\n")
         client = Client([asked.address])
         try:
-            _tell_story(console, client)
+            if kill:
+                _tell_through_a_kill(console, cluster)
+            else:
+                console.print(
+                    f"[dim]Ready. {asked.name} at {asked.address} is asked for a story:[/]\n"
+                )
+                _tell_story(console, client)
         except KeyboardInterrupt:
             click.echo()
             click.secho(f"stopping {NODES} nodes ...", err=True, dim=True)
             raise click.Abort from None
         members = client.status()["members"]
-    console.print("Every token was computed by all of them. Each held this part of the model:\n")
+    who = "all that were there" if kill else "all of them"
+    console.print(f"Every token was computed by {who}. Each held this part of the model:\n")
     console.print(holdings_table(members))
     console.print("\nThe nodes have ended. To keep some: p2pinfer cluster start --nodes 4")
 
@@ -64,16 +73,44 @@ def demo() -> None:
 def _tell_story(console: Console, client: Client) -> None:
     """Stream the reply to the fixed prompt, always the same one, and how fast it came."""
     from p2pinfer.client import Moved
-    from p2pinfer.types import SamplingParams
     from p2pinfer.wire.messages import Accepted, Finished
 
     console.print(PROMPT, style="bold", end="")
-    for event in client.submit(
-        PROMPT, SamplingParams(max_tokens=MAX_TOKENS, temperature=TEMPERATURE, seed=SEED)
-    ):
+    for event in client.submit(PROMPT, story_params()):
         if isinstance(event, Accepted | Moved):
             continue
         console.out(event.text, end="", highlight=False)
         if isinstance(event, Finished):
             speed = f"{event.total_tokens} tokens, {event.tokens_per_s:.0f} per second"
             console.print(f"\n\n[dim]{speed}[/]\n")
+
+
+def _tell_through_a_kill(console: Console, cluster: LocalCluster) -> None:
+    """Show the story and whose heads are where, while a node is killed; and that it is the same
+    story as without."""
+    from rich.live import Live
+
+    from p2pinfer.cli.demo_kill import KILL_AFTER, KillPlay
+
+    play = KillPlay(cluster, PROMPT, story_params())
+    with Live(console=console, auto_refresh=False) as live:
+        for scene in play.scenes():
+            live.update(scene, refresh=True)
+    console.print(
+        f"\nAfter {KILL_AFTER} tokens {scene.killed} was killed (kill -9). The story stood still "
+        f"for {play.pause_s:.2f} s, then those that kept replicas of its heads went on with them."
+    )
+    same = play.undisturbed() == play.tokens
+    console.print(
+        f"Asked for it again, undisturbed, the others tell the same {len(play.tokens)} tokens.\n"
+        if same
+        else "[bold red]Asked for it again, undisturbed, the others tell another story.[/]\n"
+    )
+    if not same:
+        raise click.exceptions.Exit(1)
+
+
+def story_params() -> SamplingParams:
+    from p2pinfer.types import SamplingParams
+
+    return SamplingParams(max_tokens=MAX_TOKENS, temperature=TEMPERATURE, seed=SEED)

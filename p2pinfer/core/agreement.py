@@ -157,8 +157,12 @@ def _inputs(ack: Ack, request_id: int, stage: int, agreed: Prefixes) -> int:
     return min(log.length, max((run.positions for run in runs), default=0))
 
 
+RUNGS = ("none", "replica", "recompute", "replay")
+"""How the KV of a request may be there, the cheapest first."""
+
+
 def rung(before: Plan | None, after: Plan, restart: Restart) -> str:
-    """How the KV before `restart` is there by a plan; `before` was the last one in force."""
+    """Which of `RUNGS` brings the KV before `restart`; `before` was the last plan in force."""
     if restart.position == 0:
         return "replay"
     if restart.recompute:

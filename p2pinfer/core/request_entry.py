@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf
 
-from p2pinfer.core.agreement import Agreed
+from p2pinfer.core.agreement import RUNGS, Agreed
 from p2pinfer.core.events import RequestEnded, TokenLog
 from p2pinfer.errors import ERROR_CODES
 from p2pinfer.limits import MAX_FAILOVERS, MAX_NODES, MAX_REASON_CHARS
@@ -131,14 +131,15 @@ def merge(entry: Entry, news: Agreed) -> int:
 
 
 def note(entry: Entry, failover: Failover) -> None:
-    """Remember an interruption; without a token since the last one the two are one."""
+    """Remember an interruption; without a token since the last one the two are one, by the costlier
+    rung of both."""
     known = entry.interruptions
     if known and known[-1].position >= failover.position:
         last = known.pop()
         failover = Failover(
             position=last.position,
             lost=tuple(dict.fromkeys((*last.lost, *failover.lost)))[:MAX_NODES],
-            rung=failover.rung,
+            rung=max(last.rung, failover.rung, key=RUNGS.index),
             detect_s=max(last.detect_s, failover.detect_s),
             stall_s=0.0,
             exact=last.exact and failover.exact,

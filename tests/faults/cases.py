@@ -23,6 +23,7 @@ Fault = Literal[
     "reset",  # all connections with one other are reset
     "disk-full",  # its disk takes nothing more: it ends by itself at the next plan
     "move",  # it is killed, and comes back at another address
+    "nothing",  # a node comes or goes, and nobody is struck
 ]
 Role = Literal["follower", "leader"]
 Moment = Literal["decode", "prefill", "failover", "join", "drain"]
@@ -44,7 +45,7 @@ class Case:
 
     `serving`: the replies come through the first of those struck, or through one of the rest.
     `before` is whom the moment is about: who is killed first (`failover`), who joins (`join`), who
-    is drained (`drain`); it may itself be struck (`struck` is then empty).
+    is drained (`drain`); it may itself be struck (`struck` is then empty), or nobody (`nothing`).
     `rungs`: the ways in which KV may come back. `lost`: those struck own nothing in the plan that
     follows; otherwise the fault holds for `held_s`. `quorum`: the rest can go on without them;
     otherwise they are started again at once. `targets` are what 99 of 100 are to keep, in seconds.
@@ -101,6 +102,9 @@ CASES: tuple[Case, ...] = (
     Case("drain-follower", "kill", moment="drain", before="follower", rungs=MANY_LOST),
     Case("drain-leader", "kill", ("leader",), "drain", "follower", rungs=MANY_LOST),
     Case("drain-drained", "kill", (), "drain", "follower", rungs=MANY_LOST),
+    Case("join", "nothing", (), "join", "follower", lost=False),
+    Case("drain", "nothing", (), "drain", "follower", lost=False),
+    Case("drain-the-leader", "nothing", (), "drain", "leader", lost=False),
     # --- a node stands still ----------------------------------------------------------------------
     Case("stop-follower", "stop", targets=_SILENT),
     Case("stop-leader", "stop", ("leader",), targets=_SILENT),

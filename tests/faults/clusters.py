@@ -28,21 +28,26 @@ class Unavailable(Exception):
 
 @contextmanager
 def cluster_for(
-    network: Network, nodes: int, folder: Path, options: Mapping[str, Any]
+    network: Network, nodes: int, folder: Path, options: Mapping[str, Any], model: str = "demo"
 ) -> Iterator[Nodes]:
     """A cluster in which faults that need this network can be made; raises `Unavailable`."""
     if network == "namespaces":
         if reason := why_not():
             raise Unavailable(f"network namespaces: {reason}")
-        with NamespacedCluster(nodes, folder=folder, **options) as spaced, inside(spaced.switch):
+        with (
+            NamespacedCluster(nodes, folder=folder, model=model, **options) as spaced,
+            inside(spaced.switch),
+        ):
             yield spaced
     elif network == "proxy":
-        with ProxiedCluster(nodes, folder=folder, threads=1, options=options) as proxied:
+        with ProxiedCluster(
+            nodes, model=model, folder=folder, threads=1, options=options
+        ) as proxied:
             yield proxied
     else:
         base = free_base_port(nodes)
         with LocalCluster(
-            nodes, threads=1, base_port=base, folder=folder, options=options
+            nodes, model=model, threads=1, base_port=base, folder=folder, options=options
         ) as cluster:
             yield cluster
 

@@ -23,14 +23,18 @@ from pathlib import Path
 from typing import Any
 
 import click
+from msgspec.structs import replace
 from rich.console import Console
 
+from p2pinfer.bench.decode import MODEL_SEED, model_folder, prompt_of
 from p2pinfer.errors import ClusterError
+from p2pinfer.model.config import load_config, resolve_model
+from p2pinfer.model.shapes import make_model
 from tests.faults import records
 from tests.faults.cases import BY_NAME, CASES, Case
 from tests.faults.clusters import Nodes, Quota, Unavailable, cluster_for
-from tests.faults.playing import GONE_S, PATIENCE_S, Play, whole
-from tests.faults.truth import Truth
+from tests.faults.playing import GONE_S, GREEDY, PATIENCE_S, Play, whole
+from tests.faults.truth import Ask, Truth
 from tests.faults.vitals import Census
 from tests.faults.watching import until
 
@@ -46,6 +50,8 @@ class Wanted:
     cases: tuple[Case, ...]
     kills: int
     nodes: int | None
+    shape: str
+    context: int
     dtype: str
     replicas: int
     seed: int
@@ -54,11 +60,26 @@ class Wanted:
     logs: Path | None
     commit: str = field(default_factory=lambda: records.commit(ROOT))
 
+    @property
+    def model(self) -> str:
+        """What the nodes are given."""
+        return "demo" if self.shape == "demo" else str(model_folder(self.shape))
+
+    @property
+    def asks(self) -> tuple[Ask, ...]:
+        """The replies during which nodes are struck, if not those of the case: a greedy one."""
+        if not self.context:
+            return ()
+        vocabulary = load_config(resolve_model(self.model)).vocab_size
+        return ((tuple(prompt_of(vocabulary, self.context, 1)), replace(GREEDY, max_tokens=512)),)
+
     def identity(self, case: Case) -> dict[str, Any]:
         """What a record of a case says of how it was made."""
         return {
             "commit": self.commit,
             "case": case.name,
+            "shape": self.shape,
+            "context": self.context,
             "dtype": self.dtype,
             "nodes": self.nodes or case.nodes,
             "replicas": self.replicas,
@@ -88,23 +109,25 @@ class Suite:
                 except Unavailable as error:
                     print(f"{case.name}: left out: this machine has no {error}", file=sys.stderr)
                     break
+                except (AssertionError, ClusterError) as error:
+                    failed += 1
+                    self._write({"number": begun, "failures": [f"the cluster: {error}"]}, identity)
         return failed
 
     def _on_one_cluster(self, case: Case, identity: dict[str, Any], begun: int) -> int:
         """Run a case on one cluster until it is done, or the cluster is in no known state."""
         failed, quota = 0, Quota(self._wanted.cpu_quota)
         options = {"dtype": self._wanted.dtype, "replicas": self._wanted.replicas}
+        model = self._wanted.model
         place = Path(tempfile.mkdtemp(prefix=f"{case.name}-", dir=self._folder))
         census = Census()
         try:
-            with cluster_for(case.network, identity["nodes"], place, options) as cluster:
+            with cluster_for(case.network, identity["nodes"], place, options, model) as cluster:
                 until(lambda: whole(cluster, self._wanted.replicas), PATIENCE_S, "the cluster")
                 for number in range(begun, self._wanted.kills):
                     quota.hold(cluster.nodes)
                     record, known = self._one(case, cluster, number, census)
-                    record = identity | {"number": number, "seed": self._wanted.seed} | record
-                    records.append(self._wanted.out, record)
-                    print(json.dumps(record), file=sys.stderr, flush=True)
+                    self._write({"number": number} | record, identity)
                     if record["failures"]:
                         failed += 1
                         self._keep(place, f"{case.name}-{number}")
@@ -115,12 +138,20 @@ class Suite:
             quota.close()
         return failed
 
+    def _write(self, record: dict[str, Any], identity: dict[str, Any]) -> None:
+        record = identity | {"seed": self._wanted.seed} | record
+        records.append(self._wanted.out, record)
+        print(json.dumps(record), file=sys.stderr, flush=True)
+
     def _one(
         self, case: Case, cluster: Nodes, number: int, census: Census
     ) -> tuple[dict[str, Any], bool]:
         """One run's record, and whether the cluster is as it was."""
         draw = random.Random(f"{self._wanted.seed}/{case.name}/{number}")
-        play = Play(case, cluster, self._truth, draw, census, self._wanted.replicas)
+        play = Play(
+            *(case, cluster, self._truth, draw, census, self._wanted.replicas),
+            asks=self._wanted.asks,
+        )
         began = time.monotonic()
         try:
             found, known = play.run(), True
@@ -150,6 +181,8 @@ def _cases(names: Sequence[str]) -> tuple[Case, ...]:
 @click.option("--case", "names", multiple=True, type=click.Choice(list(BY_NAME)), metavar="CASE")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.jsonl")
 @click.option("--nodes", type=click.IntRange(2, 16), help="Default: what the case needs.")
+@click.option("--shape", default="demo", show_default=True, help="Of the model; see model make.")
+@click.option("--context", default=0, help="Tokens of the prompt; by default the case's prompts.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
 @click.option("--replicas", type=click.IntRange(0, 3), default=1, show_default=True)
 @click.option("--seed", default=1, show_default=True, help="Decides who is struck, and when.")
@@ -176,7 +209,9 @@ def main(
     if not only_table:
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kills-")))
-            truth = stack.enter_context(Truth(folder, dtype=wanted.dtype))
+            if wanted.shape != "demo":
+                make_model(wanted.shape, Path(wanted.model), seed=MODEL_SEED)
+            truth = stack.enter_context(Truth(folder, wanted.model, dtype=wanted.dtype))
             failed = Suite(wanted, truth, folder).run()
     found = [
         record

@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
+from statistics import median
 from typing import Any
 
 from msgspec.structs import replace
@@ -20,7 +22,7 @@ from tests.faults.blows import restart, strike
 from tests.faults.cases import ONE_LOST, WITHOUT_REPLICAS, Case, Role
 from tests.faults.clusters import Nodes
 from tests.faults.timeline import Timeline
-from tests.faults.truth import Truth
+from tests.faults.truth import Ask, Truth
 from tests.faults.vitals import Census, kv_bytes, vitals
 from tests.faults.watching import (
     Diary,
@@ -42,10 +44,19 @@ GONE_S = 30.0
 free, but to end a process takes a turn on one."""
 
 STORY = "Once upon a time"
+TOKENS_BEFORE = 60
+"""The fault comes before a reply has more, if it is to come in the middle of it."""
+
 GREEDY = SamplingParams(max_tokens=1500, ignore_eos=True)
 SEEDED = replace(GREEDY, temperature=0.9, top_k=40, top_p=0.95, seed=7)
 LONG_PROMPT = "The little fox ran into the wood. " * 120
 AFTER_LONG = 60
+
+SHORT_ASKS: tuple[Ask, ...] = ((STORY, GREEDY), (STORY, SEEDED))
+LONG_ASKS: tuple[Ask, ...] = tuple(
+    (prompt, replace(params, max_tokens=AFTER_LONG))
+    for prompt, params in ((LONG_PROMPT, GREEDY), (f"Listen. {LONG_PROMPT}", SEEDED))
+)
 
 
 def whole(cluster: Nodes, replicas: int = 1) -> bool:
@@ -65,6 +76,8 @@ class Play:
     draw: random.Random
     census: Census
     replicas: int = 1
+    asks: Sequence[Ask] = ()
+    """What is asked for meanwhile; by default what the case's moment needs."""
     failures: list[str] = field(default_factory=list)
     readings: list[Reading] = field(default_factory=list)
     _undo: list[Callable[[], None]] = field(default_factory=list)
@@ -97,6 +110,7 @@ class Play:
         return times | {
             "victims": [node.name for node in self.timeline.victims],
             "pause_s": max(pauses),
+            "step_s": self._step(),
             "rungs": sorted(rungs),
             "replies": len(self.readings),
             "tokens": sum(len(reading.tokens) for reading in self.readings),
@@ -126,7 +140,7 @@ class Play:
         # Who leads next is known when it does.
         self._heir = case.moment == "failover" and case.before == "leader"
         self.struck = [] if self._heir else [take(role) for role in case.struck]
-        if not case.struck:
+        if not case.struck and case.fault != "nothing":
             self.struck = [self._first()]
         self.serving = self.struck[0] if case.serving == "struck" else free[0]
 
@@ -144,30 +158,30 @@ class Play:
         served = self.serving.address
         others = [n.address for n in self.cluster.nodes if n not in (self.serving, self.before)]
         addresses = [served, *others]
-        prompts = [STORY, STORY]
-        settings = [GREEDY, SEEDED]
-        if self.case.moment == "prefill":
-            prompts = [LONG_PROMPT, f"Listen. {LONG_PROMPT}"]
-            settings = [replace(params, max_tokens=AFTER_LONG) for params in settings]
+        asks = self.asks or (LONG_ASKS if self.case.moment == "prefill" else SHORT_ASKS)
         self._accepted = Diary(self.serving)
         self.began = time.time()
         self.readings = [
             Reading(addresses, prompt, params, deadline=PATIENCE_S).start()
-            for prompt, params in zip(prompts, settings, strict=True)
+            for prompt, params in asks
         ]
 
     def _await_moment(self) -> None:
         case = self.case
         if case.moment == "prefill":
-            until(lambda: len(self._accepted.facts("request_accepted")) == 2, what="the requests")
+            until(
+                lambda: len(self._accepted.facts("request_accepted")) == len(self.readings),
+                what="the requests",
+            )
             self._pause(0.3)
             return
         for reading in self.readings:
-            self._await_tokens(reading, self.draw.randrange(1, 60))
+            self._await_tokens(reading, self.draw.randrange(1, TOKENS_BEFORE))
         if case.moment == "join":
             diary = self.timeline.diaries[self._first().name]
             until(lambda: diary.facts("node_started"), PATIENCE_S, "its return")
-            self._pause(3.0)
+            if case.fault != "nothing":
+                self._pause(3.0)
 
     def _await_tokens(self, reading: Reading, count: int) -> None:
         until(lambda: len(reading.tokens) >= count or reading.ended, PATIENCE_S, "the replies")
@@ -193,8 +207,8 @@ class Play:
             self._hit()
         else:
             self._hit()
-        if case.moment in ("failover", "drain") and self._first() not in line.victims:
-            line.victims.append(self._first())
+        if self.before and case.moment in ("failover", "drain", "join"):
+            line.victims += [self.before] * (self.before not in line.victims)
         if not case.quorum:
             self._undo_all()
 
@@ -258,6 +272,8 @@ class Play:
             if case.fault == "disk-full":  # It has been told of that plan, too.
                 ended = "the end of the node with the full disk"
                 until(lambda: all(node.ending for node in self.struck), PATIENCE_S, ended)
+        elif case.fault == "nothing":
+            self._come_or_gone()
         elif case.held_s:
             until(lambda: time.time() - line.at > case.held_s, what="the time that it holds")
             self._undo_all()
@@ -274,6 +290,25 @@ class Play:
                     "another token",
                 )
         return mended
+
+    def _come_or_gone(self) -> None:
+        """Wait until the node that comes owns its part, or the one that goes is gone."""
+        first = self._first()
+        if self.case.moment == "join":
+            until(lambda: all_own(self.cluster), PATIENCE_S, "a part for the node that joined")
+        else:
+            until(lambda: first.ending, PATIENCE_S, "the end of the drained node")
+
+    def _step(self) -> float:
+        """The median time between two tokens before the fault, in seconds; 0 where there were none
+        or one."""
+        gaps = [
+            later - earlier
+            for reading in self.readings
+            for earlier, later in pairwise(reading.times)
+            if later <= self.timeline.at
+        ]
+        return round(median(gaps), 4) if gaps else 0.0
 
     def _come_back(self, kv_before: int) -> float:
         """End the replies and wait until the cluster is whole; returns the seconds it took."""

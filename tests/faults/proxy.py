@@ -240,25 +240,30 @@ class ProxiedCluster(LocalCluster):
         self._place = folder
         self._ids: dict[str, str] = {}
         self._fronts: dict[int, int] = {}
+        self._backs: dict[int, int] = {}
         self._first_front = self._base + PORT_STEP * nodes
         self.proxy = Proxy(self._named)
 
-    def start_node(self, index: int, **changes: Any) -> LocalNode:
+    def start_node(self, index: int) -> LocalNode:
         """Start a node that advertises the proxy's address."""
         for each in (0, index):
             if each not in self._fronts:
-                self._fronts[each] = self._first_front + PORT_STEP * each
-                back = self._base + PORT_STEP * each
-                self.proxy.forward(f"node{each + 1}", self._fronts[each], back)
+                self._forward(
+                    each, self._first_front + PORT_STEP * each, self._base + PORT_STEP * each
+                )
         front = format_address(HOST, self._fronts[index])
+        listen = format_address(HOST, self._backs[index])
         join = (format_address(HOST, self._fronts[0]),) if index else ()
-        return super().start_node(index, **{"advertise": front, "join": join} | changes)
+        return super().start_node(index, **{"advertise": front, "join": join, "listen": listen})
 
     def move_node(self, index: int) -> LocalNode:
         """Start a node again at other ports, behind other ports of the proxy; it does not wait."""
-        self._fronts[index], back = free_base_port(1), free_base_port(1)
-        self.proxy.forward(f"node{index + 1}", self._fronts[index], back)
-        return self.start_node(index, listen=format_address(HOST, back))
+        self._forward(index, free_base_port(1), free_base_port(1))
+        return self.start_node(index)
+
+    def _forward(self, index: int, front: int, back: int) -> None:
+        self._fronts[index], self._backs[index] = front, back
+        self.proxy.forward(f"node{index + 1}", front, back)
 
     def stop(self) -> None:
         """End the nodes, then the proxy."""

@@ -17,12 +17,13 @@ from tests.faults.timeline import TIMES
 
 Record = dict[str, Any]
 
-IDENTITY = ("commit", "case", "dtype", "nodes", "replicas", "cpu_quota")
+IDENTITY = ("commit", "case", "shape", "context", "dtype", "nodes", "replicas", "cpu_quota")
 """Records that agree in these are runs of the same thing."""
 
 
 def commit(root: Path) -> str:
-    """The commit that the program is at, with a `+` where its files differ from it."""
+    """The commit that changed the program last, with a `+` where its files differ from it. One that
+    changes only tests or documents is none: what is run stays the same."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -30,7 +31,8 @@ def commit(root: Path) -> str:
         ).stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "p2pinfer")
-    return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    last = git("log", "-1", "--format=%h", "--abbrev=12", "--", "p2pinfer")
+    return last + ("+" if changed else "")
 
 
 def read(path: Path) -> list[Record]:
@@ -87,7 +89,7 @@ def summary(runs: Sequence[Record]) -> Record:
     found["rungs"] = {rung: rungs.count(rung) for rung in sorted(set(rungs))}
     targets = BY_NAME[runs[0]["case"]].targets
     found["times"] = {}
-    for key in (*TIMES, "pause_s", "back_s"):
+    for key in (*TIMES, "step_s", "pause_s", "back_s"):
         values = [run.get(key) for run in runs]
         known = [value for value in values if value is not None]
         if key in targets:
@@ -119,9 +121,9 @@ def _shown(seconds: float) -> float | None:
 def table(records: Iterable[Record]) -> Table:
     """A row per thing that was run."""
     shown = Table()
-    for name in ("commit", "case", "dtype", "nodes"):
+    for name in ("commit", "case", "model", "dtype", "nodes"):
         shown.add_column(name)
-    columns = ("runs", "failed", "median", "98 %", "worst", "noticed", "plan", "back")
+    columns = ("runs", "failed", "step", "median", "98 %", "worst", "noticed", "plan", "back")
     for name in columns:
         shown.add_column(name, justify="right")
     shown.add_column("rungs")
@@ -130,8 +132,12 @@ def table(records: Iterable[Record]) -> Table:
         times = found["times"]
         pause = times.get("pause_s", {})
         shown.add_row(
-            *(found["commit"], found["case"], found["dtype"], str(found["nodes"])),
-            *(str(found["runs"]), str(found["failed"])),
+            *(found["commit"], found["case"], _model(found), found["dtype"], str(found["nodes"])),
+            *(
+                str(found["runs"]),
+                str(found["failed"]),
+                _cell(times.get("step_s", {}).get("median")),
+            ),
             *(_cell(pause.get(key)) for key in ("median", "p98", "worst")),
             *(
                 _cell(times.get(key, {}).get("median"))
@@ -140,6 +146,11 @@ def table(records: Iterable[Record]) -> Table:
             " ".join(f"{rung} {count}" for rung, count in found["rungs"].items()),
         )
     return shown
+
+
+def _model(found: Record) -> str:
+    """The model's shape, and how many tokens prompts had."""
+    return f"{found['shape']} +{found['context']}" if found["context"] else str(found["shape"])
 
 
 def _cell(seconds: float | None) -> str:

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.live import Live
 
 from p2pinfer.cluster import LocalNode
+from p2pinfer.errors import ClusterError
 from tests.faults.blows import restart
 from tests.faults.cases import Network
 from tests.faults.clusters import Nodes, cluster_for
@@ -239,7 +240,10 @@ def main(
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         place = logs or Path(folder)
         place.mkdir(parents=True, exist_ok=True)
-        found = _run(wanted, place, view=sys.stderr.isatty() if view is None else view)
+        try:
+            found = _run(wanted, place, view=sys.stderr.isatty() if view is None else view)
+        except ClusterError as error:
+            raise click.ClickException(f"the cluster: {error}") from error
     if out:
         out.write_text(json.dumps(found, indent=2) + "\n")
     Console(width=None if sys.stdout.isatty() else 140).print(table(found))

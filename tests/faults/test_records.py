@@ -11,6 +11,8 @@ from tests.faults.records import append, done, groups, percentile, read, summary
 RUN: dict[str, Any] = {
     "commit": "c",
     "case": "follower",
+    "shape": "demo",
+    "context": 0,
     "dtype": "float32",
     "nodes": 4,
     "replicas": 1,

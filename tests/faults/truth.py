@@ -15,16 +15,26 @@ from p2pinfer.types import SamplingParams
 
 LEAST_TOKENS = 64
 
+Prompt = str | tuple[int, ...]
+"""Text, or token ids."""
+
+Ask = tuple[Prompt, SamplingParams]
+
 
 class Truth(StartStop):
     """A node of its own, asked for as much of each reply as was needed yet. A context manager."""
 
-    def __init__(self, folder: Path, **options: Any) -> None:
+    def __init__(self, folder: Path, model: str = "demo", **options: Any) -> None:
         self._cluster = LocalCluster(
-            1, threads=1, base_port=free_base_port(1), folder=folder / "truth", options=options
+            *(1,),
+            model=model,
+            threads=1,
+            base_port=free_base_port(1),
+            folder=folder / "truth",
+            options=options,
         )
-        self._known: dict[tuple[str, SamplingParams], list[int]] = {}
-        self._whole: set[tuple[str, SamplingParams]] = set()
+        self._known: dict[Ask, list[int]] = {}
+        self._whole: set[Ask] = set()
         # Asked from a thread that stays in this network when the caller enters another one.
         self._asking = ThreadPoolExecutor(1)
         self._lock = threading.Lock()
@@ -39,12 +49,12 @@ class Truth(StartStop):
         self._asking.shutdown()
         self._cluster.stop()
 
-    def tokens(self, prompt: str, params: SamplingParams, count: int) -> list[int]:
+    def tokens(self, prompt: Prompt, params: SamplingParams, count: int) -> list[int]:
         """The first `count` tokens of a reply; fewer where it ends by itself. From any thread."""
         with self._lock:
             return self._tokens(prompt, params, count)
 
-    def _tokens(self, prompt: str, params: SamplingParams, count: int) -> list[int]:
+    def _tokens(self, prompt: Prompt, params: SamplingParams, count: int) -> list[int]:
         key = (prompt, replace(params, max_tokens=1))
         known = self._known.get(key, [])
         if len(known) < count and key not in self._whole:
@@ -56,12 +66,12 @@ class Truth(StartStop):
                 self._whole.add(key)
         return known[:count]
 
-    def _ask(self, prompt: str, params: SamplingParams) -> dict[str, Any]:
+    def _ask(self, prompt: Prompt, params: SamplingParams) -> dict[str, Any]:
         client = Client([self._cluster.nodes[0].address], timeout=60.0)
         return client.submit_json_object(prompt, params)
 
     def difference(
-        self, prompt: str, params: SamplingParams, tokens: list[int], *, complete: bool = False
+        self, prompt: Prompt, params: SamplingParams, tokens: list[int], *, complete: bool = False
     ) -> str:
         """Where a reply, or its beginning, is not the true one; empty when it is."""
         right = self.tokens(prompt, params, params.max_tokens if complete else len(tokens))

@@ -108,18 +108,32 @@ def all_own(cluster: Cluster) -> bool:
 
 
 def all_protected(cluster: Cluster, behind: int = 0) -> bool:
-    """Whether every running node has the weights of all units that it keeps for others, of which
-    there are some, and lacks at most `behind` positions of each of their KV."""
+    """Whether every unit has a standby, and every running node the weights of all units that it
+    keeps for others, and lacks at most `behind` positions of each of their KV."""
     for node in cluster.nodes:
         if node.ending:
             continue
-        seen = status(node).get("counters", {})
-        wanted = seen.get("standby_units_wanted")
-        if not wanted or seen["standby_units_ready"] != wanted:
+        seen = status(node)
+        if not seen or not _parts(seen, "owned") <= _parts(seen, "standby"):
             return False
-        if seen["standby_lacks"] > behind * wanted:
+        counters = seen["counters"]
+        wanted = counters["standby_units_wanted"]
+        if counters["standby_units_ready"] != wanted:
+            return False
+        if counters["standby_lacks"] > behind * wanted:
             return False
     return True
+
+
+def _parts(seen: dict[str, Any], which: str) -> set[tuple[int, str, int]]:
+    """(first layer, kind, unit) of all that is `owned`, or kept as a `standby`, by anybody."""
+    return {
+        (part["span"][0], kind, unit)
+        for each in seen["members"]
+        for part in each[which]
+        for kind in ("head_units", "mlp_units", "vocab_units")
+        for unit in part[kind]
+    }
 
 
 def owners(node: LocalNode) -> set[str]:
@@ -164,7 +178,7 @@ class Reading:
     """
 
     addresses: list[str]
-    prompt: str
+    prompt: str | tuple[int, ...]
     params: SamplingParams
     deadline: float = DEADLINE_S
     enter: Callable[[], None] | None = None

@@ -21,7 +21,7 @@ def bench(folder: Path, *flags: str) -> dict[str, Any]:
     """What one call prints; models lie in `folder`."""
     command = [sys.executable, "-m", "p2pinfer", "bench", "failover", "--shape", "tiny"]
     command += ["--base-port", str(free_base_port(4)), "--context", "64", "--runs", "1", "--json"]
-    command += ["--max-tokens", "600"]  # the nodes are asked some things before the kill
+    command += ["--max-tokens", "200"]  # the nodes are asked some things before the kill
     done = subprocess.run(
         [*command, *flags],
         env={**os.environ, "XDG_CACHE_HOME": str(folder)},
@@ -58,9 +58,8 @@ def test_each_rung_is_run_and_measured(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(DEADLINE_S)
-@pytest.mark.parametrize("victim", ["leader", "serving"])
-def test_others_can_be_killed(tmp_path: Path, victim: str) -> None:
-    """The leader, and the node that the client speaks to: the client goes to another."""
-    flags = ["--victim", victim, "--rungs", "replica", "--pairs", "0", "--nodes", "3"]
+def test_the_node_that_the_client_speaks_to_can_be_killed(tmp_path: Path) -> None:
+    """The client goes to another."""
+    flags = ["--victim", "serving", "--rungs", "replica", "--pairs", "0", "--nodes", "3"]
     row = bench(tmp_path, *flags)["rungs"]["replica"]
     assert row["tokens_equal"]

@@ -169,6 +169,16 @@ def test_without_memory_units_move_at_once() -> None:
     assert found == (aim, False)
 
 
+def test_where_memory_is_short_replicas_make_room_for_those_that_are_to_come() -> None:
+    """The new owner and the goal's standbys are named first; who kept a unit keeps it if it can."""
+    tight = {"memory_bytes": 2_100_000}
+    before = after(None, nodes(3, **tight), replicas=1)
+    plan, moving = step(before, nodes(4, **tight), {0, 1, 2})
+    assert moving
+    assert (standbys(before, 4), standbys(plan, 4)) == ((2,), (3,))
+    assert (standbys(before, 2), standbys(plan, 2)) == ((1,), (3, 1))
+
+
 def test_other_stages_are_reached_at_once() -> None:
     """A unit of other layers is another unit."""
     one = after(None, nodes(1), layout="layers")

@@ -282,7 +282,7 @@ def test_two_interruptions_without_a_token_between_are_one() -> None:
     """The client sees one pause; all that were lost in it are named, up to MAX_NODES."""
     ledger = Ledger().forward().started().adopt(agreed(), lost=("n2",), exact=False)
     ledger.adopt(agreed(restart=1), lost=("n3", "n2"), detect_s=0.7).started()
-    assert told(ledger.committed(0, 10)) == [(2, ("n2", "n3"), "none", 0.7, False)]
+    assert told(ledger.committed(0, 10)) == [(2, ("n2", "n3"), "replay", 0.7, False)]
     ledger.adopt(agreed(10), lost=tuple(f"n{n}" for n in range(MAX_NODES + 2))).started()
     [(_, lost, *_)] = told(ledger.committed(1, 11))
     assert len(lost) == MAX_NODES
@@ -293,6 +293,16 @@ def test_a_new_leader_learns_from_the_claim_where_a_reply_was_interrupted() -> N
     ledger = Ledger().adopt(agreed(10, 11), lost=("n1",)).started().settled()
     ledger.adopt(agreed(10, 11), lost=("n2",)).started().settled().forward(received=(10,))
     assert told(ledger) == [(3, ("n1", "n2"), "replay", 0.5, True)]
+
+
+@pytest.mark.parametrize("rungs", [("replica", "none"), ("none", "replica")])
+def test_of_two_interruptions_the_costlier_rung_is_told(rungs: tuple[str, str]) -> None:
+    """Replicas were taken, whether the plan before or after it moved nothing."""
+    ledger = Ledger().forward().started()
+    for name, rung in zip(("n2", "n3"), rungs, strict=True):
+        ledger.adopt(agreed(restart=1, rung=rung), lost=(name,))
+    ledger.started()
+    assert told(ledger.committed(0, 10)) == [(2, ("n2", "n3"), "replica", 0.5, True)]
 
 
 def test_remembered_interruptions_are_bounded() -> None:
