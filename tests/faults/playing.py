@@ -268,7 +268,11 @@ class Play:
         """Wait until the replies go on for good; returns since when (wall clock)."""
         case, line = self.case, self.timeline
         if case.lost and case.quorum:
-            until(lambda: line.adopted() is not None, PATIENCE_S, "a plan without the lost")
+            until(
+                lambda: line.adopted() is not None or self._out_of_it(),
+                PATIENCE_S,
+                "a plan without the lost",
+            )
             if case.fault == "disk-full":  # It has been told of that plan, too.
                 ended = "the end of the node with the full disk"
                 until(lambda: all(node.ending for node in self.struck), PATIENCE_S, ended)
@@ -290,6 +294,13 @@ class Play:
                     "another token",
                 )
         return mended
+
+    def _out_of_it(self) -> bool:
+        """Whether all others know that those struck are gone, and no plan had them own anything:
+        who joins may die before it is in any."""
+        rest = [node for node in self.cluster.nodes if not node.ending]
+        seen = [member(node, victim.name) for node in rest for victim in self.timeline.victims]
+        return bool(seen) and all(m.get("state") == "dead" and not m["owned"] for m in seen)
 
     def _come_or_gone(self) -> None:
         """Wait until the node that comes owns its part, or the one that goes is gone."""
