@@ -111,6 +111,7 @@ def _tell_through_a_kill(console: Console, cluster: LocalCluster) -> None:
 
 
 def story_params() -> SamplingParams:
+    """How the story is drawn: always the same one."""
     from p2pinfer.types import SamplingParams
 
     return SamplingParams(max_tokens=MAX_TOKENS, temperature=TEMPERATURE, seed=SEED)
