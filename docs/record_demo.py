@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -23,7 +24,8 @@ COLUMNS = 80
 SLOWER = 4.0
 """A second of the story is shown in so many seconds."""
 
-FRAMES = 40
+LINES = 24
+FRAMES = 60
 """At most: more make the file large."""
 
 LAST_S = 4.0
@@ -85,12 +87,11 @@ def main() -> None:
     """Play it once, and write the picture."""
     with LocalCluster(NODES, model="demo", base_port=free_base_port(NODES)) as cluster:
         play = KillPlay(cluster, PROMPT, story_params())
-        seen: list[tuple[float, str]] = []
-        for scene in play.scenes():
-            seen.append((time.monotonic(), frame(scene, len(seen))))
+        seen = [(time.monotonic(), replace(scene)) for scene in play.scenes()]
     step = max(1, -(-len(seen) // FRAMES))
     kept = [each for n, each in enumerate(seen) if n % step == 0 or n + 1 == len(seen)]
-    PICTURE.write_text(picture([(at - seen[0][0], text) for at, text in kept], 18 + 7))
+    frames = [(at - seen[0][0], frame(scene, n)) for n, (at, scene) in enumerate(kept)]
+    PICTURE.write_text(picture(frames, LINES))
     print(f"{PICTURE}: {len(kept)} frames, the story stood still for {play.pause_s:.2f} s")
 
 
