@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2pinfer.core.orders import StartRequest, TokenLog
-from p2pinfer.core.step_clock import StepClock
 from p2pinfer.core.step_maker import StepMaker, StepReport
 from p2pinfer.core.token_log import TokenLogs
 from p2pinfer.core.units import Slice, unit_bounds, unit_count
@@ -34,7 +33,6 @@ class Leader:
         engine: StepEngine,
         links: StepLinks,
         logs: TokenLogs,
-        step_clock: StepClock,
         *,
         listeners: Iterable[int],
         agreed: Iterable[TokenLog],
@@ -43,7 +41,6 @@ class Leader:
         self._engine = engine
         self._links = links
         self._logs = logs
-        self._step_clock = step_clock
         self._topology = t = engine.topology
         self._listeners = tuple(sorted(set(listeners) - {t.me}))
         self._maker = StepMaker(t, self._listeners, agreed)
@@ -128,8 +125,7 @@ class Leader:
 
     def _check_overdue(self) -> None:
         """A step that nobody computes any more may still lack an acknowledgement."""
-        limit = self._step_clock.limit(self._rows)
-        member = self._maker.overdue(time.monotonic(), limit)
+        member = self._maker.overdue(time.monotonic(), self._engine.limit(self._rows))
         if member is not None:
             node_id = self._topology.plan.members[member].node_id
             raise StepOverdue(node_id, "the acknowledgement of a step is overdue")

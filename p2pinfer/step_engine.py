@@ -130,7 +130,7 @@ class StepEngine:
         """
         self.owes = step.step
         rows = sum(len(slot.tokens) for slot in step.slots)
-        self._links.begin(step.step, self._step_clock.limit(rows + self._recomputed_rows))
+        self._links.begin(step.step, self.limit(rows))
         self._began = time.monotonic()
         began, elsewhere = time.perf_counter(), self._elsewhere_s()
         self._sampling = [slot for slot in step.slots if slot.sample]
@@ -146,6 +146,10 @@ class StepEngine:
         elsewhere = self._elsewhere_s() - elsewhere
         self.clock.python_s += time.perf_counter() - began - elsewhere
         return offers
+
+    def limit(self, rows: int) -> float:
+        """How long a step of so many rows may take, in seconds, what is done before it included."""
+        return self._step_clock.limit(rows + self._recomputed_rows)
 
     def finish(self, step: Step) -> None:
         """This node has nothing more to do in a step: note how long it took, with its waits."""

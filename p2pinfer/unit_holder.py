@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from math import inf
 from pathlib import Path
@@ -200,7 +200,7 @@ class UnitHolder:
             self._arrange(model, *wanted)
             self._keep_inputs(mine)
             self._load_own(model, mine.holdings)
-        except BaseException:  # an order may break the load off, too: no KV is left without units
+        except BaseException:  # no KV is left without units
             self._own, self._parts, self._places, self._trunks = frozenset(), [], {}, {}
             self._trims, self._inputs = [], {}
             self._logs.coverage.lose(self._logs.coverage.computed | self._logs.coverage.fed)
@@ -227,7 +227,7 @@ class UnitHolder:
             units = units_of(held) - placed
             if units:
                 piece = holding_of(units, held.stage)
-                new.append(Part(piece, self._cache(piece, model, left)))
+                new.append(Part(piece, self._cache(piece, model, left, self._tell)))
         self._own, self._parts = own_units, [*stay, *new]
         self._trims = self._trimmed(wanted)
         self._places = {unit: part for part in self._parts for unit in part.kv_units}
@@ -259,8 +259,15 @@ class UnitHolder:
             return part.units <= (own if owned else wanted) and begun
         return (part.units <= wanted or bool(owned)) and not (owned and given_away)
 
-    def _cache(self, held: Holding, model: ModelSpec, left: Iterable[Part]) -> KvCache:
-        """The KV of a new part's head units, from the parts that are given up."""
+    def _cache(
+        self,
+        held: Holding,
+        model: ModelSpec,
+        left: Iterable[Part],
+        tell: Callable[[int, int], None],
+    ) -> KvCache:
+        """The KV of a new part's head units, from the parts that are given up; `tell` is called
+        after each unit."""
         for part in left:
             before = part.held
             if (before.span, before.head_units) == (held.span, held.head_units):
@@ -274,7 +281,7 @@ class UnitHolder:
             for part in left:
                 if unit in part.kv_units:
                     cache.copy(place, part.cache, part.kv_units[unit])
-                    self._tell(0, 0)
+                    tell(0, 0)
         return cache
 
     def _load_own(self, model: ModelSpec, own: Sequence[Holding]) -> None:
@@ -319,13 +326,16 @@ class UnitHolder:
 
         return loader
 
-    def adopt(self, gone: tuple[int, ...], kept: tuple[int, ...]) -> None:
-        """The logs were agreed on: free the KV of all requests but those that are `kept`.
+    def adopt(self, gone: tuple[int, ...], kept: Mapping[int, int]) -> None:
+        """The logs were agreed on: free the KV of all requests but those that are `kept`, for each
+        of which there is room for so many positions from now on, be it computed soon or not.
 
         Positions of these beyond their coverage are void, and written again.
         """
         if self.runner is not None:
-            self.runner.forget((*gone, *(self._parts[0].cache.capacities.keys() - set(kept))))
+            self.runner.forget((*gone, *(self._parts[0].cache.capacities.keys() - kept.keys())))
+            for request_id, positions in kept.items():
+                self.runner.open(request_id, positions)
 
     # --- in the background ------------------------------------------------------------------------
 
@@ -354,14 +364,16 @@ class UnitHolder:
         if not all(map(self._ready, (*self._parts, *self._trims))):
             return False
         assert self._model is not None
-        new, self._trims = self._trims, []
+        new = self._trims
         placed = {unit for part in new for unit in part.units}
         left = [part for part in self._parts if part.units & placed]
         for part in new:
-            part.cache = self._cache(part.held, self._model, left)
+            # Nothing is told of it: the plan is in force, and nobody takes this for loading.
+            part.cache = self._cache(part.held, self._model, left, lambda _done, _total: None)
         self._parts = [*(part for part in self._parts if part not in left), *new]
         self._places = {unit: part for part in self._parts for unit in part.kv_units}
         self.runner.rearrange(self._parts)
+        self._trims = []
         for part in left:
             part.unload()
         return True
@@ -395,19 +407,18 @@ class UnitHolder:
         others = [part for part in trims if part not in load]
         cold = [part for part in kept if part.stage is None or self._standby == "warm"]
         assert self._model is not None
+        coming = [*trims, *cold] if not warm else load
         used = self._used() + sum(
-            weight_bytes(self._model, part.held)
-            for part in self._trims
-            if not warm or part.units & self._own
+            weight_bytes(self._model, part.held) - part.loaded_bytes for part in coming
         )
         if used > self._room:
             load, others = [], []
         return _Waiting(load, cold + others) if warm else _Waiting(cold + load + others, [])
 
     def _used(self) -> int:
-        """Bytes of weights and KV in the parts that are in use."""
-        weights = sum(part.loaded_bytes for part in self._parts)
-        return weights + self.kv_used_bytes + self.kv_standby_bytes
+        """Bytes of weights, KV and inputs that are here."""
+        written = self.kv_used_bytes + self.kv_standby_bytes + self.kv_inputs_bytes
+        return self.weight_bytes + written
 
     def _keeps_warm(self, missing: Sequence[Part]) -> bool:
         """Whether parts that are kept for others are not to be loaded, but only warmed."""

@@ -45,6 +45,7 @@ from p2pinfer.core.events import (
 from p2pinfer.core.inputs import input_spans
 from p2pinfer.core.recompute import recompute
 from p2pinfer.core.replication import computed_units, fed_units
+from p2pinfer.core.scheduler import capacity
 from p2pinfer.core.step_clock import StepClock
 from p2pinfer.core.token_log import TokenLogs
 from p2pinfer.core.topology import Topology, kv_room, topology
@@ -103,6 +104,8 @@ class Worker:
         self._step_clock = StepClock(config.least_step_s)
         self._orders: deque[AnyOrder] = deque()
         self._stopping = False
+        self._in_force = Fence()
+        """Of the plan that was activated last, until another is loaded; (0, 0): of none."""
         self._loaded: Topology | None = None
         """A plan that is loaded, and not yet in force."""
         self._engine: StepEngine | None = None
@@ -266,7 +269,7 @@ class Worker:
             replicas_held=self._held,
             standby_behind=replicator.behind if replicator else 0,
             standby_error=self._units.standby_error,
-            fence=engine.topology.plan.fence if engine else Fence(),
+            fence=self._in_force,
         )
 
     # --- orders -----------------------------------------------------------------------------------
@@ -304,6 +307,7 @@ class Worker:
         be gone, and this is all that is left of its KV.
         """
         plan, me, fence = order.plan, order.me, order.plan.fence
+        self._in_force = Fence()
         if self._replicator is not None:
             self._replicator.drain()
             self._replicator = None
@@ -319,7 +323,7 @@ class Worker:
             self._links.open(mine)
         except StepInterrupted:
             raise
-        except (P2pinferError, OSError, RuntimeError, MemoryError) as error:
+        except Exception as error:  # whatever it is, the leader waits for a word
             self._pipe.send(PlanLoaded(fence=fence, error=str(error) or type(error).__name__))
             return
         self._loaded = mine
@@ -342,9 +346,11 @@ class Worker:
         mine = self._loaded
         if mine is None or mine.plan.fence != order.fence:
             return
-        self._loaded = None
+        self._loaded, self._in_force = None, order.fence
         gone = self._logs.adopt(order.logs)
-        self._units.adopt(gone, tuple(log.request_id for log in order.logs))
+        most = mine.plan.model.max_positions
+        kept = {log.request_id: capacity(log.prompt_tokens, log.params, most) for log in order.logs}
+        self._units.adopt(gone, kept)
         self._kv_limit = kv_room(mine.plan, mine.me) or 0
         self._links.activate(mine)
         self._bulk.activate()
@@ -364,7 +370,6 @@ class Worker:
                 engine,
                 self._links,
                 self._logs,
-                self._step_clock,
                 listeners=order.listeners,
                 agreed=order.logs,
                 report=self._pipe.send,

@@ -72,11 +72,14 @@ class Node:
     ) -> None:
         self.logs = TokenLogs()
         self.told: list[tuple[int, int]] = []
+        self.said = 0
+        """How often anything was said."""
         self.units = UnitHolder(
             folder, CPU, self.logs, self._progress, standby=standby, available=available
         )
 
     def _progress(self, done: int, total: int) -> None:
+        self.said += 1
         if total:  # what is copied may take a moment too
             self.told.append((done, total))
 

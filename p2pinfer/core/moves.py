@@ -2,9 +2,10 @@
 
 A plan made for new members, or without those that are to rest, is a goal. Where a unit's owner goes
 on computing and the one that is to own it is not ready, the owner stays for now, and the other is
-named as the unit's first standby: it loads the weights and gets the KV while replies go on. When it
-is ready the leader proposes again, and it is promoted; the owner before stays a standby. Replicas
-are given up only by a later plan, once those that take their place are complete.
+named as a standby of the unit: it loads the weights and gets the KV while replies go on. When it is
+ready the leader proposes again, and it is promoted; the owner before stays a standby. Replicas are
+given up only by a later plan, once those that take their place are complete. Until then these are
+named first: if the owner dies, nobody takes over who has yet to get ready.
 """
 
 from __future__ import annotations
@@ -42,15 +43,16 @@ class Staged(NamedTuple):
     moving: bool
 
 
-def staged(previous: Plan, goal: Plan, standing: Standing) -> Staged:
-    """The plan to propose on the way from `previous` to `goal`.
+def staged(previous: Plan, goal: Plan, standing: Standing, positions: int = 0) -> Staged:
+    """The plan to propose on the way from `previous` to `goal`; who keeps a unit on the way has
+    room for a request of so many `positions`.
 
     It is the goal itself where a stage has other layers than before, or where memory, or what one
     frame may carry, does not allow to go there by stages.
     """
     if not _same_spans(previous, goal):
         return Staged(goal, moving=False)
-    way = _Way(previous, goal, standing)
+    way = _Way(previous, goal, standing, positions)
     stages = way.stages()
     if stages and all(fits_on_the_wire(owners) for each in stages for owners in owners_of(each)):
         return Staged(msgspec.structs.replace(goal, stages=stages), moving=way.moving)
@@ -116,7 +118,9 @@ class _Unit(NamedTuple):
     owner: int
     names: tuple[Units, Units, Units]
     """Who is to own it and does not yet; the standbys of the goal; those that have it, and keep it
-    until all of these have it too."""
+    until all of these have it too. The first ones are the first to get what memory there is."""
+    have: frozenset[int]
+    """Who could take it over at once: these are named first."""
 
 
 _Place = tuple[int, int, int]
@@ -126,7 +130,8 @@ _Place = tuple[int, int, int]
 class _Way:
     """From one plan to a goal of the same stages; members are indices into the goal's."""
 
-    def __init__(self, previous: Plan, goal: Plan, standing: Standing) -> None:
+    def __init__(self, previous: Plan, goal: Plan, standing: Standing, positions: int) -> None:
+        self._needs = _Needs(goal, positions)
         self.moving = False
         """A later plan is to change something, once others are ready."""
         self._previous = previous
@@ -154,14 +159,15 @@ class _Way:
 
     def _holders(self, number: int, kind: int, unit: int) -> tuple[int | None, Units]:
         """Who goes on with a unit, and who kept it, of those that are still here: its owner or,
-        where that is lost, a standby that is ready; better one that does not rest."""
+        where that is lost, a standby that is ready, better one that does not rest; where none is
+        known to be, the one that was named first."""
         stage = self._previous.stages[number]
         copies = standbys_of(stage)[kind]
         kept = [i for m in (copies[unit] if copies else ()) if (i := self._now[m]) is not None]
         old = self._now[owners_of(stage)[kind][unit]]
         if old is None:
             ready = sorted((i for i in kept if i in self._ready), key=self._rests.__contains__)
-            old = ready[0] if ready else None
+            old = next(iter((*ready, *kept)), None)
         return old, tuple(kept)
 
     def stages(self) -> tuple[Stage, ...]:
@@ -207,16 +213,17 @@ class _Way:
         owner = new if old is None or new not in self._unready else old
         wanted = tuple(i for i in (named[unit] if named else ()) if i != owner)
         before = tuple(i for i in (old, *kept) if i is not None)
-        complete = owner == new and all(
-            i == old or (i in kept and i in self._ready) for i in wanted
-        )
+        have = frozenset(i for i in before if i == old or i in self._ready)
+        # Who gives a unit away keeps it until a later plan: what it still owns of the part that the
+        # unit is in need not be loaded anew while replies wait.
+        complete = old == new and have.issuperset(wanted)
         spare = tuple(i for i in before if not complete or i in self._rests)
-        return _Unit(owner, ((new,) if owner != new else (), wanted, spare))
+        return _Unit(owner, ((new,) if owner != new else (), wanted, spare), have)
 
     def _named(self, units: Sequence[Sequence[Sequence[_Unit]]]) -> list[list[Copies]]:
         """Standbys by stage, kind and unit, as far as there is memory; empty: not even for the
         heirs."""
-        room, needs = Room(dict(enumerate(self._goal.members))), _Needs(self._goal)
+        room, needs = Room(dict(enumerate(self._goal.members))), self._needs
         for place, each in _every(units):
             room.own(each.owner, *needs.of(place))
         names: dict[_Place, list[int]] = {place: [] for place, _ in _every(units)}
@@ -230,6 +237,8 @@ class _Way:
                         names[place].append(member)
                     elif not rank:
                         return []
+        for place, each in _every(units):
+            names[place].sort(key=lambda i, have=each.have: i not in have)  # type: ignore[misc]
         return [
             [
                 _copies([names[number, kind, unit] for unit in range(len(of_kind))])
@@ -253,11 +262,11 @@ def _copies(names: Sequence[Sequence[int]]) -> Copies:
 class _Needs:
     """What the units of a plan take of the memory of who has them."""
 
-    def __init__(self, plan: Plan) -> None:
-        last = len(plan.stages) - 1
+    def __init__(self, plan: Plan, positions: int) -> None:
+        model, last = plan.model, len(plan.stages) - 1
         depths = [stage.end - stage.start for stage in plan.stages]
-        self._loads = [stage_loads(plan.model, d, n == last) for n, d in enumerate(depths)]
-        self._kv = [least_kv_bytes(plan.model, depth) for depth in depths]
+        self._loads = [stage_loads(model, d, n == last, positions) for n, d in enumerate(depths)]
+        self._kv = [least_kv_bytes(model, depth, positions) for depth in depths]
 
     def of(self, place: _Place) -> tuple[int, int]:
         """Bytes of a unit's weights with the least KV, and of this alone."""

@@ -296,6 +296,7 @@ class PlanMaker:
             replicas=self._config.replicas,
             rebalance=rebalance,
             ready=ready,
+            positions=self._log.largest,
         )
         if self._base is None or previous is None:
             return Staged(goal, moving=False)
@@ -305,11 +306,12 @@ class PlanMaker:
             resting=frozenset(m.node_id for m in here if self._out.rests(m, view)) - view.draining,
             ready=ready,
         )
-        return staged(previous, goal, standing)
+        return staged(previous, goal, standing, self._log.largest)
 
     def _ready(self, view: View) -> frozenset[str]:
         """Node ids of those that have all that the newest plan makes them keep."""
-        fence = self.target.fence if self.target else None
+        plan = self.target or self._base
+        fence = plan.fence if plan else None
         return frozenset(i for i, known in view.standbys_ready.items() if known == fence)
 
     def _prepared(self, current: Proposal, view: View, now: float) -> str:

@@ -51,6 +51,7 @@ def next_plan(
     replicas: int = 0,
     rebalance: bool = True,
     ready: AbstractSet[str] = frozenset(),
+    positions: int = 0,
 ) -> Plan:
     """The plan of `fence` by which those of `members` whose node ids are in `able` hold `model`.
 
@@ -58,7 +59,8 @@ def next_plan(
     boot than in the `previous` plan has lost what it held. `voters` and `old_voters` are node ids,
     the former of members. `replicas` standbys are named for each unit, as far as there are members
     and memory. Without `rebalance` members that own nothing get units only of those that are lost.
-    Of several standbys those of the node ids in `ready` come first.
+    Of several standbys those of the node ids in `ready` come first; they have room for a request of
+    so many `positions`.
     Raises `PlacementError` when the model does not fit, and `LocalProtocolError` when leader or
     voters are not members.
     """
@@ -103,7 +105,7 @@ def next_plan(
         stages=anew() if stages is None else stages,
         layout=layout,
     )
-    return name_standbys(plan, able=able, replicas=replicas, previous=previous)
+    return name_standbys(plan, able=able, replicas=replicas, previous=previous, positions=positions)
 
 
 def _same(one: ModelSpec, other: ModelSpec) -> bool:

@@ -263,21 +263,18 @@ class Replicas:
     def lacking(self) -> int:
         """Positions that lack of what is expected, over all requests and units; of each unit one
         step's lack by nature while steps run."""
-        return sum(
-            max(0, self._expected.get(request_id, 0) - self._logs.coverage.of(request_id, unit))
-            for request_id, unit in self._behind
-        )
+        return sum(self._lacks())
 
     @property
     def behind(self) -> int:
         """Positions that the one replica lacks that lacks the most of a request."""
-        return max(
-            (
-                self._expected.get(request_id, 0) - self._logs.coverage.of(request_id, unit)
-                for request_id, unit in self._behind
-            ),
-            default=0,
-        )
+        return max(self._lacks(), default=0)
+
+    def _lacks(self) -> Iterator[int]:
+        for request_id, unit in self._behind:
+            lack = self._expected.get(request_id, 0) - self._logs.coverage.of(request_id, unit)
+            # When steps have stopped, what comes of the last one is more than was expected.
+            yield max(0, lack)
 
     def began(self, computed: Mapping[int, int], now: float) -> None:
         """The plan is in force; so many positions of each request are computed by all owners."""

@@ -29,6 +29,7 @@ from p2pinfer.core.events import (
 )
 from p2pinfer.core.outbox import Outbox
 from p2pinfer.core.request_entry import Entry, conflict_of, contradicts, error, merge, note
+from p2pinfer.core.scheduler import capacity
 from p2pinfer.errors import ERROR_CODES
 from p2pinfer.limits import MAX_NODES, MAX_POSITIONS, MAX_REQUESTS, MAX_STEP_SLOTS
 from p2pinfer.types import Failover, Fence
@@ -58,6 +59,7 @@ class RequestLog:
 
     def __init__(self, config: NodeConfig, box: Outbox) -> None:
         self._orphan_timeout = config.orphan_timeout
+        self._max_positions = config.model.max_positions if config.model else MAX_POSITIONS
         self._box = box
         self._entries: dict[int, Entry] = {}
         self._gone: dict[int, None] = {}
@@ -70,6 +72,14 @@ class RequestLog:
     def running(self) -> int:
         """Requests that have not ended."""
         return sum(entry.ended is None for entry in self._entries.values())
+
+    @property
+    def largest(self) -> int:
+        """Positions that the largest request that has not ended may come to; 0: there is none."""
+        going = (entry for entry in self._entries.values() if entry.ended is None)
+        return max(
+            (capacity(e.prompt_tokens, e.params, self._max_positions) for e in going), default=0
+        )
 
     @property
     def deadline(self) -> float:

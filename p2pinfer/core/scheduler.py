@@ -50,6 +50,11 @@ class Work(Struct, frozen=True, kw_only=True):
     news: tuple[Piece, ...] = ()
 
 
+def capacity(prompt_tokens: int, params: SamplingParams, max_positions: int) -> int:
+    """Positions that a request may come to, its prompt included, with a model of so many."""
+    return min(prompt_tokens + params.max_tokens, max_positions)
+
+
 class _Request:
     """One request: its known tokens, and how many of them have their KV."""
 
@@ -64,7 +69,7 @@ class _Request:
         self.params = params
         self.tokens = list(prompt_ids)
         self.prompt_tokens = len(prompt_ids)
-        self.capacity = min(len(prompt_ids) + params.max_tokens, max_positions)
+        self.capacity = capacity(len(prompt_ids), params, max_positions)
         self.computed = 0
         self.placed = False
         """Nodes may hold its log, and KV of it."""

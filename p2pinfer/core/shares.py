@@ -41,9 +41,9 @@ class Shares(NamedTuple):
     lacking: int
 
 
-def stage_loads(model: ModelSpec, depth: int, last: bool) -> list[Load]:
+def stage_loads(model: ModelSpec, depth: int, last: bool, positions: int = 0) -> list[Load]:
     """What a stage of `depth` layers weighs, its least KV included; vocabulary in the last."""
-    kv = least_kv_bytes(model, depth)
+    kv = least_kv_bytes(model, depth, positions)
     loads = []
     for kind, times, more in (
         (UnitKind.HEAD, depth, kv),
@@ -61,9 +61,10 @@ def least_positions(model: ModelSpec) -> int:
     return min(MIN_KV_POSITIONS, model.max_positions)
 
 
-def least_kv_bytes(model: ModelSpec, depth: int) -> int:
-    """Bytes of KV that whoever has a head unit of `depth` layers must have room for."""
-    return kv_bytes_per_position(model, depth) * least_positions(model)
+def least_kv_bytes(model: ModelSpec, depth: int, positions: int = 0) -> int:
+    """Bytes of KV that whoever has a head unit of `depth` layers must have room for; `positions`
+    are those of a request that is under way."""
+    return kv_bytes_per_position(model, depth) * max(positions, least_positions(model))
 
 
 def room_of(member: Member) -> float:

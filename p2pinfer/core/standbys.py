@@ -28,13 +28,19 @@ from p2pinfer.types import Member, Plan, UnitKind
 
 
 def name_standbys(
-    plan: Plan, *, able: AbstractSet[str], replicas: int, previous: Plan | None = None
+    plan: Plan,
+    *,
+    able: AbstractSet[str],
+    replicas: int,
+    previous: Plan | None = None,
+    positions: int = 0,
 ) -> Plan:
     """The plan with up to `replicas` standbys for each unit, in place of those that it names.
 
     Only members that may own units and whose node ids are in `able` are named, as all owners are.
     `previous` is the plan before, of the same model: its owners and standbys that still live have
-    KV.
+    KV. Who keeps a unit has room for as many `positions` of KV: a request that is under way must
+    not lose its place to replicas.
     """
     members = {
         i: member
@@ -45,9 +51,9 @@ def name_standbys(
     load = _Load(members)
     for number, stage in enumerate(plan.stages):
         depth = stage.end - stage.start
-        loads = stage_loads(plan.model, depth, number == len(plan.stages) - 1)
+        loads = stage_loads(plan.model, depth, number == len(plan.stages) - 1, positions)
         owners = [each for each in owners_of(stage) if each]
-        kv = least_kv_bytes(plan.model, depth)
+        kv = least_kv_bytes(plan.model, depth, positions)
         namings.append(_Naming(loads, owners, load, kv=kv, crew=crew_size(plan.layout)))
     stages = []
     for number, (stage, naming) in enumerate(zip(plan.stages, namings, strict=True)):

@@ -230,6 +230,13 @@ class StageRunner:
             yield GiveHidden(owned.stage, x[:rows])
         return []
 
+    def open(self, request_id: int, positions: int) -> None:
+        """Make room for a request; an open one keeps what it has."""
+        for part in self._parts:
+            part.cache.open(request_id, positions)
+        for store in self._inputs.values():
+            store.open(request_id, positions)
+
     def forget(self, request_ids: Sequence[int]) -> None:
         """Free the KV of requests that ended."""
         for part in self._parts:
@@ -256,10 +263,7 @@ class StageRunner:
         row = 0
         for slot in slots:
             if slot.capacity:
-                for part in self._parts:
-                    part.cache.open(slot.request_id, slot.capacity)
-                for store in self._inputs.values():
-                    store.open(slot.request_id, slot.capacity)
+                self.open(slot.request_id, slot.capacity)
             end = slot.start + len(slot.tokens)
             runs.append(Run(slot.request_id, row, slot.start, end))
             row += len(slot.tokens)

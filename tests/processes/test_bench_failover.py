@@ -21,7 +21,7 @@ def bench(folder: Path, *flags: str) -> dict[str, Any]:
     """What one call prints; models lie in `folder`."""
     command = [sys.executable, "-m", "p2pinfer", "bench", "failover", "--shape", "tiny"]
     command += ["--base-port", str(free_base_port(4)), "--context", "64", "--runs", "1", "--json"]
-    command += ["--max-tokens", "200"]  # the nodes are asked some things before the kill
+    command += ["--max-tokens", "160"]  # the nodes are asked some things before the kill
     done = subprocess.run(
         [*command, *flags],
         env={**os.environ, "XDG_CACHE_HOME": str(folder)},
@@ -40,7 +40,7 @@ def bench(folder: Path, *flags: str) -> dict[str, Any]:
 def test_each_rung_is_run_and_measured(tmp_path: Path) -> None:
     """The same kill by each: tokens as without it, phases within the pause, and what it cost."""
     report = tmp_path / "report"
-    found = bench(tmp_path, "--pairs", "1", "--report", str(report))
+    found = bench(tmp_path, "--nodes", "3", "--pairs", "1", "--report", str(report))
     assert tuple(found["rungs"]) == available_rungs()
     assert found["same_tokens_by_all"]
     for rung, row in found["rungs"].items():

@@ -71,8 +71,8 @@ class ToyWorker:
         self._orders: deque[e.AnyOrder] = deque()
         self._frames: deque[tuple[bytes, bytes]] = deque()
         self._loaded: Topology | None = None
-        self._held = Fence()
-        """Of the plan whose units are held, loaded or not."""
+        self._held = self._in_force = Fence()
+        """Of the plan whose units are held, loaded or not; of the one that was activated since."""
         self._listeners: tuple[int, ...] = ()
         self._step: Step | None = None
         self._task: Task | None = None
@@ -147,7 +147,7 @@ class ToyWorker:
             standby_units_ready=self.units.kept - self.units.lacking,
             standby_units_wanted=self.units.kept,
             standby_behind=self.bulk.behind,
-            fence=engine.topology.plan.fence if engine else Fence(),
+            fence=self._in_force,
             compute_ms=20.0 * self.process.machine.pace if engine and engine.steps else 0.0,
         )
         self._say(stats)
@@ -304,9 +304,8 @@ class ToyWorker:
                 self._stop_steps()
             case e.StartRequest():
                 self._start(order)
-            case e.CancelRequest():
-                if self.maker is not None:
-                    self.maker.cancel(order.request_id)
+            case e.CancelRequest() if self.maker is not None:
+                self.maker.cancel(order.request_id)
             case e.StopWorker():
                 self.ended()
 
@@ -324,7 +323,7 @@ class ToyWorker:
         mine = topology(order.plan, order.me)
         taken = self.logs.coverage.fed & computed_units(order.plan, order.me).keys()
         self.units.hold(mine)
-        self._held = order.plan.fence
+        self._held, self._in_force = order.plan.fence, Fence()
         if taken:
             self._count_taken(filling)
         loaded = e.PlanLoaded(
@@ -368,7 +367,10 @@ class ToyWorker:
         mine = self._loaded
         if mine is None or mine.plan.fence != order.fence or self.engine is not None:
             return
+        self._in_force = order.fence
         self.units.forget(self.logs.adopt(order.logs))
+        for log in order.logs:
+            self.units.cache.open(log.request_id)
         judge = self.process.cluster.judge
         self.engine = ToyEngine(mine, self.logs, self.units, self.links, judge)
         judge.activated(self.process, order)

@@ -121,11 +121,12 @@ def test_a_vote_is_handed_over_too() -> None:
 
 
 def test_a_leader_hands_over_its_own_part() -> None:
-    """When the others say that they have it ready; when that plan is in force it leaves."""
+    """When the others say that they have it ready; when the plan is in force by which it keeps
+    nothing any more, it leaves."""
     bench = Bench.leader(ONE, TWO)
     stop(bench)
     reasons = []
-    for last in (False, True):
+    for last in (False, False, True):
         reasons += [fact.why for fact in bench.told(e.PlanProposed)]
         [plan] = [order.plan for order in bench.ordered(e.LoadPlan)]
         bench.worker(e.PlanLoaded(fence=plan.fence))
@@ -137,7 +138,8 @@ def test_a_leader_hands_over_its_own_part() -> None:
             bench.beat(who)
         if not last:
             bench.run(0.5, ONE, TWO)
-    assert reasons == ["node5 to own nothing", "node1, node2 ready to take over"]
+    found = ["node5 to own nothing", "node1, node2 ready to take over", "replicas are complete"]
+    assert reasons == found
     assert {plan.members[i].name for i in plan.stages[0].head_owners} == {"node1", "node2"}
     assert bench.ended() == LEFT
     kinds = [type(o.message) for o in bench.told(e.Send)]

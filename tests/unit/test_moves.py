@@ -50,15 +50,18 @@ def standbys(plan: Plan, unit: int) -> tuple[int, ...]:
 
 
 def test_a_newcomer_is_a_standby_first() -> None:
-    """It is named first for all that it is to own, and whoever owns and keeps it goes on."""
+    """Of all that it is to own; whoever owns and keeps it goes on, and comes before it if the owner
+    dies meanwhile."""
     before = after(None, nodes(2), replicas=1)
     plan, moving = step(before, nodes(3), {0, 1})
     assert (moves(before, plan), moving) == ([], True)
     goal = after(before, nodes(3), replicas=1)
     for unit, owner in enumerate(owners(goal)):
         if owner == 2:
-            assert standbys(plan, unit)[0] == 2
-            assert set(standbys(before, unit)) <= set(standbys(plan, unit))
+            assert standbys(plan, unit) == (*standbys(before, unit), 2)
+    lost = int(plan.members[owners(plan)[owners(goal).index(2)]].node_id, 16)
+    rest = [each for each in nodes(3) if each.node_id != f"{lost:016x}"]
+    assert set(owners(step(plan, rest)[0])) == {1 - lost}
 
 
 def test_who_is_ready_takes_over_and_the_owner_stays_a_standby() -> None:
@@ -99,22 +102,37 @@ def test_who_is_not_ready_takes_over_nothing() -> None:
 
 
 def test_without_replicas_there_are_standbys_only_to_move() -> None:
-    """They come with the move and go with it."""
+    """They come with the move, and go when whoever gave units away need not keep them any more."""
     plan = after(None, nodes(2))
     plan, _ = step(plan, nodes(3), replicas=0)
     assert {standbys(plan, unit) for unit in range(8)} == {(), (2,)}
     plan, _ = step(plan, nodes(3), {2}, replicas=0)
-    assert [set(owners(plan)), {standbys(plan, unit) for unit in range(8)}] == [{0, 1, 2}, {()}]
+    assert set(owners(plan)) == {0, 1, 2}
+    assert {standbys(plan, unit) for unit in range(8)} == {(), (0,), (1,)}
+    last, moving = step(plan, nodes(3), {0, 1, 2}, replicas=0)
+    assert (progress(plan, last), moving) == ("replicas are complete", False)
+    assert (owners(last), {standbys(last, unit) for unit in range(8)}) == (owners(plan), {()})
+
+
+def test_who_gives_a_unit_away_keeps_it_until_a_later_plan() -> None:
+    """Even where the goal's standby of it is another one, and has it: all are ready."""
+    before = after(None, nodes(3), replicas=1)
+    named, _ = step(before, nodes(4), {0, 1, 2})
+    plan, _ = step(named, nodes(4), {0, 1, 2, 3})
+    given = [unit for unit in range(8) if owners(plan)[unit] != owners(before)[unit]]
+    assert given
+    assert all(owners(before)[unit] in standbys(plan, unit) for unit in given)
 
 
 def test_a_lost_owner_is_waited_for_by_nobody() -> None:
-    """Its units go to standbys at once, and those that are ready come first."""
+    """Its units go to standbys at once: to those that are ready or, where that is not known, that
+    are named first."""
     before = after(None, nodes(2), replicas=1)
     named, _ = step(before, nodes(3), {0, 1})
     plan, _ = step(named, [member(0), member(2)], {0})
     assert set(owners(plan)) == {0}
     plan, _ = step(named, [member(0), member(2)], set())
-    assert set(owners(plan)) == {0, 2}
+    assert set(owners(plan)) == {0}
 
 
 def test_who_leaves_hands_over_first_and_keeps_until_others_have_it() -> None:
@@ -176,7 +194,7 @@ def test_where_memory_is_short_replicas_make_room_for_those_that_are_to_come() -
     plan, moving = step(before, nodes(4, **tight), {0, 1, 2})
     assert moving
     assert (standbys(before, 4), standbys(plan, 4)) == ((2,), (3,))
-    assert (standbys(before, 2), standbys(plan, 2)) == ((1,), (3, 1))
+    assert (standbys(before, 2), standbys(plan, 2)) == ((1,), (1, 3))
 
 
 def test_other_stages_are_reached_at_once() -> None:

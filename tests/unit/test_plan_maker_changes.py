@@ -80,6 +80,9 @@ def test_a_draining_member_loses_its_units_and_its_vote() -> None:
     bench.adopt(1, 2, 3)
     assert bench.requests.adopted[-1][1] == ()
     bench.look(1.0)
+    assert bench.proposed() == ["replicas are complete"]
+    bench.adopt(1, 2, 3)
+    bench.look(1.0)
     assert bench.proposed() == []
 
 

@@ -16,7 +16,7 @@ from p2pinfer.core.request_log import (
 )
 from p2pinfer.limits import MAX_REQUESTS, MAX_STEP_SLOTS
 from p2pinfer.wire import messages as m
-from tests.request_bench import OTHER, PROMPT, THIRD, Ledger, agreed, started
+from tests.request_bench import OTHER, PARAMS, PROMPT, THIRD, Ledger, agreed, started
 
 
 def test_a_request_starts_once() -> None:
@@ -48,6 +48,14 @@ def test_committed_tokens_go_to_their_serving_nodes() -> None:
     ledger.log.committed(e.TokensCommitted(fence=ledger.fence, tokens=found))
     assert ledger.drawn() == [(OTHER, [(0, 10)]), (THIRD, [(0, 20)])]
     assert ledger.log.running == 2
+
+
+def test_the_largest_request_is_one_that_has_not_ended() -> None:
+    """Its prompt and all tokens that it may get."""
+    ledger = Ledger()
+    assert ledger.log.largest == 0
+    ledger.forward().forward(request_id=2, serving=THIRD).started()
+    assert ledger.log.largest == len(PROMPT) + PARAMS.max_tokens
 
 
 def test_what_is_committed_again_is_sent_once() -> None:

@@ -8,8 +8,9 @@ import msgspec
 import pytest
 
 from p2pinfer.core.holdings import owners_of, standby_holdings, standbys_of, validate
-from p2pinfer.core.shares import least_kv_bytes
+from p2pinfer.core.shares import MIN_KV_POSITIONS, least_kv_bytes
 from p2pinfer.core.standbys import name_standbys
+from p2pinfer.core.topology import position_limit
 from p2pinfer.types import Plan
 from tests.plan_series import (
     HEAD_BYTES,
@@ -108,6 +109,18 @@ def test_standbys_need_room_for_the_least_kv_of_all_that_they_have() -> None:
     plan = after(None, members, replicas=2)
     assert sum(2 in copies for copies in plan.stages[0].head_standbys) == 0
     assert owners(plan).count(2) == 2
+
+
+def test_a_request_that_is_under_way_does_not_lose_its_place_to_replicas() -> None:
+    """Who keeps a unit has room for as many positions as it may come to; else nobody keeps it."""
+    model, longest = msgspec.structs.replace(MODEL, max_positions=8192), 2 * MIN_KV_POSITIONS
+    least = least_kv_bytes(model, model.num_layers)
+    members = [member(i, kv_bytes=8 * least) for i in range(2)]
+    assert position_limit(after(None, members, model=model, replicas=1)) < longest
+    plan = after(None, members, model=model, replicas=1, positions=longest)
+    assert plan.stages[0].head_standbys == ()
+    assert position_limit(plan) >= longest
+    assert plan.stages[0].mlp_standbys
 
 
 def test_warm_standbys_need_memory_for_one_owner_at_a_time() -> None:

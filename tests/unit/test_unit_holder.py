@@ -217,8 +217,11 @@ def test_what_is_still_owned_is_loaded_anew_in_the_background(folder: Path) -> N
     node.units.start_standbys()
     assert node.units.await_standbys(DEADLINE_S) == (1, 1)
     assert node.units.weight_bytes == 2 * fat
+    said = node.said
     assert node.units.trim()
     assert not node.units.trim()
+    # The plan is in force: who says that it loads would not be missed for long.
+    assert node.said == said
     assert node.units.weight_bytes == fat
     assert node.units.standby_weight_bytes > 0
     assert node.units.standby_ready == (1, 1)
@@ -353,14 +356,24 @@ def test_agreed_logs_say_what_is_of_use(folder: Path) -> None:
     """KV of requests that are gone is freed, in replicas too."""
     node, _ = holding_some(folder, standbys=True)
     told = msgspec.structs.replace(node.logs.snapshot()[0], tokens=(5, 9))
-    node.units.adopt(node.logs.adopt((told,)), (1,))
+    node.units.adopt(node.logs.adopt((told,)), {1: 8})
     assert node.logs.coverage.least(1) == 1
     assert node.units.kv_used_bytes > 0
     unit = next(iter(node.logs.coverage.fed))
     rows = node.units.read_kv(unit, 1, 0, 3)
-    node.units.adopt(node.logs.adopt(()), ())
+    node.units.adopt(node.logs.adopt(()), {})
     assert (node.units.kv_used_bytes, node.units.kv_standby_bytes) == (0, 0)
     assert not node.units.write_kv(unit, 1, 0, rows)
+
+
+def test_requests_that_are_agreed_on_have_their_place_at_once(folder: Path) -> None:
+    """So their KV can come from others before any step computes a position of them."""
+    node, _ = holding_some(folder, standbys=True)
+    unit = next(iter(node.logs.coverage.fed))
+    rows = node.units.read_kv(unit, 1, 0, 3)
+    assert not node.units.write_kv(unit, 2, 0, rows)
+    node.units.adopt((), {1: 8, 2: 8})
+    assert node.units.write_kv(unit, 2, 0, rows)
 
 
 def test_a_witness_holds_nothing(folder: Path) -> None:
@@ -369,7 +382,7 @@ def test_a_witness_holds_nothing(folder: Path) -> None:
     with pytest.raises(LocalProtocolError, match="witness"):
         node.load(base)
     node.load(placed(base, "1111", "11", "11111"))
-    node.units.adopt((), ())
+    node.units.adopt((), {})
     node.units.start_standbys()
     units = node.units
     assert (units.runner, units.weight_bytes, units.kv_used_bytes) == (None, 0, 0)
