@@ -59,8 +59,7 @@ def next_plan(
     boot than in the `previous` plan has lost what it held. `voters` and `old_voters` are node ids,
     the former of members. `replicas` standbys are named for each unit, as far as there are members
     and memory. Without `rebalance` members that own nothing get units only of those that are lost.
-    Of several standbys those of the node ids in `ready` come first; they have room for a request of
-    so many `positions`.
+    Standbys have room for a request of so many `positions`; those in `ready` (node ids) come first.
     Raises `PlacementError` when the model does not fit, and `LocalProtocolError` when leader or
     voters are not members.
     """
