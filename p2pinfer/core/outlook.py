@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from p2pinfer.core.agreement import RUNGS
 from p2pinfer.core.election import Election
 from p2pinfer.core.events import NodeConfig, WorkerStats
 from p2pinfer.core.leadership import Leadership
@@ -15,6 +16,8 @@ from p2pinfer.core.proposal import owners
 from p2pinfer.core.status import make_status
 from p2pinfer.errors import ClusterError
 from p2pinfer.wire.messages import Heartbeat
+
+_NEVER = dict.fromkeys(RUNGS, 0)
 
 
 class Outlook:
@@ -78,6 +81,7 @@ class Outlook:
             membership=self._near.table,
             own=own,
             stats=stats,
+            restored=leadership.maker.resumption.restored if leadership else _NEVER,
         )
 
     def plan_object(self, without: str, leadership: Leadership | None) -> dict[str, Any]:

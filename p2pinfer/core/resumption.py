@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import inf
 
-from p2pinfer.core.agreement import Agreed
+from p2pinfer.core.agreement import RUNGS, Agreed
 from p2pinfer.core.events import Fact, RequestRestored, TokensCommitted
 from p2pinfer.core.outbox import Outbox
 
@@ -56,6 +56,8 @@ class Resumption:
         self._failed_at = inf
         self._proposed_at = inf
         self._open: dict[int, _Standstill] = {}
+        self.restored = dict.fromkeys(RUNGS, 0)
+        """How often requests went on under a new plan, by rung."""
 
     def lost(self, now: float) -> None:
         """A member is known to be gone; the first one since the last plan in force counts."""
@@ -84,6 +86,7 @@ class Resumption:
                 still.detect_s = max(earlier.detect_s, detect_s)
                 still.noticed_at, still.proposed_at = earlier.noticed_at, earlier.proposed_at
             self._open[news.request_id] = still
+            self.restored[news.rung] += 1
             self._box.add(
                 RequestRestored(
                     request_id=news.request_id,

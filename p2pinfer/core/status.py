@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -30,13 +31,15 @@ def make_status(
     membership: Membership,
     own: Heartbeat,
     stats: WorkerStats,
+    restored: Mapping[str, int],
 ) -> Json:
     """The status object; `plan` is the one in force here, `own` this node's present heartbeat.
 
     Fields: as the README lists them; `rtt_ms` is null where none was measured, `waiting` is null
     when the cluster is ready. Members that are gone are listed with their state, and own nothing.
     `counters` are those of the answering node's worker: `steps` and the times but `wait_s` since
-    the plan in force was adopted, the rest since it started.
+    the plan in force was adopted, the rest since it started; and `restored`: how often, by rung,
+    requests went on under a new plan since this node leads.
     """
     peers: list[tuple[Member, Peer | None]] = [(membership.me, None)]
     peers += [(peer.member, peer) for peer in membership.everybody()]
@@ -55,7 +58,7 @@ def make_status(
         "voters": [plan.members[index].name for index in plan.voters] if plan else [],
         "tolerates": _tolerated(plan, membership) if plan and ready else [],
         "members": [_member(member, peer, plan, own) for member, peer in peers],
-        "counters": _counters(stats),
+        "counters": _counters(stats) | {"restored": dict(restored)},
     }
 
 

@@ -100,3 +100,11 @@ def test_requests_that_were_not_interrupted_are_not_told_of() -> None:
     bench.resumption.proposed(1.0)
     bench.activate(2.0)
     assert bench.commit(3.0, 2, request_id=9) == []
+
+
+def test_what_went_on_is_counted_by_rung() -> None:
+    """Once for each request and plan."""
+    bench = Bench()
+    bench.activate(1.0, "node2", requests=2)
+    bench.activate(2.0)
+    assert bench.resumption.restored == {"none": 0, "replica": 3, "recompute": 0, "replay": 0}
