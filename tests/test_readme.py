@@ -179,7 +179,6 @@ def transcript(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Transcript]
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.xdist_group("readme")
 @pytest.mark.parametrize("command", commands(), ids=lambda command: command.split("\n")[0][:60])
 def test_a_command_of_the_readme_does_what_it_says(command: str, transcript: Transcript) -> None:
     """It ends with exit code 0 and says what it should."""
@@ -199,7 +198,6 @@ def fields_of(value: Any) -> Any:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.xdist_group("readme")
 def test_the_json_objects_have_the_fields_that_the_readme_shows(transcript: Transcript) -> None:
     """`submit prompt --json` and `status --json` print the very fields, at all depths."""
     shown = [json.loads(block) for block in blocks("json")]

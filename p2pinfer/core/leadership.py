@@ -177,6 +177,7 @@ class Leadership:
                 hung=frozenset(node_id for node_id, word in others if word.hung),
                 outcasts=self._outcasts,
                 slow=self._slow,
+                deaf=self._pace.deaf(self._me, now),
                 draining=frozenset(node_id for node_id, word in words if word.draining),
                 paused=frozenset(node_id for node_id, word in words if word.paused),
                 standbys_ready={

@@ -21,6 +21,9 @@ from p2pinfer.wire.messages import Heartbeat
 IDLE_S = 5.0
 """A member whose step counter stood still for so long is idle: what it showed before is old."""
 
+DEAF_S = 2.0
+"""Heartbeats tell of steps several times a second."""
+
 NOISE_MS = 2.0
 """A step that is computed in less says more of the system's noise than of the member's speed."""
 
@@ -32,6 +35,9 @@ class _Runner:
     boot_id: str
     steps: int = 0
     seen_at: float = -inf
+    """When it last finished a step."""
+    moved_at: float = -inf
+    """The same, or when it was first heard of."""
     compute_ms: float = 0.0
     slow_since: float = inf
     fine_since: float = inf
@@ -51,11 +57,24 @@ class Pace:
         """A member tells how many steps it has finished and how long it computes for one."""
         runner = self._runners.get(heartbeat.node_id)
         if runner is None or runner.boot_id != heartbeat.boot_id:
-            runner = _Runner(heartbeat.boot_id, heartbeat.steps)
+            runner = _Runner(heartbeat.boot_id, heartbeat.steps, moved_at=now)
             self._runners[heartbeat.node_id] = runner
         if heartbeat.steps != runner.steps:
-            runner.steps, runner.seen_at = heartbeat.steps, now
+            runner.steps = heartbeat.steps
+            runner.seen_at = runner.moved_at = now
             runner.compute_ms = heartbeat.compute_ms
+
+    def deaf(self, leader_id: str, now: float) -> frozenset[str]:
+        """Node ids of those that have finished no step for `DEAF_S`, while the leader did: steps do
+        not reach them any more."""
+        leader = self._runners.get(leader_id)
+        if leader is None or now - leader.moved_at > DEAF_S:
+            return frozenset()
+        return frozenset(
+            node_id
+            for node_id, runner in self._runners.items()
+            if leader.moved_at - runner.moved_at > DEAF_S
+        )
 
     def slow(self, plan: Plan, own: Heartbeat, now: float) -> Mapping[str, float]:
         """Node ids of those that are to own nothing for a while, and how many times too slow they

@@ -24,6 +24,7 @@ from p2pinfer.core.plan_rules import (
     boots,
     decide,
     may_work,
+    out_of_step,
 )
 from p2pinfer.core.planner import PlacementError, may_own
 from p2pinfer.core.proposal import Proposal, owners
@@ -203,7 +204,7 @@ class PlanMaker:
             situation,
             lost=_names(gone),
             unfit=_names(unfit),
-            astray=_names(current.astray(now)),
+            astray=_names((*current.astray(now), *self._deaf(view, now))),
             newcomers=_names(m for m in self._listed(view, voters) if boot(m) in at_hand - listed),
             fit_again=_names(m for m in able if boot(m) in missing),
             votes=change_of_votes(plan, voters, view.living) if current.activated else "",
@@ -211,6 +212,10 @@ class PlanMaker:
             loading=() if current.activated else _names(current.unanswered(here)),
             prepared=self._prepared(current, view, now),
         )
+
+    def _deaf(self, view: View, now: float) -> tuple[Member, ...]:
+        listening = self._current.listening(now) if self._current else ()
+        return out_of_step(listening, view, self._patience, now)
 
     def _hands_over(self, member: Member, view: View, current: Proposal) -> bool:
         """Whether a member is to hand over what it owns; one that leaves, what it keeps too."""
@@ -339,6 +344,7 @@ class PlanMaker:
         rebalance = decision.rebalance or (self._current is not None and self._current.moving)
         fence = Fence(self._term, self._epoch + 1)
         self._out.let_rest(self._current.owners if self._current else (), view, now)
+        self._be_patient(self._deaf(view, now), now)
         try:
             found = self._next(view, rebalance=rebalance)
         except PlacementError as error:

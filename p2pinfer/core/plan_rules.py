@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from math import inf
 
 from p2pinfer.types import Fence, Member
 
@@ -52,6 +53,8 @@ class View:
     """When a member last came or went, in seconds."""
 
     paused: frozenset[str] = frozenset()
+    deaf: frozenset[str] = frozenset()
+    """Those that steps do not reach, though they take part."""
     standbys_ready: Mapping[str, Fence] = field(default_factory=dict)
     """Those that have all that they keep for others, with the fence of the plan that this is by."""
 
@@ -232,6 +235,15 @@ def _prepared(s: Situation) -> Decision | None:
     if not s.prepared:
         return None
     return Decision(propose=True, why=s.prepared, rebalance=True)
+
+
+def out_of_step(
+    members: Iterable[Member], view: View, patience: Mapping[Boot, float], now: float
+) -> tuple[Member, ...]:
+    """Those of the members that steps do not reach any more: only a new plan brings them back. Who
+    is so again and again is left alone for longer and longer (`patience`, in seconds)."""
+    deaf = (member for member in members if member.node_id in view.deaf)
+    return tuple(member for member in deaf if now >= patience.get(boot(member), -inf))
 
 
 _RULES: tuple[Callable[[Situation], Decision | None], ...] = (

@@ -26,6 +26,7 @@ from p2pinfer.core.agreement import (
 from p2pinfer.core.events import TokenLog
 from p2pinfer.core.holdings import standbys_of
 from p2pinfer.core.outbox import Outbox
+from p2pinfer.core.pace import DEAF_S
 from p2pinfer.core.plan_rules import Boot, boot
 from p2pinfer.core.planner import stage_members
 from p2pinfer.core.timing import Timing
@@ -274,6 +275,12 @@ class Proposal:
         late = self._unheard() if now >= self.activated_at + self._timing.straggle else frozenset()
         away = late | self._strayed
         return tuple(member for member in self.plan.members if member.node_id in away)
+
+    def listening(self, now: float) -> tuple[Member, ...]:
+        """Members that get the steps of the plan; nobody while it is not in force for long."""
+        if not self.activated or now < self.activated_at + DEAF_S:
+            return ()
+        return tuple(self.plan.members[index] for index in self.listeners)
 
     def _unheard(self) -> frozenset[str]:
         """Members that have not yet said that they obey this plan; the leader itself does."""

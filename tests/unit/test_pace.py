@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import pytest
 from msgspec.structs import replace
 
-from p2pinfer.core.pace import IDLE_S, Pace
+from p2pinfer.core.pace import DEAF_S, IDLE_S, Pace
 from p2pinfer.core.planner import make_plan
 from p2pinfer.core.timing import LAN
 from p2pinfer.types import DType, Fence, Member, ModelSpec, Plan
@@ -94,6 +94,26 @@ def test_a_little_slower_is_not_slow() -> None:
     """Less than slow_factor is what a plan of equal shares has to bear."""
     bench = Bench(member(1), member(2), member(3))
     assert bench.run(3 * LAN.slow_after, (10, 10, 25)) == {}
+
+
+def test_whom_no_step_reaches_is_deaf() -> None:
+    """While the leader finishes steps; who was just heard of is given time, and so are all when the
+    cluster is idle."""
+    bench = Bench(member(1), member(2), member(3))
+    leader = member(1).node_id
+    assert bench.pace.deaf(leader, bench.now) == frozenset()
+    bench.run(1.0, (10, 10, 10))
+    deafened = bench.word(member(3), 10)
+    for _ in range(5):
+        bench.now += 0.5
+        bench.steps += 1
+        for who in (1, 2):
+            bench.pace.heard(bench.word(member(who), 10), bench.now)
+        bench.pace.heard(deafened, bench.now)
+    assert bench.pace.deaf(leader, bench.now) == {member(3).node_id}
+    bench.pace.heard(bench.word(member(4), 10), bench.now)
+    assert bench.pace.deaf(leader, bench.now) == {member(3).node_id}
+    assert bench.pace.deaf(leader, bench.now + DEAF_S + 0.1) == frozenset()
 
 
 def test_the_leader_may_be_slow_too() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from p2pinfer.core import events as e
+from p2pinfer.core.pace import DEAF_S
 from p2pinfer.core.timing import LAN
 from p2pinfer.types import Fence
 from p2pinfer.wire import messages as m
@@ -181,6 +182,27 @@ def test_a_member_that_never_obeys_is_asked_anew() -> None:
     assert len(bench.proposed()) == 1
     bench.look(0.5)
     assert bench.proposed() == ["node2 obeyed the plan no more"]
+
+
+def test_a_new_epoch_brings_back_whom_no_step_reaches() -> None:
+    """Not before it had the time to hear any; if that does not help, less and less often."""
+    bench = serving()
+    bench.lose(3)
+    bench.look()
+    bench.adopt(1, 2)
+    bench.proposed()
+    bench.look(DEAF_S - 0.1, deaf={member(2).node_id})
+    assert bench.proposed() == []
+    bench.look(0.2)
+    assert bench.proposed() == ["node2 obeyed the plan no more"]
+    bench.adopt(1, 2)
+    bench.look(DEAF_S)
+    assert bench.proposed() == ["node2 obeyed the plan no more"]
+    bench.adopt(1, 2)
+    bench.look(DEAF_S)
+    assert bench.proposed() == []
+    bench.look(LAN.unable_for)
+    assert len(bench.proposed()) == 1
 
 
 def test_a_straggler_takes_part_from_the_next_plan_on() -> None:
