@@ -38,6 +38,8 @@ class _Runner:
     """When it last finished a step."""
     moved_at: float = -inf
     """The same, or when it was first heard of."""
+    busy_since: float = inf
+    """Since then it has finished a step again and again, without a pause of `DEAF_S`."""
     compute_ms: float = 0.0
     slow_since: float = inf
     fine_since: float = inf
@@ -61,6 +63,8 @@ class Pace:
             self._runners[heartbeat.node_id] = runner
         if heartbeat.steps != runner.steps:
             runner.steps = heartbeat.steps
+            if now - runner.moved_at > DEAF_S or runner.busy_since == inf:
+                runner.busy_since = now
             runner.seen_at = runner.moved_at = now
             runner.compute_ms = heartbeat.compute_ms
 
@@ -73,7 +77,7 @@ class Pace:
         return frozenset(
             node_id
             for node_id, runner in self._runners.items()
-            if leader.moved_at - runner.moved_at > DEAF_S
+            if leader.moved_at - max(runner.moved_at, leader.busy_since) > DEAF_S
         )
 
     def slow(self, plan: Plan, own: Heartbeat, now: float) -> Mapping[str, float]:

@@ -114,6 +114,10 @@ def test_whom_no_step_reaches_is_deaf() -> None:
     bench.pace.heard(bench.word(member(4), 10), bench.now)
     assert bench.pace.deaf(leader, bench.now) == {member(3).node_id}
     assert bench.pace.deaf(leader, bench.now + DEAF_S + 0.1) == frozenset()
+    bench.now += DEAF_S + 0.1
+    bench.steps += 1
+    bench.pace.heard(bench.word(member(1), 10), bench.now)
+    assert bench.pace.deaf(leader, bench.now) == frozenset()
 
 
 def test_the_leader_may_be_slow_too() -> None:
