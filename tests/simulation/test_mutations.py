@@ -12,9 +12,9 @@ from tests.simulation.mutations import MUTATIONS, mutated
 from tests.simulation.run import simulate
 
 FOUND_BY = {
-    "fence-unchecked": 485,
+    "fence-unchecked": 66,
     "gap-unchecked": 60,
-    "held-unchecked": 40,
+    "held-unchecked": 27,
     "emitted-before-commit": 0,
     "owners-not-needed": 5,
     "watermark-off-by-one": 2,
@@ -26,13 +26,13 @@ FOUND_BY = {
     "delta-digest-unchecked": 15,
     "coverage-not-cut": 432,
     "freed-replica-counted": 4,
-    "promotion-trusted": 4,
+    "promotion-trusted": 196,
     "vote-not-persisted": 27,
     "votes-for-all": 369,
     "older-plan-voted-for": 30,
     "acked-before-persisted": 0,
     "half-elects": 9,
-    "owner-without-ack": 5,
+    "owner-without-ack": 181,
     "two-voters-added": 0,
     "resume-without-hash": 0,
 }
