@@ -198,12 +198,6 @@ def _slot_reused() -> AbstractContextManager[None]:
     return _patched((ToyEngine, "_rows", placed))
 
 
-def _inputs_of_another_log_counted() -> AbstractContextManager[None]:
-    """Inputs of another log counted: they are not cut with the log, so that KV is made of what
-    other tokens came to."""
-    return _patched((Inputs, "cut", lambda *_: None))
-
-
 def _inputs_beyond_a_hole_counted() -> AbstractContextManager[None]:
     """Inputs count from whichever position on they were written."""
 
@@ -400,7 +394,6 @@ MUTATIONS: dict[str, Mutation] = {
     "watermark-off-by-one": _watermark_off_by_one,
     "stale-coverage-trusted": _stale_coverage_trusted,
     "slot-reused": _slot_reused,
-    "inputs-of-another-log": _inputs_of_another_log_counted,
     "inputs-beyond-a-hole": _inputs_beyond_a_hole_counted,
     "delta-beyond-a-gap": _delta_beyond_a_gap,
     "delta-digest-unchecked": _delta_digest_unchecked,
