@@ -200,7 +200,7 @@ class UnitHolder:
             self._arrange(model, *wanted)
             self._keep_inputs(mine)
             self._load_own(model, mine.holdings)
-        except BaseException:  # no KV is left without units
+        except BaseException:  # whatever it is: coverage of KV that is not held would be believed
             self._own, self._parts, self._places, self._trunks = frozenset(), [], {}, {}
             self._trims, self._inputs = [], {}
             self._logs.coverage.lose(self._logs.coverage.computed | self._logs.coverage.fed)

@@ -284,3 +284,13 @@ class Bench:
         self.hear(leader, m.Propose(plan=plan))
         self.worker(e.PlanLoaded(fence=plan.fence, logs=logs))
         self.hear(leader, m.Activate(fence=plan.fence))
+
+
+def answers(bench: Bench) -> list[str]:
+    """How its clients' wishes were answered: `done`, or the code of the failure."""
+    messages = [reply.message for reply in bench.told(e.ReplyTo)]
+    return [
+        "done" if isinstance(message, m.Done) else message.code
+        for message in messages
+        if isinstance(message, m.Done | m.Failed)
+    ]

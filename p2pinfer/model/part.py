@@ -86,7 +86,7 @@ class Part:
             self.stage, self._pieces = done.value, None
             self.warm = False  # nobody reads the files from now on
             return None
-        except BaseException as error:
+        except BaseException as error:  # whatever it is, half-loaded weights are of no use
             self.error = str(error).partition("\n")[0] or type(error).__name__
             self.unload()
             raise
@@ -107,7 +107,7 @@ class Part:
         except StopIteration:
             self.warm, self.error, self._pages = True, "", None
             return None
-        except BaseException as error:
+        except BaseException as error:  # whatever it is, `status` is to say why nothing is warm
             self.error = str(error).partition("\n")[0] or type(error).__name__
             self.warm, self._pages = False, None
             raise

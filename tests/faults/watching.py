@@ -15,7 +15,7 @@ from math import inf
 from typing import Any, Protocol
 
 from p2pinfer.client import Client, Moved
-from p2pinfer.cluster import LocalNode
+from p2pinfer.cluster import LocalCluster, LocalNode
 from p2pinfer.errors import ClusterError
 from p2pinfer.types import Failover, SamplingParams
 from p2pinfer.wire.messages import Chunk, Finished
@@ -139,6 +139,13 @@ def _parts(seen: dict[str, Any], which: str) -> set[tuple[int, str, int]]:
 def owners(node: LocalNode) -> set[str]:
     """The names of the members that own units, as a node sees it."""
     return {m["name"] for m in status(node).get("members", ()) if m["owned"]}
+
+
+def mend(cluster: LocalCluster) -> None:
+    """Start again all nodes that have ended; it does not wait for them."""
+    for index, node in enumerate(cluster.nodes):
+        if node.ending:
+            cluster.nodes[index] = cluster.start_node(index)
 
 
 def leader(cluster: Cluster) -> str:

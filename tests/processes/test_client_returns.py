@@ -22,7 +22,7 @@ from typing import IO
 import pytest
 
 from p2pinfer.cluster import LocalCluster, LocalNode, free_base_port
-from tests.faults.watching import Diary, all_own, all_vote, kill, others, pick, until
+from tests.faults.watching import Diary, all_own, all_vote, kill, mend, others, pick, until
 
 pytestmark = pytest.mark.xdist_group("client_returns")
 
@@ -100,9 +100,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
 @pytest.fixture
 def trio(nodes: LocalCluster) -> LocalCluster:
     """Three nodes, all there, with a vote and units."""
-    for index, node in enumerate(nodes.nodes):
-        if node.ending:
-            nodes.nodes[index] = nodes.start_node(index)
+    mend(nodes)
     until(lambda: all_vote(nodes, 3) and all_own(nodes), what="the cluster with all three")
     return nodes
 

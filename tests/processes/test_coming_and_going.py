@@ -20,6 +20,7 @@ from tests.faults.watching import (
     all_vote,
     facts,
     member,
+    mend,
     others,
     owners,
     pick,
@@ -46,9 +47,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
 @pytest.fixture
 def trio(nodes: LocalCluster) -> LocalCluster:
     """Three nodes, all there, with a vote and units, and all of these with a standby."""
-    for index, node in enumerate(nodes.nodes):
-        if node.ending:
-            nodes.nodes[index] = nodes.start_node(index)
+    mend(nodes)
     until(lambda: all_vote(nodes, 3) and all_own(nodes), what="the cluster with all three")
     until(lambda: all_protected(nodes), what="a standby for every unit")
     return nodes

@@ -29,6 +29,7 @@ from tests.faults.watching import (
     kill,
     leader,
     member,
+    mend,
     others,
     pick,
     status,
@@ -59,9 +60,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
 @pytest.fixture
 def trio(nodes: LocalCluster) -> LocalCluster:
     """Three nodes, all there and with a vote."""
-    for index, node in enumerate(nodes.nodes):
-        if node.ending:
-            nodes.nodes[index] = nodes.start_node(index)
+    mend(nodes)
     until(lambda: all_vote(nodes, 3), what="the cluster with all three")
     return nodes
 

@@ -7,7 +7,7 @@ from p2pinfer.core.departure import ELECTIONS, GRACE_S, MAX_WISHES
 from p2pinfer.core.timing import LAN
 from p2pinfer.types import Fence, Plan
 from p2pinfer.wire import messages as m
-from tests.node_bench import CLUSTER, Bench, member, plan_of
+from tests.node_bench import CLUSTER, Bench, answers, member, plan_of
 
 ONE, TWO = member(1), member(2)
 DRAIN_S = 10.0
@@ -22,16 +22,6 @@ def stop(bench: Bench) -> None:
 def drain(bench: Bench, name: str, request_id: int = 1) -> None:
     """A client of this node asks for a member to leave."""
     bench.client(m.Drain(request_id=request_id, name=name))
-
-
-def answers(bench: Bench) -> list[str]:
-    """How its clients' wishes were answered: `done`, or the code of the failure."""
-    messages = [reply.message for reply in bench.told(e.ReplyTo)]
-    return [
-        "done" if isinstance(message, m.Done) else message.code
-        for message in messages
-        if isinstance(message, m.Done | m.Failed)
-    ]
 
 
 def without(bench: Bench, *, votes: bool = False) -> Plan:

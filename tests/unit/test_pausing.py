@@ -10,7 +10,7 @@ from p2pinfer.core import events as e
 from p2pinfer.core.pausing import GRACE_S, MAX_WISHES
 from p2pinfer.types import Fence, Plan
 from p2pinfer.wire import messages as m
-from tests.node_bench import Bench, member, plan_of
+from tests.node_bench import Bench, answers, member, plan_of
 
 ONE, TWO = member(1), member(2)
 DRAIN_S = 10.0
@@ -19,16 +19,6 @@ DRAIN_S = 10.0
 def pause(bench: Bench, name: str, request_id: int = 1, *, resume: bool = False) -> None:
     """A client of this node asks for a member to be paused, or resumed."""
     bench.client(m.Pause(request_id=request_id, name=name, resume=resume))
-
-
-def answers(bench: Bench) -> list[str]:
-    """How its clients' wishes were answered: `done`, or the code of the failure."""
-    messages = [reply.message for reply in bench.told(e.ReplyTo)]
-    return [
-        "done" if isinstance(message, m.Done) else message.code
-        for message in messages
-        if isinstance(message, m.Done | m.Failed)
-    ]
 
 
 def paused(bench: Bench, name: str = "node5") -> Any:
