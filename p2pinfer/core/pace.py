@@ -1,4 +1,4 @@
-"""Which members are much slower than their share of the model predicts.
+"""Which members are much slower than their share of the model predicts, and which get no steps.
 
 Decoding reads every weight once per token, so bytes of weights per millisecond of computing is the
 speed of a member, whatever its share. A plan gives shares by `weight`, so speed is compared per
@@ -35,9 +35,7 @@ class _Runner:
     boot_id: str
     steps: int = 0
     seen_at: float = -inf
-    """When it last finished a step."""
-    moved_at: float = -inf
-    """The same, or when it was first heard of."""
+    """When it last finished a step, or was first heard of."""
     busy_since: float = inf
     """Since then it has finished a step again and again, without a pause of `DEAF_S`."""
     compute_ms: float = 0.0
@@ -59,25 +57,25 @@ class Pace:
         """A member tells how many steps it has finished and how long it computes for one."""
         runner = self._runners.get(heartbeat.node_id)
         if runner is None or runner.boot_id != heartbeat.boot_id:
-            runner = _Runner(heartbeat.boot_id, heartbeat.steps, moved_at=now)
+            runner = _Runner(heartbeat.boot_id, heartbeat.steps, seen_at=now)
             self._runners[heartbeat.node_id] = runner
         if heartbeat.steps != runner.steps:
             runner.steps = heartbeat.steps
-            if now - runner.moved_at > DEAF_S or runner.busy_since == inf:
+            if now - runner.seen_at > DEAF_S or runner.busy_since == inf:
                 runner.busy_since = now
-            runner.seen_at = runner.moved_at = now
+            runner.seen_at = now
             runner.compute_ms = heartbeat.compute_ms
 
     def deaf(self, leader_id: str, now: float) -> frozenset[str]:
         """Node ids of those that have finished no step for `DEAF_S`, while the leader did: steps do
         not reach them any more."""
         leader = self._runners.get(leader_id)
-        if leader is None or now - leader.moved_at > DEAF_S:
+        if leader is None or now - leader.seen_at > DEAF_S:
             return frozenset()
         return frozenset(
             node_id
             for node_id, runner in self._runners.items()
-            if leader.moved_at - max(runner.moved_at, leader.busy_since) > DEAF_S
+            if leader.seen_at - max(runner.seen_at, leader.busy_since) > DEAF_S
         )
 
     def slow(self, plan: Plan, own: Heartbeat, now: float) -> Mapping[str, float]:
