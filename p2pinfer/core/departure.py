@@ -9,39 +9,21 @@ by an operator it stays if it owns anything still.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import inf
 
-from p2pinfer.core.events import Draining, NodeConfig, Output, ReplyTo
+from p2pinfer.core.events import Draining, NodeConfig
 from p2pinfer.core.holdings import holdings, standby_holdings
 from p2pinfer.core.membership import Peer
 from p2pinfer.core.neighbours import Neighbours
 from p2pinfer.core.outbox import Outbox
 from p2pinfer.core.pausing import Pausing
-from p2pinfer.limits import MAX_REASON_CHARS
+from p2pinfer.core.wishes import Wishes
 from p2pinfer.types import Member, Plan
-from p2pinfer.wire.messages import Done, Drain, Failed, MemberState, Pause
-
-GRACE_S = 2.0
-"""How much longer than `drain_timeout` the asked node waits for another one to leave."""
+from p2pinfer.wire.messages import Drain, MemberState, Pause
 
 ELECTIONS = 4
 """A node that was told to end waits for so many elections where nobody leads: most are won sooner,
 and what it holds is worth a new leader's plan."""
-
-MAX_WISHES = 64
-"""Clients that wait for a member to leave; the oldest is turned away first."""
-
-
-@dataclass(slots=True)
-class _Wish:
-    """A client of this node waits for a member to leave."""
-
-    route: bytes
-    request_id: int
-    name: str
-    until: float
-    node_id: str
 
 
 class Departure:
@@ -60,15 +42,14 @@ class Departure:
         self._until = inf
         self._leaderless_until = inf
         """Until when a leader to make a plan is waited for; inf: one leads."""
-        self._wishes: list[_Wish] = []
+        self._wishes: Wishes[Drain] = Wishes(config.drain_timeout, box)
         self.pausing = Pausing(config, near, box)
 
     @property
     def deadline(self) -> float:
         """When this wants to look again."""
         leaderless = self._leaderless_until if self._anyway else inf
-        wishes = (wish.until for wish in self._wishes)
-        return min((self._until, leaderless, self.pausing.deadline, *wishes))
+        return min(self._until, leaderless, self.pausing.deadline, self._wishes.deadline)
 
     # --- asked ------------------------------------------------------------------------------------
 
@@ -87,16 +68,12 @@ class Departure:
         peer = next((p for p in self._near.table.living() if p.member.name == name), None)
         own = name in ("", self._me.name)
         about = self._me.node_id if own else peer.member.node_id if peer else ""
-        until = now + self._timeout + GRACE_S
-        wish = _Wish(route, message.request_id, name, until, about)
         if not about:
             names = ", ".join(sorted(m.name for m in self._near.table.members()))
-            self._fail(wish, "invalid_request", f"no member is called {name}; there are: {names}")
+            reason = f"no member is called {name}; there are: {names}"
+            self._wishes.refuse(message, route, "invalid_request", reason)
             return
-        for oldest in self._wishes[: -MAX_WISHES + 1]:
-            self._wishes.remove(oldest)
-            self._fail(oldest, "overloaded", f"{MAX_WISHES} such wishes have come since")
-        self._wishes.append(wish)
+        self._wishes.add(message, route, about, now)
         if own:
             self.for_good |= not name
             self._drain(now)
@@ -122,12 +99,12 @@ class Departure:
     def lost(self, member: Member, state: MemberState) -> None:
         """A member is gone: perhaps the one that a client waits for."""
         self.pausing.lost(member)
-        for wish in self._about(member.node_id):
+        for wish in self._wishes.about(member.node_id):
             if state is MemberState.LEFT:
-                self._box.add(_answer(wish, Done(request_id=wish.request_id)))
+                self._wishes.done(wish)
             else:
                 reason = f"{member.name} died before it had handed over its part"
-                self._fail(wish, "node_lost", reason)
+                self._wishes.fail(wish, "node_lost", reason)
 
     def look(self, plan: Plan | None, *, ready: bool, began: bool, led: bool, now: float) -> bool:
         """Whether this node is to leave now.
@@ -137,9 +114,8 @@ class Departure:
         another.
         """
         self.pausing.look(plan, ready=ready, now=now)
-        for wish in [wish for wish in self._wishes if now >= wish.until]:
-            self._wishes.remove(wish)
-            self._fail(wish, "not_ready", self._too_late(wish.name or self._me.name))
+        for wish in self._wishes.too_old(now):
+            self._wishes.fail(wish, "not_ready", self._too_late(wish.message.name or self._me.name))
         if not self.draining:
             return False
         patience = min(self._leaderless_until, now + self._election_s)
@@ -156,28 +132,20 @@ class Departure:
             return True
         self._until = inf
         self.draining = self.for_good = False
-        for wish in self._about(self._me.node_id):
-            self._fail(wish, "not_ready", self._too_late(self._me.name))
+        for wish in self._wishes.about(self._me.node_id):
+            self._wishes.fail(wish, "not_ready", self._too_late(self._me.name))
         return False
 
     def end(self, error: str) -> None:
         """This node ends now, as it was told (`error` empty) or because it cannot go on: nobody
         waits for an answer any more."""
         self.pausing.end()
-        wishes, self._wishes = self._wishes, []
-        for wish in wishes:
-            if wish.node_id != self._me.node_id:
-                self._fail(wish, "leaving", f"{self._me.name} is leaving; ask another node")
-            elif error:
-                self._fail(wish, "node_lost", f"{self._me.name} cannot go on: {error}")
+        for wish in self._wishes.about(self._me.node_id):
+            if error:
+                self._wishes.fail(wish, "node_lost", f"{self._me.name} cannot go on: {error}")
             else:
-                self._box.add(_answer(wish, Done(request_id=wish.request_id)))
-
-    def _about(self, node_id: str) -> list[_Wish]:
-        """The wishes about a member, which are taken off the list."""
-        found = [wish for wish in self._wishes if wish.node_id == node_id]
-        self._wishes = [wish for wish in self._wishes if wish.node_id != node_id]
-        return found
+                self._wishes.done(wish)
+        self._wishes.turn_away(f"{self._me.name} is leaving; ask another node")
 
     def _holds_nothing(self, plan: Plan | None, ready: bool, began: bool) -> bool:
         """Whether the plan in force gives this node no unit, to own or to keep, and no vote.
@@ -217,16 +185,3 @@ class Departure:
             f"{name} could not hand over its part within {self._timeout:g} s: the others may lack "
             f"memory, or the cluster a leader; see p2pinfer plan --without {name}"
         )
-
-    def _fail(self, wish: _Wish, code: str, message: str) -> None:
-        failed = Failed(
-            request_id=wish.request_id,
-            code=code,
-            message=message[:MAX_REASON_CHARS],
-            retryable=code != "invalid_request",
-        )
-        self._box.add(_answer(wish, failed))
-
-
-def _answer(wish: _Wish, message: Done | Failed) -> Output:
-    return ReplyTo(route=wish.route, message=message)

@@ -9,32 +9,15 @@ keeps, and is paused no more.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import inf
 
-from p2pinfer.core.events import NodeConfig, ReplyTo
+from p2pinfer.core.events import NodeConfig
 from p2pinfer.core.neighbours import Neighbours
 from p2pinfer.core.outbox import Outbox
 from p2pinfer.core.planner import holdings, may_own
-from p2pinfer.limits import MAX_REASON_CHARS
+from p2pinfer.core.wishes import Wish, Wishes
 from p2pinfer.types import Member, Plan
-from p2pinfer.wire.messages import Done, Failed, Pause
-
-GRACE_S = 2.0
-"""How much longer than `drain_timeout` the asked node waits for another one to hand over."""
-
-MAX_WISHES = 64
-"""Clients that wait for a member; the oldest is turned away first."""
-
-
-@dataclass(slots=True)
-class _Wish:
-    """A client of this node waits for a member to be paused, or resumed."""
-
-    route: bytes
-    message: Pause
-    node_id: str
-    until: float
+from p2pinfer.wire.messages import Pause
 
 
 class Pausing:
@@ -48,12 +31,12 @@ class Pausing:
         self._box = box
         self._until = inf
         """Until when this node waits for others to take over what it owns."""
-        self._wishes: list[_Wish] = []
+        self._wishes: Wishes[Pause] = Wishes(config.drain_timeout, box)
 
     @property
     def deadline(self) -> float:
         """When this wants to look again."""
-        return min((self._until, *(wish.until for wish in self._wishes)))
+        return min(self._until, self._wishes.deadline)
 
     def paused_ids(self) -> frozenset[str]:
         """Node ids of the members that are paused, by what they say."""
@@ -68,21 +51,15 @@ class Pausing:
         name = message.name or self._me.name
         members = {m.name: m for m in reversed(self._near.table.members())}
         member = members.get(name)
-        wish = _Wish(
-            route, message, member.node_id if member else "", now + self._timeout + GRACE_S
-        )
+        reason = ""
         if member is None:
-            names = ", ".join(sorted(members))
-            self._fail(wish, "invalid_request", f"no member is called {name}; there are: {names}")
+            reason = f"no member is called {name}; there are: {', '.join(sorted(members))}"
+        elif not message.resume and not self._others(member):
+            reason = f"nobody else may own units: without {name} no reply would go on; start a node"
+        if member is None or reason:
+            self._wishes.refuse(message, route, "invalid_request", reason)
             return
-        if not message.resume and not self._others(member):
-            text = f"nobody else may own units: without {name} no reply would go on; start a node"
-            self._fail(wish, "invalid_request", text)
-            return
-        for oldest in self._wishes[: -MAX_WISHES + 1]:
-            self._wishes.remove(oldest)
-            self._fail(oldest, "overloaded", f"{MAX_WISHES} such wishes have come since")
-        self._wishes.append(wish)
+        self._wishes.add(message, route, member.node_id, now)
         if member.node_id == self._me.node_id:
             self._pause(not message.resume, now)
         else:
@@ -111,9 +88,8 @@ class Pausing:
 
     def lost(self, member: Member) -> None:
         """A member is gone: perhaps the one that a client waits for."""
-        for wish in [wish for wish in self._wishes if wish.node_id == member.node_id]:
-            self._wishes.remove(wish)
-            self._fail(wish, "node_lost", f"{member.name} is gone")
+        for wish in self._wishes.about(member.node_id):
+            self._wishes.fail(wish, "node_lost", f"{member.name} is gone")
 
     def look(self, plan: Plan | None, *, ready: bool, now: float) -> None:
         """Answer those whose wish is fulfilled, or cannot be. `plan` is the one in force here, and
@@ -121,35 +97,29 @@ class Pausing:
         handed_over = ready and plan is not None and _owns_nothing(plan, self._me.node_id)
         if self.paused and handed_over:
             self._until = inf
-        for wish in list(self._wishes):
-            if self._fulfilled(wish, plan if ready else None):
-                self._wishes.remove(wish)
-                done = Done(request_id=wish.message.request_id)
-                self._box.add(ReplyTo(route=wish.route, message=done))
-            elif now >= wish.until:
-                self._wishes.remove(wish)
-                self._fail(wish, "not_ready", self._too_late(wish))
+        obeyed = plan if ready else None
+        for wish in self._wishes.take(lambda wish: self._fulfilled(wish, obeyed)):
+            self._wishes.done(wish)
+        for wish in self._wishes.too_old(now):
+            self._wishes.fail(wish, "not_ready", self._too_late(wish))
         if now >= self._until:
             self._until = inf
             self.paused = False
             self._near.speak_soon(now)
-            for wish in [w for w in self._wishes if w.node_id == self._me.node_id]:
-                self._wishes.remove(wish)
-                self._fail(wish, "not_ready", self._too_late(wish))
+            for wish in self._wishes.about(self._me.node_id):
+                self._wishes.fail(wish, "not_ready", self._too_late(wish))
 
     def end(self) -> None:
         """This node ends now: nobody waits for an answer any more."""
-        wishes, self._wishes = self._wishes, []
-        for wish in wishes:
-            self._fail(wish, "leaving", f"{self._me.name} is leaving; ask another node")
+        self._wishes.turn_away(f"{self._me.name} is leaving; ask another node")
 
-    def _fulfilled(self, wish: _Wish, plan: Plan | None) -> bool:
+    def _fulfilled(self, wish: Wish[Pause], plan: Plan | None) -> bool:
         paused = wish.node_id in self.paused_ids()
         if wish.message.resume:
             return not paused
         return paused and plan is not None and _owns_nothing(plan, wish.node_id)
 
-    def _too_late(self, wish: _Wish) -> str:
+    def _too_late(self, wish: Wish[Pause]) -> str:
         name = wish.message.name or self._me.name
         if wish.message.resume:
             return f"{name} has not answered within {self._timeout:g} s; see p2pinfer status"
@@ -157,15 +127,6 @@ class Pausing:
             f"{name} could not hand over its units within {self._timeout:g} s: the others may lack "
             f"memory, or the cluster a leader; see p2pinfer plan --without {name}"
         )
-
-    def _fail(self, wish: _Wish, code: str, message: str) -> None:
-        failed = Failed(
-            request_id=wish.message.request_id,
-            code=code,
-            message=message[:MAX_REASON_CHARS],
-            retryable=code != "invalid_request",
-        )
-        self._box.add(ReplyTo(route=wish.route, message=failed))
 
 
 def _owns_nothing(plan: Plan, node_id: str) -> bool:

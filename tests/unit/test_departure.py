@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from p2pinfer.core import events as e
-from p2pinfer.core.departure import ELECTIONS, GRACE_S, MAX_WISHES
+from p2pinfer.core.departure import ELECTIONS
 from p2pinfer.core.timing import LAN
+from p2pinfer.core.wishes import GRACE_S, MAX_WISHES
 from p2pinfer.types import Fence, Plan
 from p2pinfer.wire import messages as m
 from tests.node_bench import CLUSTER, Bench, answers, member, plan_of

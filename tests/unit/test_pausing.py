@@ -7,7 +7,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from p2pinfer.core import events as e
-from p2pinfer.core.pausing import GRACE_S, MAX_WISHES
+from p2pinfer.core.wishes import GRACE_S, MAX_WISHES
 from p2pinfer.types import Fence, Plan
 from p2pinfer.wire import messages as m
 from tests.node_bench import Bench, answers, member, plan_of
