@@ -57,7 +57,7 @@ from p2pinfer.errors import (
 )
 from p2pinfer.lifeline import die_with_parent
 from p2pinfer.limits import MAX_CONTROL_BYTES, MAX_VOCAB
-from p2pinfer.node_setup import LocalModel, check_worker_ports, node_config, worker_config
+from p2pinfer.node_setup import LocalModel, await_worker_ports, node_config, worker_config
 from p2pinfer.pipe import PipeClosed
 from p2pinfer.serving import Serving
 from p2pinfer.signals import StopSignals
@@ -81,6 +81,9 @@ CONTROL_HWM: Final = 1024
 
 FRAMES_PER_TURN: Final = 256
 """Frames handled before timers are looked at again, whoever floods us."""
+
+FORMER_WORKER_S: Final = 10.0
+"""How long the worker of this node's former life may take to end where CPUs are busy."""
 
 PROBE_S: Final = 1.0
 """A fresh connect that is not answered by then was not refused."""
@@ -143,7 +146,7 @@ class Daemon:
         self._worker_ready = self._told_ready = False
         self._clock = LoopClock()
         with ExitStack() as undo:
-            self._pair = self._listen(undo)
+            self._pair = self._listen(undo, FORMER_WORKER_S if state.read() else 0.0)
             # Started before the model is hashed: importing torch takes as long.
             self._worker = WorkerProcess(settings.threads)
             undo.callback(self._worker.stop)
@@ -164,7 +167,7 @@ class Daemon:
             self._undo = undo.pop_all()
         self._introduce(model, spec, config.member)
 
-    def _listen(self, undo: ExitStack) -> SocketPair:
+    def _listen(self, undo: ExitStack, patience_s: float) -> SocketPair:
         host, port = parse_address(self._settings.listen)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         undo.callback(context.term)
@@ -172,7 +175,7 @@ class Daemon:
         pair = SocketPair(context, limits=limits)
         undo.callback(pair.shutdown, GOODBYE_MS)
         pair.bind(host, port)
-        check_worker_ports(host, port)
+        await_worker_ports(host, port, patience_s)
         return pair
 
     def _introduce(self, model: LocalModel | None, spec: ModelSpec | None, member: Member) -> None:

@@ -83,8 +83,10 @@ class Leader:
         if step is None:
             return None
         self._rows = sum(len(slot.tokens) for slot in step.slots)
-        self._announce(step)
+        # First in the leader's own log, which is the truth of its term: should sending it fail, those
+        # that have it already must not hold more than that.
         self._engine.write(step)
+        self._announce(step)
         self._say(self._maker.sent(time.monotonic()))
         self._engine.clock.python_s += time.perf_counter() - began
         # The others compute already: what the step before has written goes out now.

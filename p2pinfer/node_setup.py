@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from p2pinfer.config import PORTS_PER_NODE, NodeSettings, parse_address
 from p2pinfer.core.events import NodeConfig
@@ -17,6 +20,8 @@ from p2pinfer.model.tokenizer import Tokenizer
 from p2pinfer.pipe import WorkerConfig
 from p2pinfer.state_dir import StateDir, new_identity
 from p2pinfer.types import DType, Member, ModelSpec
+
+PORT_POLL_S: Final = 0.05
 
 
 @dataclass(frozen=True)
@@ -102,17 +107,31 @@ def worker_config(
     )
 
 
-def check_worker_ports(host: str, port: int) -> None:
-    """Raise `UsageError` when the worker of the node on `port` could not listen on its own two."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+def await_worker_ports(host: str, port: int, patience_s: float) -> None:
+    """Wait until the worker of the node on `port` can listen on its own two.
+
+    Raises `UsageError` if it cannot after `patience_s`: a node that was killed leaves a worker
+    behind that ends with it, but gives gigabytes back before it closes its ports.
+    """
+    deadline = time.monotonic() + patience_s
+    pause = threading.Event()
     for other in range(port + 1, port + PORTS_PER_NODE):
-        with socket.socket(family) as probe:
-            # As libzmq binds: connections of a node that has just ended do not count.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("" if host == "*" else host, other))
-            except OSError as error:
+        while why := _taken(host, other):
+            if time.monotonic() >= deadline:
                 raise UsageError(
-                    f"port {other} is taken on {host}: {error.strerror}; a node uses its port and "
-                    f"the next {PORTS_PER_NODE - 1}: choose another address with --listen"
-                ) from error
+                    f"port {other} is taken on {host}: {why}; a node uses its port and the next "
+                    f"{PORTS_PER_NODE - 1}: choose another address with --listen"
+                )
+            pause.wait(PORT_POLL_S)
+
+
+def _taken(host: str, port: int) -> str:
+    """Why a port cannot be had; empty: it can."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        # As libzmq binds: connections of a node that has just ended do not count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("" if host == "*" else host, port))
+        except OSError as error:
+            return error.strerror or str(error)
+    return ""

@@ -155,7 +155,9 @@ class StepEngine:
         """This node has nothing more to do in a step: note how long it took, with its waits."""
         self.owes = 0
         rows = sum(len(slot.tokens) for slot in step.slots)
-        if rows and not self._recomputed_rows:
+        # Who only takes note of the tokens would later find any step of its own overdue.
+        waits = self.topology.leads or self.topology.roles
+        if rows and waits and not self._recomputed_rows:
             self._step_clock.finished(rows, time.monotonic() - self._began)
         if rows:
             self._recomputed_rows = 0

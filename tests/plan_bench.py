@@ -55,6 +55,7 @@ class Requests:
     def __init__(self) -> None:
         self.unwanted: set[int] = set()
         self.largest = 0
+        self.running = 0
         self.adopted: list[tuple[tuple[Agreed, ...], tuple[str, ...], float, bool]] = []
 
     def wants(self, request_id: int) -> bool:

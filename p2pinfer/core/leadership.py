@@ -136,7 +136,7 @@ class Leadership:
             case TokensCommitted():
                 self._hearing.step_succeeded()
                 self._log.committed(report)
-                self.maker.resumption.committed(report, now)
+                self.maker.committed(report, now)
             case FenceSettled():
                 self._log.settled(report)
             case _:

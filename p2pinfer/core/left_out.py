@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
+from math import inf
 from typing import NamedTuple
 
 from p2pinfer.core.plan_rules import Boot, View, boot, boots
@@ -29,6 +30,8 @@ class LeftOut:
         """Those that could not even take part without units."""
         self._resting: dict[Boot, Refusal] = {}
         """Those that were too slow."""
+        self._late: dict[Boot, float] = {}
+        """Those that were late, or out of step, and from when on they may begin an epoch again."""
         self._times: dict[Boot, int] = {}
         self._timing = timing
 
@@ -36,7 +39,8 @@ class LeftOut:
     def deadlines(self) -> tuple[float, ...]:
         """When members are to be tried again; some may be over."""
         every = (self.unable, self.useless, self._resting)
-        return tuple(refusal.until for each in every for refusal in each.values())
+        untils = [refusal.until for each in every for refusal in each.values()]
+        return (*untils, *self._late.values())
 
     def forget_old(self, here: AbstractSet[Boot], now: float) -> None:
         """Forget what is over, and all about lives that are not here."""
@@ -44,12 +48,23 @@ class LeftOut:
             for life in [i for i, r in refusals.items() if i not in here or now >= r.until]:
                 del refusals[life]
         self._times = {life: times for life, times in self._times.items() if life in here}
+        self._late = {life: at for life, at in self._late.items() if life in here}
 
     def until(self, member: Member, now: float) -> float:
         """When to try a member again that could not do its part: each time after twice as long."""
         times = self._times.get(boot(member), 0)
         self._times[boot(member)] = times + 1
         return now + min(self._timing.unable_max, self._timing.unable_for * (1 << min(times, 10)))
+
+    def be_patient(self, late: Iterable[Member], now: float) -> None:
+        """Who is late again and again shall not begin an epoch each time."""
+        for member in late:
+            first = boot(member) not in self._late
+            self._late[boot(member)] = now if first else self.until(member, now)
+
+    def has_patience(self, member: Member, now: float) -> bool:
+        """Whether a member is left alone for now, though it is late."""
+        return now < self._late.get(boot(member), -inf)
 
     def let_rest(self, owners: Iterable[Member], view: View, now: float) -> None:
         """A slow owner owns nothing for a while: without units nobody sees how fast it is."""

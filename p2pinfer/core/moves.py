@@ -59,21 +59,28 @@ def staged(previous: Plan, goal: Plan, standing: Standing, positions: int = 0) -
     return Staged(goal, moving=False)
 
 
-def progress(before: Plan, after: Plan) -> str:
-    """Why the plan `after` is worth an epoch, or empty: members that were standbys take over, or
-    replicas are given up, with none that are new."""
+class Progress(NamedTuple):
+    """Why a plan is worth an epoch; empty: it is not. `trims`: it only gives replicas up."""
+
+    why: str = ""
+    trims: bool = False
+
+
+def progress(before: Plan, after: Plan) -> Progress:
+    """Whether by the plan `after` members that were standbys take over, or replicas are given up,
+    with none that are new."""
     if not _same_spans(before, after):
-        return ""
+        return Progress()
     old = [owner for stage in before.stages for owners in owners_of(stage) for owner in owners]
     new = [owner for stage in after.stages for owners in owners_of(stage) for owner in owners]
     lives = [[(m.node_id, m.boot_id) for m in plan.members] for plan in (before, after)]
     heirs = {i for o, i in zip(old, new, strict=True) if lives[0][o] != lives[1][i]}
     if heirs:
         names = ", ".join(after.members[i].name for i in sorted(heirs))
-        return f"{names} ready to take over"
+        return Progress(f"{names} ready to take over")
     had, has = _holders(before), _holders(after)
     fewer = had != has and all(a >= b for a, b in zip(had, has, strict=True))
-    return "replicas are complete" if fewer else ""
+    return Progress("replicas are complete", trims=True) if fewer else Progress()
 
 
 class Steps:
@@ -84,17 +91,28 @@ class Steps:
         self.deadline = inf
         """When to look again."""
         self._key: object = None
-        self._why = ""
+        self._found = Progress()
 
-    def look(self, key: object, find: Callable[[], str], earliest: float, now: float) -> str:
+    def look(
+        self,
+        key: object,
+        find: Callable[[], Progress],
+        *,
+        earliest: float,
+        trims_from: float,
+        now: float,
+    ) -> str:
         """Why to propose now, by `find`; nothing before `earliest`: those that are ready at about
-        the same time take over together."""
+        the same time take over together. Nothing is only given up before `trims_from`."""
         self.deadline = earliest if now < earliest else inf
         if now < earliest:
             return ""
         if key != self._key:
-            self._key, self._why = key, find()
-        return self._why
+            self._key, self._found = key, find()
+        if self._found.trims and now < trims_from:
+            self.deadline = trims_from
+            return ""
+        return self._found.why
 
 
 def _same_spans(one: Plan, other: Plan) -> bool:

@@ -11,9 +11,10 @@ from collections.abc import Iterable
 from math import inf
 
 from p2pinfer.core.agreement import same_bits
-from p2pinfer.core.events import NodeConfig, PlanFailed, PlanProposed
+from p2pinfer.core.events import NodeConfig, PlanFailed, PlanProposed, TokensCommitted
 from p2pinfer.core.left_out import LeftOut, Refusal
-from p2pinfer.core.moves import Staged, Standing, Steps, progress, staged
+from p2pinfer.core.lull import Lull
+from p2pinfer.core.moves import Progress, Staged, Standing, Steps, progress, staged
 from p2pinfer.core.outbox import Outbox
 from p2pinfer.core.plan_rules import (
     Boot,
@@ -24,7 +25,6 @@ from p2pinfer.core.plan_rules import (
     boots,
     decide,
     may_work,
-    out_of_step,
 )
 from p2pinfer.core.planner import PlacementError, may_own
 from p2pinfer.core.proposal import Proposal, owners
@@ -81,9 +81,9 @@ class PlanMaker:
         """Who was lost since the last plan in force, and after what silence."""
         self._out = LeftOut(config.timing)
         self._steps = Steps()
+        self._lull = Lull(config.timing)
         self._unplaceable = _NOTHING
         """The able members for which no plan could be made, and why."""
-        self._patience: dict[Boot, float] = {}
         self._step_failed = ""
 
     # --- what it knows ----------------------------------------------------------------------------
@@ -112,9 +112,9 @@ class PlanMaker:
             self._view.quiet_since + self._timing.settle,
             self._unplaceable[1].until,
             *self._out.deadlines,
-            *self._patience.values(),
             *(self._current.deadlines if self._current else ()),
             self._steps.deadline,
+            self._lull.deadline,
         )
         return min((time for time in times if time > self._looked_at), default=inf)
 
@@ -147,7 +147,6 @@ class PlanMaker:
 
     def _forget_old(self, here: frozenset[Boot], now: float) -> None:
         self._out.forget_old(here, now)
-        self._patience = {life: at for life, at in self._patience.items() if life in here}
         if now >= self._unplaceable[1].until:
             self._unplaceable = _NOTHING
 
@@ -185,37 +184,30 @@ class PlanMaker:
         at_hand = boots(self._at_hand(view))
         current.relieved &= self._out.relieved(view)
         gone = (m for m in plan.members if boot(m) not in here | current.gone)
-        unfit = (
-            m
-            for m in current.holders
-            if boot(m) in here
-            and (
-                (boot(m) in boots(current.owners) and self._out.cannot(m, view))
-                or (self._hands_over(m, view, current) and boot(m) not in current.relieved)
-            )
-        )
+        unfit = (m for m in current.owners if boot(m) in here and self._out.cannot(m, view))
+        kept = (m for m in current.holders if boot(m) in here - current.relieved)
         missing = listed - current.offered
-        late = (
-            m
-            for m in plan.members
-            if m.node_id in current.late and now >= self._patience.get(boot(m), -inf)
-        )
+        late = (m for m in plan.members if m.node_id in current.late)
         return dataclasses.replace(
             situation,
             lost=_names(gone),
             unfit=_names(unfit),
+            relieved=_names(m for m in kept if self._hands_over(m, view, current)),
             astray=_names((*current.astray(now), *self._deaf(view, now))),
             newcomers=_names(m for m in self._listed(view, voters) if boot(m) in at_hand - listed),
             fit_again=_names(m for m in able if boot(m) in missing),
             votes=change_of_votes(plan, voters, view.living) if current.activated else "",
-            stragglers=_names(late),
+            stragglers=_names(m for m in late if not self._out.has_patience(m, now)),
             loading=() if current.activated else _names(current.unanswered(here)),
             prepared=self._prepared(current, view, now),
+            lull=not current.activated or self._lull.is_now(self._log.running, now),
         )
 
     def _deaf(self, view: View, now: float) -> tuple[Member, ...]:
+        """Those that steps do not reach any more: only a new plan brings them back."""
         listening = self._current.listening(now) if self._current else ()
-        return out_of_step(listening, view, self._patience, now)
+        deaf = (m for m in listening if m.node_id in view.deaf)
+        return tuple(m for m in deaf if not self._out.has_patience(m, now))
 
     def _hands_over(self, member: Member, view: View, current: Proposal) -> bool:
         """Whether a member is to hand over what it owns; one that leaves, what it keeps too."""
@@ -330,21 +322,29 @@ class PlanMaker:
             boots(self._able(view)),
         )
 
-        def find() -> str:
+        def find() -> Progress:
             try:
                 found = self._next(view, rebalance=True)
             except PlacementError:
-                return ""
+                return Progress()
             return progress(current.plan, found.plan)
 
-        return self._steps.look(key, find, current.activated_at + self._timing.settle, now)
+        staying = {m.node_id for m in view.living if not m.witness} - view.draining
+        complete = staying <= self._ready(view)
+        return self._steps.look(
+            key,
+            find,
+            earliest=current.activated_at + self._timing.settle,
+            trims_from=current.activated_at + (0.0 if complete else self._timing.replicas_late),
+            now=now,
+        )
 
     def _propose(self, view: View, decision: Decision, now: float) -> None:
         able = self._able(view)
         rebalance = decision.rebalance or (self._current is not None and self._current.moving)
         fence = Fence(self._term, self._epoch + 1)
         self._out.let_rest(self._current.owners if self._current else (), view, now)
-        self._be_patient(self._deaf(view, now), now)
+        self._out.be_patient(self._deaf(view, now), now)
         try:
             found = self._next(view, rebalance=rebalance)
         except PlacementError as error:
@@ -465,6 +465,11 @@ class PlanMaker:
 
     # --- in force ---------------------------------------------------------------------------------
 
+    def committed(self, report: TokensCommitted, now: float) -> None:
+        """Replies go on under the plan in force."""
+        self._lull.stepped(now)
+        self.resumption.committed(report, now)
+
     def _advance(self, now: float) -> None:
         """Put the newest plan in force once it is acknowledged and its logs are here."""
         current, view = self._current, self._view
@@ -479,20 +484,15 @@ class PlanMaker:
             return
         lost, detect_s = self._out.interrupted(self._base, current.owners, view, self._missed)
         exact = self._base is None or same_bits(self._base, current.plan)
-        self._be_patient(current.unanswered(here), now)
+        self._out.be_patient(current.unanswered(here), now)
         self._base, self._base_active, self._first = current.plan, True, False
         self._missed = {}
         # What could not be made from nothing may follow from this plan.
         self._unplaceable = _NOTHING
         current.activate(agreed, now)
+        self._lull.activated(now)
         self._log.adopt(agreed, lost, detect_s, exact, now)
         self.resumption.activated(agreed, lost, detect_s, now)
-
-    def _be_patient(self, late: Iterable[Member], now: float) -> None:
-        """Who is late again and again shall not begin an epoch each time."""
-        for member in late:
-            first = boot(member) not in self._patience
-            self._patience[boot(member)] = now if first else self._out.until(member, now)
 
 
 def _names(members: Iterable[Member]) -> tuple[str, ...]:

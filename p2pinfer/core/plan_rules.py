@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from math import inf
 
 from p2pinfer.types import Fence, Member
 
@@ -95,7 +94,10 @@ class Situation:
     """Its members that are gone, even if they are back."""
 
     unfit: Names = ()
-    """Its owners that are to own nothing."""
+    """Its owners that cannot compute."""
+
+    relieved: Names = ()
+    """Its members that are to hand over what they have."""
 
     step_failed: str = ""
     astray: Names = ()
@@ -122,6 +124,9 @@ class Situation:
     settled: bool = True
     """No member has come or gone for a while."""
 
+    lull: bool = True
+    """A plan may interrupt replies that could as well go on."""
+
 
 @dataclass(frozen=True, slots=True)
 class Decision:
@@ -137,7 +142,7 @@ class Decision:
 
 def decide(situation: Situation) -> Decision:
     """What the first rule says that has something to say."""
-    for rule in _RULES:
+    for rule in (*_RULES, *(_PATIENT_RULES if situation.lull else ())):
         if decision := rule(situation):
             return decision
     return Decision(propose=False)
@@ -189,6 +194,12 @@ def _unfit(s: Situation) -> Decision | None:
     return Decision(propose=True, why=why)
 
 
+def _relieved(s: Situation) -> Decision | None:
+    if not s.relieved:
+        return None
+    return Decision(propose=True, why=f"{_names(s.relieved)} to own nothing")
+
+
 def _step_failed(s: Situation) -> Decision | None:
     return Decision(propose=True, why=s.step_failed) if s.step_failed else None
 
@@ -237,15 +248,6 @@ def _prepared(s: Situation) -> Decision | None:
     return Decision(propose=True, why=s.prepared, rebalance=True)
 
 
-def out_of_step(
-    members: Iterable[Member], view: View, patience: Mapping[Boot, float], now: float
-) -> tuple[Member, ...]:
-    """Those of the members that steps do not reach any more: only a new plan brings them back. Who
-    is so again and again is left alone for longer and longer (`patience`, in seconds)."""
-    deaf = (member for member in members if member.node_id in view.deaf)
-    return tuple(member for member in deaf if now >= patience.get(boot(member), -inf))
-
-
 _RULES: tuple[Callable[[Situation], Decision | None], ...] = (
     _worker,
     _suspects,
@@ -257,6 +259,10 @@ _RULES: tuple[Callable[[Situation], Decision | None], ...] = (
     _unfit,
     _step_failed,
     _astray,
+)
+
+_PATIENT_RULES: tuple[Callable[[Situation], Decision | None], ...] = (
+    _relieved,
     _newcomers,
     _loading,
     _fit_again,

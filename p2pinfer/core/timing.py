@@ -47,6 +47,16 @@ class Timing(Struct, frozen=True, kw_only=True):
     """How long the membership must be quiet before a plan for more members: 3 * heartbeat_every, so
     that several nodes that start together make one plan."""
 
+    undisturbed: float = 0.3
+    """How long replies go on before a plan that can wait interrupts them again: several tokens."""
+
+    undisturbed_max: float = 2.0
+    """How long such a plan waits where replies do not go on: a long prompt is being read."""
+
+    replicas_late: float = 10.0
+    """How long replicas that are too many are kept while others are loaded: given up one after the
+    other, each would cost a pause."""
+
     hang_after: float = 0.7
     """A worker that says nothing for so long hangs: as dead_after, for the same reason. Stretched
     to 3 times the longest pause that its steps have shown of late."""
@@ -77,6 +87,7 @@ LAN = Timing()
 TEST = Timing(
     settle=0.1,
     straggle=0.5,
+    replicas_late=2.0,
     hello_retry=0.25,
     unable_for=1.0,
     unable_max=8.0,

@@ -17,10 +17,16 @@ from p2pinfer.cluster import LocalCluster, free_base_port
 from p2pinfer.errors import ClusterError, UsageError
 from p2pinfer.types import SamplingParams
 from p2pinfer.wire.messages import Accepted, Finished
-from tests.faults.watching import status, until
+from tests.faults.watching import kill, status, until
 from tests.processes.command_line import DEADLINE_S, all_gone, family, finish, node_flags, start_cli
 
 PROMPT = "Once upon a time"
+
+
+def is_free(port: int) -> bool:
+    """Whether nobody listens there."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
 # --- starting -------------------------------------------------------------------------------------
@@ -50,6 +56,19 @@ def test_a_request_before_the_cluster_is_ready_waits_and_is_served(tmp_path: Pat
         assert isinstance(list(events)[-1], Finished)
     finally:
         cluster.stop()
+
+
+def test_a_node_waits_for_what_is_left_of_its_former_life(tmp_path: Path) -> None:
+    """The worker of a node that was killed may end some time after it: until then it has a port."""
+    port = free_base_port(1)
+    with LocalCluster(1, threads=1, base_port=port, folder=tmp_path) as cluster:
+        kill(*cluster.nodes)
+        until(lambda: is_free(port + 1), what="the end of the worker")
+        with socket.create_server(("127.0.0.1", port + 1)):
+            cluster.nodes[0] = cluster.start_node(0)
+            until(lambda: not is_free(port), what="the new node, which listens")
+            assert not cluster.nodes[0].ending
+        until(lambda: status(cluster.nodes[0]).get("ready"), what="the node")
 
 
 # --- what cannot start ----------------------------------------------------------------------------

@@ -144,8 +144,9 @@ class ToyLinks:
         """Send one numbered frame; raises `StepBroken` when a link that is needed takes no more."""
         active = self.gate.active
         assert active is not None
-        target = active.plan.members[member]
-        if not self._put_out(steps_address(target), message):
+        address = steps_address(active.plan.members[member])
+        self._open[address] = ready = self._open[address] or self._say_open(address)
+        if not (ready and self._put_out(address, message)):
             self._trouble(active, member, "takes no frame")
 
     def _put_out(self, address: str, message: Message) -> bool:

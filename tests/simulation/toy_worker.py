@@ -425,12 +425,12 @@ class ToyWorker:
     def _leads(self, engine: ToyEngine, maker: StepMaker, step: Step) -> Task:
         began = self.process.machine.monotonic()
         self._set_limit(step, began)
+        engine.write(step)
+        self.bulk.stepped(step)
         for member in self._listeners:
             if member not in self.links.deaf:
                 number = self.links.next_sequence(member)
                 self.links.send(member, replace(step, link_seq=number))
-        engine.write(step)
-        self.bulk.stepped(step)
         self._say_all(maker.sent(began))
         self.bulk.turn()
         own = yield from engine.compute(step)
@@ -463,7 +463,7 @@ class ToyWorker:
         self._limit_at = began + self._steps.limit(self._rows + self._recomputed)
 
     def _finish(self, engine: ToyEngine, step: Step, began: float) -> None:
-        if not self._recomputed:
+        if (engine.topology.leads or engine.topology.roles) and not self._recomputed:
             self._steps.finished(self._rows, self.process.machine.monotonic() - began)
         if self._rows:
             self._recomputed = 0

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from math import inf
 
 import msgspec
 
 from p2pinfer.core.holdings import validate
-from p2pinfer.core.moves import Standing, Steps, progress, staged
+from p2pinfer.core.moves import Progress, Standing, Steps, progress, staged
 from p2pinfer.types import Member, Plan
 from tests.plan_series import (
     HEAD_BYTES,
@@ -19,6 +20,9 @@ from tests.plan_series import (
     nodes,
     owners,
 )
+
+NOTHING = Progress()
+TRIMS = Progress("replicas are complete", trims=True)
 
 
 def step(
@@ -71,7 +75,7 @@ def test_who_is_ready_takes_over_and_the_owner_stays_a_standby() -> None:
     plan, moving = step(named, nodes(4), {3})
     assert owners(plan) == owners(after(before, nodes(4), replicas=1))
     assert moving
-    assert progress(named, plan) == "node03 ready to take over"
+    assert progress(named, plan) == ("node03 ready to take over", False)
     for unit, (old, new) in enumerate(zip(owners(before), owners(plan), strict=True)):
         if old != new:
             assert old in standbys(plan, unit)
@@ -83,13 +87,13 @@ def test_replicas_are_given_up_when_others_are_complete() -> None:
     plan, _ = step(plan, nodes(4), {0, 1, 2})
     plan, _ = step(plan, nodes(4), {3})
     same, moving = step(plan, nodes(4), set())
-    assert progress(plan, same) == ""
+    assert progress(plan, same) == NOTHING
     assert moving
     last, moving = step(plan, nodes(4), {0, 1, 2, 3})
-    assert progress(plan, last) == "replicas are complete"
+    assert progress(plan, last) == TRIMS
     assert not moving
     assert [len(standbys(last, unit)) for unit in range(8)] == [1] * 8
-    assert progress(last, step(last, nodes(4), {0, 1, 2, 3})[0]) == ""
+    assert progress(last, step(last, nodes(4), {0, 1, 2, 3})[0]) == NOTHING
 
 
 def test_who_is_not_ready_takes_over_nothing() -> None:
@@ -110,7 +114,7 @@ def test_without_replicas_there_are_standbys_only_to_move() -> None:
     assert set(owners(plan)) == {0, 1, 2}
     assert {standbys(plan, unit) for unit in range(8)} == {(), (0,), (1,)}
     last, moving = step(plan, nodes(3), {0, 1, 2}, replicas=0)
-    assert (progress(plan, last), moving) == ("replicas are complete", False)
+    assert (progress(plan, last), moving) == (TRIMS, False)
     assert (owners(last), {standbys(last, unit) for unit in range(8)}) == (owners(plan), {()})
 
 
@@ -203,20 +207,33 @@ def test_other_stages_are_reached_at_once() -> None:
     two = after(one, nodes(2), layout="layers")
     everybody = frozenset(m.node_id for m in nodes(2))
     assert staged(one, two, Standing(everybody, frozenset(), frozenset())) == (two, False)
-    assert progress(one, two) == ""
+    assert progress(one, two) == NOTHING
 
 
 def test_a_step_is_found_once() -> None:
     """Plans are made again only when something has changed, and not before it is time."""
     steps, found = Steps(), []
 
-    def find() -> str:
-        found.append(1)
-        return "why"
+    def look(key: str, now: float) -> str:
+        return steps.look(key, find, earliest=5.0, trims_from=9.0, now=now)
 
-    assert steps.look("a", find, earliest=5.0, now=4.0) == ""
+    def find() -> Progress:
+        found.append(1)
+        return Progress("why")
+
+    assert look("a", 4.0) == ""
     assert (steps.deadline, found) == (5.0, [])
-    assert [steps.look("a", find, 5.0, now) for now in (5.0, 6.0)] == ["why", "why"]
+    assert [look("a", now) for now in (5.0, 6.0)] == ["why", "why"]
     assert len(found) == 1
-    assert steps.look("b", find, 5.0, 6.0) == "why"
+    assert look("b", 6.0) == "why"
     assert len(found) == 2
+
+
+def test_replicas_are_given_up_all_together() -> None:
+    """Until others have loaded theirs, or for long enough, nothing is only given up."""
+    steps = Steps()
+    seen = []
+    for now in (5.0, 8.9, 9.0):
+        why = steps.look("a", lambda: TRIMS, earliest=5.0, trims_from=9.0, now=now)
+        seen.append((why, steps.deadline))
+    assert seen == [("", 9.0), ("", 9.0), (TRIMS.why, inf)]

@@ -48,12 +48,16 @@ RULES: tuple[tuple[dict[str, Any], Decision], ...] = (
     ),
     ({"step_failed": "a frame lacks"}, Decision(PROPOSE, "a frame lacks")),
     ({"astray": ("b",)}, Decision(PROPOSE, "b obeyed the plan no more")),
+    ({"relieved": ("b",)}, Decision(PROPOSE, "b to own nothing")),
     ({"newcomers": ("c",)}, Decision(PROPOSE, "c joined", rebalance=True)),
     ({"loading": ("b",)}, Decision(WAIT, "b to load the weights")),
     ({"fit_again": ("b",)}, Decision(PROPOSE, "b fit again", rebalance=True)),
     ({"votes": "b to vote"}, Decision(PROPOSE, "b to vote")),
     ({"stragglers": ("b",)}, Decision(PROPOSE, "b ready at last")),
+    ({"prepared": "c ready"}, Decision(PROPOSE, "c ready", rebalance=True)),
 )
+URGENT = [rule for rule in RULES if rule[0].keys() & {"lost", "unfit", "step_failed", "astray"}]
+"""Without such a plan no reply goes on."""
 
 
 @pytest.mark.parametrize(("values", "decision"), RULES)
@@ -72,6 +76,13 @@ def test_the_first_rule_wins(first: int) -> None:
     decision = decide(situation(**values))
     assert decision.propose == expected.propose
     assert decision.why.split(";")[0] == expected.why.split(";")[0]
+
+
+@pytest.mark.parametrize(("values", "decision"), RULES[6:])
+def test_what_can_wait_waits_for_a_lull(values: dict[str, Any], decision: Decision) -> None:
+    """Replies that go on are interrupted at once only where they could not go on."""
+    urgent = (values, decision) in URGENT
+    assert decide(situation(lull=False, **values)).propose == urgent
 
 
 def test_nothing_is_proposed_without_reason() -> None:
