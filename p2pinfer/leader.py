@@ -83,8 +83,8 @@ class Leader:
         if step is None:
             return None
         self._rows = sum(len(slot.tokens) for slot in step.slots)
-        # First in the leader's own log, which is the truth of its term: should sending it fail, those
-        # that have it already must not hold more than that.
+        # First in the leader's own log, which is the truth of its term: should sending fail, no
+        # listener may hold more.
         self._engine.write(step)
         self._announce(step)
         self._say(self._maker.sent(time.monotonic()))

@@ -31,7 +31,8 @@ WARM_AGAIN_S = 120.0
 class StandbyLoader:
     """Loads `parts` in their order, from now on until done or stopped.
 
-    `warmed` are brought into the page cache before, by what `pages` reads of each, and kept there
+    It begins after `after_s` seconds: replies that have just been interrupted go on first. `warmed`
+    are brought into the page cache before, by what `pages` reads of each, and kept there
     until stopped. A part of which anything fails says so (`Part.error`), and the next one is begun.
     """
 
@@ -41,12 +42,15 @@ class StandbyLoader:
         loader: Callable[[], StageLoader],
         warmed: Sequence[Part] = (),
         pages: Callable[[Holding], Iterator[int]] | None = None,
+        *,
+        after_s: float = 0.0,
     ) -> None:
         assert pages is not None or not warmed, "who is to warm parts knows where they lie"
         self._parts = tuple(parts)
         self._loader = loader
         self._warmed = tuple(warmed)
         self._pages = pages
+        self._after_s = after_s
         self._stopping = threading.Event()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="standby-loader", daemon=True)
@@ -67,8 +71,9 @@ class StandbyLoader:
     def _run(self) -> None:
         _be_last()
         try:
-            self._warm([part for part in self._warmed if not part.warm])
-            self._load()
+            if not self._stopping.wait(self._after_s):
+                self._warm([part for part in self._warmed if not part.warm])
+                self._load()
         finally:
             self._done.set()
         while self._warmed and not self._stopping.wait(WARM_AGAIN_S):

@@ -378,9 +378,10 @@ class UnitHolder:
             part.unload()
         return True
 
-    def start_standbys(self) -> None:
+    def start_standbys(self, after_s: float = 0.0) -> None:
         """Load or warm what is kept for others and is not ready yet, unless that is under way, and
-        then load anew what parts are to be replaced by; what failed before is tried again."""
+        then load anew what parts are to be replaced by; what failed before is tried again. Nothing
+        is begun before `after_s` seconds have passed."""
         if self._model is None or (self._standbys is not None and not self._standbys.wait(0.0)):
             return
         kept = [part for part in self._parts if not part.units & self._own]
@@ -396,7 +397,7 @@ class UnitHolder:
                 # It knows what is loaded.
                 self.runner.rearrange(self._parts)
             self._standbys = StandbyLoader(
-                waiting.load, self._loader(), waiting.warm, self._pages()
+                waiting.load, self._loader(), waiting.warm, self._pages(), after_s=after_s
             )
 
     def _waiting(self, kept: Sequence[Part], *, warm: bool) -> _Waiting:

@@ -66,6 +66,9 @@ from p2pinfer.unit_holder import UnitHolder
 STATS_EVERY_S = 0.1
 """Busy or not: a worker that says nothing for a while counts as hung."""
 
+HEAD_START_S = 1.0
+"""Replies that a plan interrupted go on for so long before weights of standbys are loaded."""
+
 STEP_HWM = 2048
 """Frames queued per step link: a step's exchanges of every layer, with room."""
 
@@ -374,7 +377,7 @@ class Worker:
                 agreed=order.logs,
                 report=self._pipe.send,
             )
-        self._units.start_standbys()
+        self._units.start_standbys(HEAD_START_S if order.logs else 0.0)
         self._standbys_told = False
         self._recompute(order.recomputes)
 

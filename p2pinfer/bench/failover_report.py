@@ -68,13 +68,17 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
 
 def protection_line(row: dict[str, Any]) -> str:
     """What replicas cost, in one line."""
-    edges = row["cost_95"]
-    interval = f" (95 %: {edges[0]:.2%} to {edges[1]:.2%})" if edges else ""
     return (
-        f"replication costs {row['cost']:.2%} of decode{interval}: "
+        f"replication costs {_cost(row, 'cost')} of decode: "
         f"{row['decode_tokens_per_s_with']} tokens/s with it, "
-        f"{row['decode_tokens_per_s_without']} without, {row['pairs']} pairs"
+        f"{row['decode_tokens_per_s_without']} without, {row['pairs']} pairs; "
+        f"{_cost(row, 'cost_whole')} by whole halves instead of their median tokens"
     )
+
+
+def _cost(row: dict[str, Any], name: str) -> str:
+    edges = row[f"{name}_95"]
+    return f"{row[name]:.2%}" + (f" (95 %: {edges[0]:.2%} to {edges[1]:.2%})" if edges else "")
 
 
 def table(result: dict[str, Any]) -> list[Row]:

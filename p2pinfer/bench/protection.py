@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,16 @@ class Switch:
         return all(row["replicas_held"] for row in rows.values()) if held else is_protected(rows)
 
 
+Half = Sequence[float]
+"""What each of a half's tokens took, in seconds."""
+
+
 @dataclass
 class Pairs:
-    """Decode speeds (tokens per second) of one half after another."""
+    """One half after another."""
 
-    with_it: list[float] = field(default_factory=list)
-    without: list[float] = field(default_factory=list)
+    with_it: list[Half] = field(default_factory=list)
+    without: list[Half] = field(default_factory=list)
 
     def __len__(self) -> int:
         """Whole pairs."""
@@ -129,27 +134,41 @@ def halves(done: int, wanted: int) -> Iterator[bool]:
         yield from (first, not first)
 
 
-def half(switch: Switch, reply: Following, held: bool) -> float:
-    """Tokens per second of one half, which begins when replication is as it shall be."""
+def half(switch: Switch, reply: Following, held: bool) -> Half:
+    """One half, which begins when replication is as it shall be."""
     reply.await_tokens(1)  # its prompt's KV is on its way to the standbys
     switch.hold(held)
     first = len(reply.tokens) + SETTLE_TOKENS
     reply.await_tokens(first + HALF_TOKENS)
-    return HALF_TOKENS / (reply.times[first + HALF_TOKENS - 1] - reply.times[first - 1])
+    times = reply.times[first - 1 : first + HALF_TOKENS]
+    return [later - earlier for earlier, later in pairwise(times)]
 
 
-def cost(with_it: Sequence[float], without: Sequence[float]) -> dict[str, Any]:
-    """Both speeds, and how much less the one is, pair by pair, as a part of the other: its median
-    with the 95 % interval, which is null with less than 6 pairs."""
+def cost(with_it: Sequence[Half], without: Sequence[Half]) -> dict[str, Any]:
+    """How much less the one speed is, pair by pair, as a part of the other.
+
+    A half's speed is that of its median token, which no other program on the machine moves much;
+    `cost_whole` goes by the whole half, with all that held it up.
+    """
+    typical = [[1 / statistics.median(half) for half in halves] for halves in (with_it, without)]
+    whole = [[len(half) / sum(half) for half in halves] for halves in (with_it, without)]
+    return {
+        "pairs": len(with_it),
+        **spread("decode_tokens_per_s_with", typical[0], 3),
+        **spread("decode_tokens_per_s_without", typical[1], 3),
+        **_lost("cost", *typical),
+        **_lost("cost_whole", *whole),
+        "difference_tokens_per_s": round(
+            statistics.median(a - b for a, b in zip(*typical, strict=True)), 4
+        ),
+    }
+
+
+def _lost(name: str, with_it: Sequence[float], without: Sequence[float]) -> dict[str, Any]:
+    """The median of the pairs with its 95 % interval, which is null with less than 6 pairs."""
     lost = [(b - a) / b for a, b in zip(with_it, without, strict=True)]
     interval = median_interval(lost)
     return {
-        "pairs": len(lost),
-        **spread("decode_tokens_per_s_with", with_it, 3),
-        **spread("decode_tokens_per_s_without", without, 3),
-        "cost": round(statistics.median(lost), 5),
-        "cost_95": [round(edge, 5) for edge in interval] if interval else None,
-        "difference_tokens_per_s": round(
-            statistics.median(a - b for a, b in zip(with_it, without, strict=True)), 4
-        ),
+        name: round(statistics.median(lost), 5),
+        f"{name}_95": [round(edge, 5) for edge in interval] if interval else None,
     }

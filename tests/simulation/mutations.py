@@ -242,11 +242,6 @@ def _delta_digest_unchecked() -> AbstractContextManager[None]:
     return _patched((Replicas, "joins", lax))
 
 
-def _coverage_not_cut() -> AbstractContextManager[None]:
-    """Coverage is not cut with the log."""
-    return _patched((Coverage, "cut", lambda *_: None))
-
-
 def _freed_replica_counted() -> AbstractContextManager[None]:
     """A replica that was freed still counts when the unit is kept again."""
     hold = Coverage.hold
@@ -397,7 +392,6 @@ MUTATIONS: dict[str, Mutation] = {
     "inputs-beyond-a-hole": _inputs_beyond_a_hole_counted,
     "delta-beyond-a-gap": _delta_beyond_a_gap,
     "delta-digest-unchecked": _delta_digest_unchecked,
-    "coverage-not-cut": _coverage_not_cut,
     "freed-replica-counted": _freed_replica_counted,
     "promotion-trusted": _promotion_trusted,
     "vote-not-persisted": _vote_not_persisted,

@@ -14,7 +14,7 @@ from tests.simulation.run import simulate
 FOUND_BY = {
     "fence-unchecked": 66,
     "gap-unchecked": 60,
-    "held-unchecked": 27,
+    "held-unchecked": 4,
     "emitted-before-commit": 0,
     "owners-not-needed": 5,
     "watermark-off-by-one": 2,
@@ -23,7 +23,6 @@ FOUND_BY = {
     "inputs-beyond-a-hole": 11,
     "delta-beyond-a-gap": 1,
     "delta-digest-unchecked": 15,
-    "coverage-not-cut": 432,
     "freed-replica-counted": 4,
     "promotion-trusted": 196,
     "vote-not-persisted": 27,
@@ -31,7 +30,7 @@ FOUND_BY = {
     "older-plan-voted-for": 30,
     "acked-before-persisted": 0,
     "half-elects": 9,
-    "owner-without-ack": 181,
+    "owner-without-ack": 12,
     "two-voters-added": 0,
     "resume-without-hash": 0,
 }

@@ -235,13 +235,19 @@ def test_halves_take_turns_in_who_begins() -> None:
 
 def test_the_cost_is_that_of_pairs() -> None:
     """A drift that both halves of a pair share does not count."""
-    without = [10.0 + number for number in range(20)]
-    found = cost([0.98 * speed for speed in without], without)
-    assert found["cost"] == pytest.approx(0.02)
-    assert found["cost_95"] == pytest.approx([0.02, 0.02])
-    assert found["decode_tokens_per_s_without"] == pytest.approx(statistics.median(without))
+    speeds = [10.0 + number for number in range(20)]
+    found = cost(*([[1 / (part * speed)] * 3 for speed in speeds] for part in (0.98, 1.0)))
+    assert found["cost"] == found["cost_whole"] == pytest.approx(0.02)
+    assert found["cost_95"] == found["cost_whole_95"] == pytest.approx([0.02, 0.02])
+    assert found["decode_tokens_per_s_without"] == pytest.approx(statistics.median(speeds))
     assert found["pairs"] == 20
-    assert cost([9.0], [10.0])["cost_95"] is None
+    assert cost([[0.1]], [[0.1]])["cost_95"] is None
+
+
+def test_the_cost_is_that_of_the_median_token() -> None:
+    """One token that something else held up says nothing of replication; the whole half tells."""
+    found = cost([[0.1, 0.1, 0.7]], [[0.1, 0.1, 0.1]])
+    assert (found["cost"], found["cost_whole"]) == pytest.approx((0.0, 2 / 3), abs=1e-5)
 
 
 def test_a_rung_is_summed_up_by_medians() -> None:
@@ -269,11 +275,11 @@ def test_the_table_has_a_row_for_each_rung() -> None:
 @pytest.mark.parametrize("pairs", [0, 3, 20])
 def test_a_report_is_written(tmp_path: Path, pairs: int) -> None:
     """Markdown, HTML, JSON and two pictures, with or without the cost of protection."""
-    whole = result(protection=cost([9.0] * pairs, [10.0] * pairs)) if pairs else result()
+    whole = result(protection=cost([[0.125]] * pairs, [[0.1125]] * pairs)) if pairs else result()
     page = write_report(whole, tmp_path / "new")
     assert page.name == "failover.md"
     text = page.read_text()
-    assert ("10.00% of decode" in text) == bool(pairs)
+    assert ("costs 10.00%" in text) == bool(pairs)
     assert ("95 %" in text) == (pairs > 5)
     for name in ("failover-tokens.png", "failover-phases.png"):
         assert name in text

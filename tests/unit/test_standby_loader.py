@@ -111,6 +111,16 @@ def test_it_stops_between_two_pieces(bench: Bench) -> None:
     assert part.loaded_bytes == other.loaded_bytes == part.stage.nbytes > loaded
 
 
+def test_it_gives_others_a_head_start(bench: Bench) -> None:
+    """Until then nothing is begun, and it can be stopped."""
+    part = bench.part(0)
+    bench.gate.release(1000)
+    loader = StandbyLoader((part,), bench.open, after_s=DEADLINE_S)
+    assert not loader.wait(0.05)
+    loader.stop()
+    assert (loader.wait(0.0), part.loaded_bytes) == (True, 0)
+
+
 def test_what_cannot_be_loaded_says_why(bench: Bench) -> None:
     """The other parts are loaded all the same."""
     bench.gate.release(1000)

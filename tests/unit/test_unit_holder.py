@@ -315,7 +315,7 @@ class Half:
     """Loads one product, and is stopped then."""
 
     def __init__(
-        self, parts: Sequence[Part], loader: Callable[[], StageLoader], *_: object
+        self, parts: Sequence[Part], loader: Callable[[], StageLoader], *_: object, after_s: float
     ) -> None:
         while not parts[0].loaded_bytes:
             parts[0].load_piece(loader)
