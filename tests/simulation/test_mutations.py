@@ -26,7 +26,7 @@ FOUND_BY = {
     "freed-replica-counted": 4,
     "promotion-trusted": 196,
     "vote-not-persisted": 27,
-    "votes-for-all": 867,
+    "votes-for-all": 89,
     "older-plan-voted-for": 30,
     "acked-before-persisted": 0,
     "half-elects": 9,
