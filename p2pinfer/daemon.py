@@ -83,7 +83,7 @@ FRAMES_PER_TURN: Final = 256
 """Frames handled before timers are looked at again, whoever floods us."""
 
 FORMER_WORKER_S: Final = 10.0
-"""How long the worker of this node's former life may take to end where CPUs are busy."""
+"""How long the worker of this node's former life may take to end: it gives gigabytes back."""
 
 PROBE_S: Final = 1.0
 """A fresh connect that is not answered by then was not refused."""
@@ -174,9 +174,16 @@ class Daemon:
         limits = PairLimits(MAX_CONTROL_BYTES, CONTROL_HWM, CONTROL_HWM)
         pair = SocketPair(context, limits=limits)
         undo.callback(pair.shutdown, GOODBYE_MS)
+        await_worker_ports(host, port, patience_s, self._port_taken)
         pair.bind(host, port)
-        await_worker_ports(host, port, patience_s)
         return pair
+
+    def _port_taken(self, port: int) -> None:
+        if self._signals.asked:
+            raise _Stopped
+        if self._clock() - self._progress_at >= COMPLAIN_S:
+            self._progress_at = self._clock()
+            self._log.info("port_taken", port=port, waits_s=FORMER_WORKER_S)
 
     def _introduce(self, model: LocalModel | None, spec: ModelSpec | None, member: Member) -> None:
         """Tell the worker, and the log, who this node is."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -107,31 +109,35 @@ def worker_config(
     )
 
 
-def await_worker_ports(host: str, port: int, patience_s: float) -> None:
+def await_worker_ports(
+    host: str, port: int, patience_s: float, on_wait: Callable[[int], None]
+) -> None:
     """Wait until the worker of the node on `port` can listen on its own two.
 
-    Raises `UsageError` if it cannot after `patience_s`: a node that was killed leaves a worker
-    behind that ends with it, but gives gigabytes back before it closes its ports.
+    `on_wait` gets the port that is waited for, again and again, and may raise. Raises `UsageError`
+    where waiting is of no use, or if a port is taken after `patience_s`: a node that was killed
+    leaves a worker behind that ends with it, but gives gigabytes back before it closes its ports.
     """
     deadline = time.monotonic() + patience_s
     pause = threading.Event()
     for other in range(port + 1, port + PORTS_PER_NODE):
-        while why := _taken(host, other):
-            if time.monotonic() >= deadline:
+        while error := _refusal(host, other):
+            if error.errno != errno.EADDRINUSE or time.monotonic() >= deadline:
                 raise UsageError(
-                    f"port {other} is taken on {host}: {why}; a node uses its port and the next "
-                    f"{PORTS_PER_NODE - 1}: choose another address with --listen"
+                    f"port {other} is taken on {host}: {error.strerror}; a node uses its port and "
+                    f"the next {PORTS_PER_NODE - 1}: choose another address with --listen"
                 )
+            on_wait(other)
             pause.wait(PORT_POLL_S)
 
 
-def _taken(host: str, port: int) -> str:
-    """Why a port cannot be had; empty: it can."""
+def _refusal(host: str, port: int) -> OSError | None:
+    """Why a port cannot be had; None: it can."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         # As libzmq binds: connections of a node that has just ended do not count.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("" if host == "*" else host, port))
         except OSError as error:
-            return error.strerror or str(error)
-    return ""
+            return error
+    return None

@@ -67,7 +67,8 @@ STATS_EVERY_S = 0.1
 """Busy or not: a worker that says nothing for a while counts as hung."""
 
 HEAD_START_S = 1.0
-"""Replies that a plan interrupted go on for so long before weights of standbys are loaded."""
+"""Where a plan interrupted replies, weights of standbys are loaded only so long after it came into
+force: those replies go on first."""
 
 STEP_HWM = 2048
 """Frames queued per step link: a step's exchanges of every layer, with room."""

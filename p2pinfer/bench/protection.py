@@ -141,7 +141,10 @@ def half(switch: Switch, reply: Following, held: bool) -> Half:
     first = len(reply.tokens) + SETTLE_TOKENS
     reply.await_tokens(first + HALF_TOKENS)
     times = reply.times[first - 1 : first + HALF_TOKENS]
-    return [later - earlier for earlier, later in pairwise(times)]
+    taken = [later - earlier for earlier, later in pairwise(times)]
+    if not statistics.median(taken):
+        raise ClusterError("internal", "most tokens came together with others: no time of one")
+    return taken
 
 
 def cost(with_it: Sequence[Half], without: Sequence[Half]) -> dict[str, Any]:
@@ -150,8 +153,8 @@ def cost(with_it: Sequence[Half], without: Sequence[Half]) -> dict[str, Any]:
     A half's speed is that of its median token, which no other program on the machine moves much;
     `cost_whole` goes by the whole half, with all that held it up.
     """
-    typical = [[1 / statistics.median(half) for half in halves] for halves in (with_it, without)]
-    whole = [[len(half) / sum(half) for half in halves] for halves in (with_it, without)]
+    typical = [[1 / statistics.median(each) for each in some] for some in (with_it, without)]
+    whole = [[len(each) / sum(each) for each in some] for some in (with_it, without)]
     return {
         "pairs": len(with_it),
         **spread("decode_tokens_per_s_with", typical[0], 3),

@@ -7,7 +7,7 @@ from collections.abc import Set as AbstractSet
 from math import inf
 from typing import NamedTuple
 
-from p2pinfer.core.plan_rules import Boot, View, boot, boots
+from p2pinfer.core.plan_rules import Boot, View, boot, boots, may_work
 from p2pinfer.core.proposal import owners
 from p2pinfer.core.timing import Timing
 from p2pinfer.types import Member, Plan
@@ -42,6 +42,14 @@ class LeftOut:
         untils = [refusal.until for each in every for refusal in each.values()]
         return (*untils, *self._late.values())
 
+    def reasons(self, view: View) -> tuple[str, ...]:
+        """Why members can own nothing."""
+        unstarted = (m.name for m in view.living if not may_work(m))
+        return (
+            *(refusal.why for refusal in self.unable.values()),
+            *(f"{name}'s worker to start" for name in unstarted),
+        )
+
     def forget_old(self, here: AbstractSet[Boot], now: float) -> None:
         """Forget what is over, and all about lives that are not here."""
         for refusals in (self.unable, self.useless, self._resting):
@@ -62,8 +70,8 @@ class LeftOut:
             first = boot(member) not in self._late
             self._late[boot(member)] = now if first else self.until(member, now)
 
-    def has_patience(self, member: Member, now: float) -> bool:
-        """Whether a member is left alone for now, though it is late."""
+    def is_left_alone(self, member: Member, now: float) -> bool:
+        """Whether nothing is begun for a member for now, though it is late."""
         return now < self._late.get(boot(member), -inf)
 
     def let_rest(self, owners: Iterable[Member], view: View, now: float) -> None:

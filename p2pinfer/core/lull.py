@@ -12,7 +12,11 @@ from p2pinfer.core.timing import Timing
 
 
 class Lull:
-    """The moments at which one leader's plan in force may give way. Times in seconds."""
+    """The moments at which one leader's plan in force may give way. Times in seconds.
+
+    All that comes of one input of a node has the same time: a plan is proposed at the very moment
+    at which tokens were committed, or it waits for the next.
+    """
 
     def __init__(self, timing: Timing) -> None:
         self._timing = timing
@@ -23,7 +27,7 @@ class Lull:
 
     @property
     def deadline(self) -> float:
-        """When waiting is over, however little the replies went on."""
+        """When waiting is over, if no more tokens come."""
         return self._latest
 
     def activated(self, now: float) -> None:
@@ -33,10 +37,10 @@ class Lull:
     def stepped(self, now: float) -> None:
         """Tokens were committed: the step after theirs has only just begun."""
         self._since = min(self._since, now)
-        self._stepped_at = now
+        self._stepped_at, self._latest = now, now + self._timing.undisturbed_max
 
-    def is_now(self, running: int, now: float) -> bool:
-        """Whether this is such a moment; it always is with no replies `running`."""
-        if not running or now >= self._latest:
+    def is_at(self, now: float) -> bool:
+        """Whether now is such a moment, while replies are under way."""
+        if now >= self._latest:
             return True
         return self._stepped_at == now and now >= self._since + self._timing.undisturbed

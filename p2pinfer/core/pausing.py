@@ -51,12 +51,12 @@ class Pausing:
         name = message.name or self._me.name
         members = {m.name: m for m in reversed(self._near.table.members())}
         member = members.get(name)
-        reason = ""
         if member is None:
             reason = f"no member is called {name}; there are: {', '.join(sorted(members))}"
-        elif not message.resume and not self._others(member):
+            self._wishes.refuse(message, route, "invalid_request", reason)
+            return
+        if not message.resume and not self._others(member):
             reason = f"nobody else may own units: without {name} no reply would go on; start a node"
-        if member is None or reason:
             self._wishes.refuse(message, route, "invalid_request", reason)
             return
         self._wishes.add(message, route, member.node_id, now)

@@ -32,7 +32,14 @@ from p2pinfer.core.quorum import credible
 from p2pinfer.core.replan import next_plan
 from p2pinfer.core.request_log import RequestLog
 from p2pinfer.core.resumption import Resumption
-from p2pinfer.core.voters import NodeIds, change_of_votes, listed_as, next_voters, recorded
+from p2pinfer.core.voters import (
+    NodeIds,
+    change_of_votes,
+    dead_votes,
+    listed_as,
+    next_voters,
+    recorded,
+)
 from p2pinfer.limits import MAX_NODES
 from p2pinfer.types import Fence, Member, ModelSpec, Plan
 from p2pinfer.wire.messages import Ack, LogEntry, Nack
@@ -153,15 +160,11 @@ class PlanMaker:
     def _situation(self, view: View, now: float) -> Situation:
         able = self._able(view)
         members, refusal = self._unplaceable
-        unstarted = _names(m for m in view.living if not may_work(m))
         situation = Situation(
             worker_ready=view.worker_ready,
             suspects=view.suspects,
             able=_names(able),
-            unable=(
-                *(refusal.why for refusal in self._out.unable.values()),
-                *(f"{name}'s worker to start" for name in unstarted),
-            ),
+            unable=self._out.reasons(view),
             min_nodes=self._config.min_nodes,
             served=self._base is not None,
             unplaceable=refusal.why if members == boots(able) else "",
@@ -169,9 +172,7 @@ class PlanMaker:
             step_failed=self._step_failed,
             settled=now >= view.quiet_since + self._timing.settle,
         )
-        if self._current is None:
-            return situation
-        return self._with_news(situation, self._current, able, now)
+        return self._with_news(situation, self._current, able, now) if self._current else situation
 
     def _with_news(
         self, situation: Situation, current: Proposal, able: tuple[Member, ...], now: float
@@ -194,20 +195,21 @@ class PlanMaker:
             unfit=_names(unfit),
             relieved=_names(m for m in kept if self._hands_over(m, view, current)),
             astray=_names((*current.astray(now), *self._deaf(view, now))),
+            dead_votes=dead_votes(plan, voters, view.lost) if current.activated else (),
             newcomers=_names(m for m in self._listed(view, voters) if boot(m) in at_hand - listed),
             fit_again=_names(m for m in able if boot(m) in missing),
             votes=change_of_votes(plan, voters, view.living) if current.activated else "",
-            stragglers=_names(m for m in late if not self._out.has_patience(m, now)),
+            stragglers=_names(m for m in late if not self._out.is_left_alone(m, now)),
             loading=() if current.activated else _names(current.unanswered(here)),
             prepared=self._prepared(current, view, now),
-            lull=not current.activated or self._lull.is_now(self._log.running, now),
+            lull=not (current.activated and self._log.running) or self._lull.is_at(now),
         )
 
     def _deaf(self, view: View, now: float) -> tuple[Member, ...]:
         """Those that steps do not reach any more: only a new plan brings them back."""
         listening = self._current.listening(now) if self._current else ()
         deaf = (m for m in listening if m.node_id in view.deaf)
-        return tuple(m for m in deaf if not self._out.has_patience(m, now))
+        return tuple(m for m in deaf if not self._out.is_left_alone(m, now))
 
     def _hands_over(self, member: Member, view: View, current: Proposal) -> bool:
         """Whether a member is to hand over what it owns; one that leaves, what it keeps too."""
@@ -315,12 +317,8 @@ class PlanMaker:
         """What standbys that are ready allow to do next, or empty."""
         if not (current.activated and current.moving):
             return ""
-        key = (
-            current.plan.fence,
-            self._ready(view),
-            boots(self._can_own(view)),
-            boots(self._able(view)),
-        )
+        ready = self._ready(view)
+        key = current.plan.fence, ready, boots(self._can_own(view)), boots(self._able(view))
 
         def find() -> Progress:
             try:
@@ -329,13 +327,14 @@ class PlanMaker:
                 return Progress()
             return progress(current.plan, found.plan)
 
-        staying = {m.node_id for m in view.living if not m.witness} - view.draining
-        complete = staying <= self._ready(view)
+        coming = {m.node_id for m in current.holders if not self._out.cannot(m, view)}
+        # Who leaves goes when what it keeps is given up.
+        soon = not coming.isdisjoint(view.draining) or coming <= ready
         return self._steps.look(
             key,
             find,
             earliest=current.activated_at + self._timing.settle,
-            trims_from=current.activated_at + (0.0 if complete else self._timing.replicas_late),
+            trims_from=current.activated_at + (0.0 if soon else self._timing.replicas_late),
             now=now,
         )
 

@@ -103,6 +103,9 @@ class Situation:
     astray: Names = ()
     """Members that took part, and do not obey it any more."""
 
+    dead_votes: Names = ()
+    """Its voters that are lost, and need not be voters any more."""
+
     newcomers: Names = ()
     """Members that it does not list."""
 
@@ -125,7 +128,7 @@ class Situation:
     """No member has come or gone for a while."""
 
     lull: bool = True
-    """A plan may interrupt replies that could as well go on."""
+    """A plan interrupts no reply that could as well go on; so while the newest is being loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +197,12 @@ def _unfit(s: Situation) -> Decision | None:
     return Decision(propose=True, why=why)
 
 
+def _dead_votes(s: Situation) -> Decision | None:
+    if not s.dead_votes:
+        return None
+    return Decision(propose=True, why=f"{_names(s.dead_votes)} to vote no more")
+
+
 def _relieved(s: Situation) -> Decision | None:
     if not s.relieved:
         return None
@@ -259,7 +268,9 @@ _RULES: tuple[Callable[[Situation], Decision | None], ...] = (
     _unfit,
     _step_failed,
     _astray,
+    _dead_votes,
 )
+"""What no reply, or no further loss, can wait for."""
 
 _PATIENT_RULES: tuple[Callable[[Situation], Decision | None], ...] = (
     _relieved,
@@ -270,7 +281,8 @@ _PATIENT_RULES: tuple[Callable[[Situation], Decision | None], ...] = (
     _stragglers,
     _prepared,
 )
-"""A plan that is being loaded is overtaken by losses and newcomers only."""
+"""What can wait for a lull. A plan that is being loaded, which is one, is overtaken by what comes
+before `_loading`."""
 
 
 def _names(names: Names) -> str:

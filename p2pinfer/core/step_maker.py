@@ -1,7 +1,7 @@
 """The leader's part in the steps of one fence, without the computing: what to send and to report.
 
 It joins the scheduler (what a step computes) with the commits (what may leave to clients). Its
-caller sends the steps to the listeners, writes them in its own log, computes, and draws.
+caller writes the steps in its own log, sends them to the listeners, computes, and draws.
 """
 
 from __future__ import annotations

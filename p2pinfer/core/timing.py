@@ -51,7 +51,7 @@ class Timing(Struct, frozen=True, kw_only=True):
     """How long replies go on before a plan that can wait interrupts them again: several tokens."""
 
     undisturbed_max: float = 2.0
-    """How long such a plan waits where replies do not go on: a long prompt is being read."""
+    """How long such a plan waits where no token comes: a long prompt is being read."""
 
     replicas_late: float = 10.0
     """How long replicas that are too many are kept while others are loaded: given up one after the

@@ -72,6 +72,13 @@ def _keeps_its_vote(member: Member, lives: AbstractSet[tuple[str, str]]) -> bool
     return not member.blank or (member.node_id, member.memory) in lives
 
 
+def dead_votes(plan: Plan, voters: NodeIds, lost: AbstractSet[str]) -> tuple[str, ...]:
+    """Names of voters of a plan that are lost and need not be voters any more: as long as they
+    are, a further death may leave too few to elect anybody."""
+    gone = (voter_ids(plan) - frozenset(voters)) & lost
+    return tuple(m.name for m in plan.members if m.node_id in gone)
+
+
 def change_of_votes(plan: Plan, voters: NodeIds, living: Iterable[Member]) -> str:
     """Who is to become a voter, or to be one no more, as text; empty: all stays as it is.
 

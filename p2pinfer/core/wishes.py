@@ -49,12 +49,16 @@ class Wishes(Generic[Asked]):
         """Another client waits."""
         self._waiting.append(Wish(route, message, node_id, now + self._patience))
         while len(self._waiting) > MAX_WISHES:
-            self.fail(self._waiting.pop(0), "overloaded", f"{MAX_WISHES} such have come since")
+            reason = f"{MAX_WISHES} such wishes have come since"
+            self.fail(self._waiting.pop(0), "overloaded", reason)
 
     def take(self, which: Callable[[Wish[Asked]], bool]) -> list[Wish[Asked]]:
         """Those that are to be answered now: they wait no more."""
-        taken = [wish for wish in self._waiting if which(wish)]
-        self._waiting = [wish for wish in self._waiting if wish not in taken]
+        taken: list[Wish[Asked]] = []
+        waiting: list[Wish[Asked]] = []
+        for wish in self._waiting:
+            (taken if which(wish) else waiting).append(wish)
+        self._waiting = waiting
         return taken
 
     def about(self, node_id: str) -> list[Wish[Asked]]:

@@ -17,7 +17,7 @@ from p2pinfer.cluster import LocalCluster, free_base_port
 from p2pinfer.errors import ClusterError, UsageError
 from p2pinfer.types import SamplingParams
 from p2pinfer.wire.messages import Accepted, Finished
-from tests.faults.watching import kill, status, until
+from tests.faults.watching import facts, kill, status, until
 from tests.processes.command_line import DEADLINE_S, all_gone, family, finish, node_flags, start_cli
 
 PROMPT = "Once upon a time"
@@ -66,8 +66,7 @@ def test_a_node_waits_for_what_is_left_of_its_former_life(tmp_path: Path) -> Non
         until(lambda: is_free(port + 1), what="the end of the worker")
         with socket.create_server(("127.0.0.1", port + 1)):
             cluster.nodes[0] = cluster.start_node(0)
-            until(lambda: not is_free(port), what="the new node, which listens")
-            assert not cluster.nodes[0].ending
+            until(lambda: facts(cluster.nodes[0], "port_taken"), what="the new node, which waits")
         until(lambda: status(cluster.nodes[0]).get("ready"), what="the node")
 
 
