@@ -214,3 +214,10 @@ def test_verbs_are_documented(verb: str) -> None:
     pages = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").rglob("*.md"))
     assert pattern.search((ROOT / "README.md").read_text(encoding="utf-8")), "not in README.md"
     assert pattern.search(pages), "not in docs/"
+
+
+@pytest.mark.xdist_group("itself")
+def test_tests_that_share_a_cluster_run_on_one_worker(request: pytest.FixtureRequest) -> None:
+    """pytest-xdist knows its groups by what it adds to the names of tests."""
+    grouped = bool(request.config.getoption("loadgroup", False))
+    assert request.node.nodeid.endswith("@itself") == grouped
