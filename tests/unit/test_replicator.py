@@ -123,7 +123,7 @@ def test_requests_take_turns_and_their_positions_wait_together(bench: Bench) -> 
     run(nodes, *(slot(3, 1, request_id=r) for r in requests))
     # The other half, of four positions each.
     assert nodes[0].links.traffic.sent_bytes - first == STEP_FRAMES * (HEADS + 4 * ROW)
-    until(lambda: all(nodes[1].covers(0, r) == 4 for r in requests), *nodes)
+    until(lambda: all(nodes[1].covers(u, r) == 4 for u in (0, 1) for r in requests), *nodes)
     assert all(same(nodes, 1, 4, request_id=r) for r in requests)
 
 
