@@ -15,7 +15,7 @@ from statistics import median
 from p2pinfer.core.planner import holdings
 from p2pinfer.core.timing import Timing
 from p2pinfer.core.topology import weight_bytes
-from p2pinfer.types import Member, Plan
+from p2pinfer.types import Fence, Member, Plan
 from p2pinfer.wire.messages import Heartbeat
 
 IDLE_S = 5.0
@@ -33,7 +33,9 @@ class _Runner:
     """What is known of one life of a member."""
 
     boot_id: str
+    fence: Fence | None = None
     steps: int = 0
+    """How many it has finished under that plan."""
     seen_at: float = -inf
     """When it last finished a step, or was first heard of."""
     busy_since: float = inf
@@ -59,6 +61,7 @@ class Pace:
         if runner is None or runner.boot_id != heartbeat.boot_id:
             runner = _Runner(heartbeat.boot_id, heartbeat.steps, seen_at=now)
             self._runners[heartbeat.node_id] = runner
+        runner.fence = heartbeat.fence
         if heartbeat.steps != runner.steps:
             runner.steps = heartbeat.steps
             if now - runner.seen_at > DEAF_S or runner.busy_since == inf:
@@ -67,15 +70,21 @@ class Pace:
             runner.compute_ms = heartbeat.compute_ms
 
     def deaf(self, leader_id: str, now: float) -> frozenset[str]:
-        """Node ids of those that have finished no step for `DEAF_S`, while the leader did: steps do
-        not reach them any more."""
+        """Node ids of those that steps do not reach any more: they have finished none for `DEAF_S`
+        while the leader did, or, when it is idle since then, fewer than the leader by this plan.
+        What has ended they take to be under way."""
         leader = self._runners.get(leader_id)
-        if leader is None or now - leader.seen_at > DEAF_S:
+        if leader is None:
             return frozenset()
+        idle = now - leader.seen_at > DEAF_S
         return frozenset(
             node_id
             for node_id, runner in self._runners.items()
-            if leader.seen_at - max(runner.seen_at, leader.busy_since) > DEAF_S
+            if (
+                runner.fence == leader.fence and runner.steps < leader.steps
+                if idle
+                else leader.seen_at - max(runner.seen_at, leader.busy_since) > DEAF_S
+            )
         )
 
     def slow(self, plan: Plan, own: Heartbeat, now: float) -> Mapping[str, float]:

@@ -97,8 +97,8 @@ def test_a_little_slower_is_not_slow() -> None:
 
 
 def test_whom_no_step_reaches_is_deaf() -> None:
-    """While the leader finishes steps; who was just heard of is given time, and so are all when the
-    cluster is idle."""
+    """While the leader finishes steps, and who was just heard of is given time; in an idle cluster
+    who has finished fewer."""
     bench = Bench(member(1), member(2), member(3))
     leader = member(1).node_id
     assert bench.pace.deaf(leader, bench.now) == frozenset()
@@ -113,6 +113,8 @@ def test_whom_no_step_reaches_is_deaf() -> None:
     assert bench.pace.deaf(leader, bench.now) == {member(3).node_id}
     bench.pace.heard(bench.word(member(4), 10), bench.now)
     assert bench.pace.deaf(leader, bench.now) == {member(3).node_id}
+    assert bench.pace.deaf(leader, bench.now + DEAF_S + 0.1) == {member(3).node_id}
+    bench.pace.heard(bench.word(member(3), 10), bench.now)
     assert bench.pace.deaf(leader, bench.now + DEAF_S + 0.1) == frozenset()
     bench.now += DEAF_S + 0.1
     bench.steps += 1
