@@ -149,7 +149,7 @@ def _html_row(tag: str, cells: Sequence[str]) -> str:
 
 def plot_tokens(result: dict[str, Any], path: Path) -> None:
     """How long each token took around the kill, a line for each rung."""
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     pyplot.switch_backend("Agg")
     figure, axes = pyplot.subplots(figsize=(10, 4))
@@ -162,6 +162,9 @@ def plot_tokens(result: dict[str, Any], path: Path) -> None:
     axes.axvline(0.0, linestyle="--", color="grey")
     axes.text(0.0, longest, " kill", va="top")
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     axes.set_xlabel("when the token came, s after the kill")
     axes.set_ylabel("time since the token before, s")
     axes.legend()

@@ -59,7 +59,7 @@ class Pace:
         """A member tells how many steps it has finished and how long it computes for one."""
         runner = self._runners.get(heartbeat.node_id)
         if runner is None or runner.boot_id != heartbeat.boot_id:
-            runner = _Runner(heartbeat.boot_id, heartbeat.steps, seen_at=now)
+            runner = _Runner(heartbeat.boot_id, steps=heartbeat.steps, seen_at=now)
             self._runners[heartbeat.node_id] = runner
         runner.fence = heartbeat.fence
         if heartbeat.steps != runner.steps:
