@@ -207,7 +207,9 @@ class Play:
             self._hit()
         else:
             self._hit()
-        if self.before and case.moment in ("failover", "drain", "join"):
+        # Who joins may own its part before another one is struck, and keeps it.
+        goes = case.moment in ("failover", "drain") or case.fault == "nothing"
+        if self.before and goes:
             line.victims += [self.before] * (self.before not in line.victims)
         if not case.quorum:
             self._undo_all()
