@@ -24,6 +24,7 @@ from p2pinfer.wire.messages import Chunk
 from tests.faults.watching import (
     GO_ON_S,
     Reading,
+    all_own,
     all_vote,
     facts,
     kill,
@@ -59,9 +60,9 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
 
 @pytest.fixture
 def trio(nodes: LocalCluster) -> LocalCluster:
-    """Three nodes, all there and with a vote."""
+    """Three nodes, all there, with a vote and units: who owns nothing interrupts nobody."""
     mend(nodes)
-    until(lambda: all_vote(nodes, 3), what="the cluster with all three")
+    until(lambda: all_vote(nodes, 3) and all_own(nodes), what="the cluster with all three")
     return nodes
 
 
