@@ -156,8 +156,7 @@ class StepEngine:
         self.owes = 0
         rows = sum(len(slot.tokens) for slot in step.slots)
         # Who only takes note of the tokens would later find any step of its own overdue.
-        waits = self.topology.leads or self.topology.roles
-        if rows and waits and not self._recomputed_rows:
+        if rows and self.topology.is_needed and not self._recomputed_rows:
             self._step_clock.finished(rows, time.monotonic() - self._began)
         if rows:
             self._recomputed_rows = 0

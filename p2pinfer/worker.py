@@ -23,7 +23,6 @@ import torch
 import zmq
 
 from p2pinfer.bulk_links import BULK_HWM, BulkLinks
-from p2pinfer.core.commits import owners
 from p2pinfer.core.events import (
     ActivatePlan,
     AnyOrder,
@@ -431,8 +430,7 @@ class Worker:
         if isinstance(broken, StepOverdue):
             self._step_clock.overdue()
         mine = engine.topology
-        needed = mine.leads or mine.me in owners(mine.plan)
-        if isinstance(broken, LinkBroken) and not needed:
+        if isinstance(broken, LinkBroken) and not mine.is_needed:
             self._links.lost.append(broken.node_id)
             return
         self._pipe.send(

@@ -71,6 +71,12 @@ class Topology(Struct, frozen=True, kw_only=True):
         return self.me == self.plan.leader
 
     @property
+    def is_needed(self) -> bool:
+        """Whether no step can do without this member: it draws the tokens, or owns units. It waits
+        for others in each, too; who is not needed only takes note of the tokens."""
+        return self.leads or bool(self.roles)
+
+    @property
     def others(self) -> tuple[int, ...]:
         """Every member but me."""
         return tuple(i for i in range(len(self.plan.members)) if i != self.me)

@@ -463,7 +463,7 @@ class ToyWorker:
         self._limit_at = began + self._steps.limit(self._rows + self._recomputed)
 
     def _finish(self, engine: ToyEngine, step: Step, began: float) -> None:
-        if (engine.topology.leads or engine.topology.roles) and not self._recomputed:
+        if engine.topology.is_needed and not self._recomputed:
             self._steps.finished(self._rows, self.process.machine.monotonic() - began)
         if self._rows:
             self._recomputed = 0

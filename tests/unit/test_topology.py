@@ -152,3 +152,12 @@ def test_who_only_keeps_replicas_limits_too() -> None:
     assert units == 4
     row = kv_bytes_per_position(SIX_LAYERS, SIX_LAYERS.num_layers)
     assert position_limit(kept) == (4 << 20) // (units * row)
+
+
+def test_who_neither_leads_nor_owns_is_not_needed() -> None:
+    """Steps do without it; a leader that owns nothing draws the tokens."""
+    plan = plan_of(2)
+    spare = msgspec.structs.replace(plan.members[1], node_id="f" * 16, name="z")
+    plan = msgspec.structs.replace(plan, members=(*plan.members, spare))
+    assert [topology(plan, me).is_needed for me in range(3)] == [True, True, False]
+    assert topology(msgspec.structs.replace(plan, leader=2), 2).is_needed
