@@ -90,10 +90,7 @@ class Play:
         self._cast()
         try:
             if self.case.moment == "join":
-                kill(self._first())
-                restart(self.cluster, self._first())
-                self.before = self._again(self._first())
-                self.struck = [self._again(node) for node in self.struck]
+                self._make_room()
             self.timeline = Timeline(self.cluster)
             self._begin_replies()
             self._await_moment()
@@ -154,6 +151,21 @@ class Play:
 
     # --- when -------------------------------------------------------------------------------------
 
+    def _make_room(self) -> None:
+        """Kill the node that is to join, and start it if the fault is to meet it on its way; if it
+        is its coming alone that counts, it comes when the replies are under way."""
+        kill(self._first())
+        if self.case.fault == "nothing":
+            until(lambda: all_own(self.cluster), PATIENCE_S, "the cluster without the one to join")
+            until(lambda: all_protected(self.cluster), PATIENCE_S, "replicas without it")
+            return
+        self._start_first()
+        self.struck = [self._again(node) for node in self.struck]
+
+    def _start_first(self) -> None:
+        restart(self.cluster, self._first())
+        self.before = self._again(self._first())
+
     def _begin_replies(self) -> None:
         served = self.serving.address
         others = [n.address for n in self.cluster.nodes if n not in (self.serving, self.before)]
@@ -177,11 +189,10 @@ class Play:
             return
         for reading in self.readings:
             self._await_tokens(reading, self.draw.randrange(1, TOKENS_BEFORE))
-        if case.moment == "join":
+        if case.moment == "join" and case.fault != "nothing":
             diary = self.timeline.diaries[self._first().name]
             until(lambda: diary.facts("node_started"), PATIENCE_S, "its return")
-            if case.fault != "nothing":
-                self._pause(3.0)
+            self._pause(3.0)
 
     def _await_tokens(self, reading: Reading, count: int) -> None:
         until(lambda: len(reading.tokens) >= count or reading.ended, PATIENCE_S, "the replies")
@@ -205,6 +216,8 @@ class Play:
         elif case.moment == "drain":
             self._drain_first()
             self._hit()
+        elif case.fault == "nothing":
+            self._start_first()
         else:
             self._hit()
         # Who joins may own its part before another one is struck, and keeps it.

@@ -16,6 +16,7 @@ from p2pinfer.cluster import LocalCluster, free_base_port
 from p2pinfer.core.topology import weight_bytes
 from p2pinfer.demo import MODEL_DIR
 from p2pinfer.model.config import load_config, model_spec
+from tests.faults.watching import all_protected, until
 from tests.lockstep import Lockstep
 from tests.random_models import LLAMA3_ROPE, write_random_model
 
@@ -83,8 +84,10 @@ def test_a_cluster_says_the_text_that_transformers_says(
             assert reply["finish_reason"] == "length"
 
 
-def test_a_node_keeps_its_own_units_and_little_else(tmp_path: Path) -> None:
-    """Private memory stays within the weights of its units, its KV, and a fixed overhead."""
+@pytest.mark.parametrize("standby", [None, "warm", "hot"])
+def test_a_node_keeps_its_own_units_and_little_else(standby: str | None, tmp_path: Path) -> None:
+    """Private memory stays within the weights of its units, its KV, and a fixed overhead; a hot
+    standby's weights are private too, a warm one's are the system's page cache."""
     nodes = 2
     folder = write_random_model(
         tmp_path / "model",
@@ -99,15 +102,22 @@ def test_a_node_keeps_its_own_units_and_little_else(tmp_path: Path) -> None:
     config = load_config(folder)
     spec = model_spec(config, name="t", model_id="0" * 64)
     plan = Lockstep(folder, nodes=nodes)
-    held = weight_bytes(spec, plan.topologies[0].holdings[0])
-    assert held > 450 << 20, "the whole model must not fit into the overhead"
-    with LocalCluster(nodes, model=str(folder), base_port=free_base_port(nodes)) as cluster:
+    own, other = (weight_bytes(spec, each.holdings[0]) for each in plan.topologies)
+    assert own > 450 << 20, "the whole model must not fit into the overhead"
+    kv = 2 * spec.num_layers * spec.num_key_value_heads * spec.head_dim * 4 * 384 // nodes
+    options = {"replicas": 1, "standby": standby} if standby else {"replicas": 0}
+    with LocalCluster(
+        nodes, model=str(folder), base_port=free_base_port(nodes), options=options
+    ) as cluster:
         submit(cluster.nodes[0].address, "x" * 300, "--max-tokens", "20", "--ignore-eos")
-        kv = 2 * spec.num_layers * spec.num_key_value_heads * spec.head_dim * 4 * 384 // nodes
+        if standby:
+            until(lambda: all_protected(cluster), what="standbys with their weights")
+        held = own + kv + (kv if standby else 0) + (other if standby == "hot" else 0)
         for node in cluster.nodes:
             family = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
             private = sum(anonymous_bytes(process.pid) for process in family)
-            assert private <= held + kv + OVERHEAD_BYTES
+            assert private <= held + OVERHEAD_BYTES
+            assert standby != "hot" or private > own + other
 
 
 def anonymous_bytes(pid: int) -> int:
