@@ -54,6 +54,7 @@ class Wanted:
     context: int
     dtype: str
     replicas: int
+    keep_inputs: bool
     seed: int
     cpu_quota: float | None
     out: Path
@@ -84,6 +85,7 @@ class Wanted:
             "nodes": self.nodes or case.nodes,
             "replicas": self.replicas,
             "cpu_quota": self.cpu_quota,
+            "keep_inputs": self.keep_inputs,
         }
 
 
@@ -117,7 +119,11 @@ class Suite:
     def _on_one_cluster(self, case: Case, identity: dict[str, Any], begun: int) -> int:
         """Run a case on one cluster until it is done, or the cluster is in no known state."""
         failed, quota = 0, Quota(self._wanted.cpu_quota)
-        options = {"dtype": self._wanted.dtype, "replicas": self._wanted.replicas}
+        options = {
+            "dtype": self._wanted.dtype,
+            "replicas": self._wanted.replicas,
+            "keep_inputs": self._wanted.keep_inputs,
+        }
         model = self._wanted.model
         place = Path(tempfile.mkdtemp(prefix=f"{case.name}-", dir=self._folder))
         census = Census()
@@ -150,6 +156,7 @@ class Suite:
         draw = random.Random(f"{self._wanted.seed}/{case.name}/{number}")
         play = Play(
             *(case, cluster, self._truth, draw, census, self._wanted.replicas),
+            keep_inputs=self._wanted.keep_inputs,
             asks=self._wanted.asks,
         )
         began = time.monotonic()
@@ -185,6 +192,7 @@ def _cases(names: Sequence[str]) -> tuple[Case, ...]:
 @click.option("--context", default=0, help="Tokens of the prompt; by default the case's prompts.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
 @click.option("--replicas", type=click.IntRange(0, 3), default=1, show_default=True)
+@click.option("--keep-inputs", is_flag=True, help="Of all nodes: what KV is made of.")
 @click.option("--seed", default=1, show_default=True, help="Decides who is struck, and when.")
 @click.option("--cpu-quota", type=float, help="Cores that each node may use, e.g. 0.5.")
 @click.option("--logs", type=click.Path(path_type=Path), help="Keep logs of failed runs here.")

@@ -76,6 +76,7 @@ class Play:
     draw: random.Random
     census: Census
     replicas: int = 1
+    keep_inputs: bool = False
     asks: Sequence[Ask] = ()
     """What is asked for meanwhile; by default what the case's moment needs."""
     failures: list[str] = field(default_factory=list)
@@ -355,11 +356,15 @@ class Play:
                 self.failures.append(f"wrong reply: {wrong}")
             if reading.broken:
                 self.failures.append(f"error: {reading.broken}")
-        if unexpected := rungs - (case.rungs if self.replicas else WITHOUT_REPLICAS):
+        possible = case.rungs if self.replicas else WITHOUT_REPLICAS
+        if self.keep_inputs and "replay" in possible:
+            possible |= {"recompute"}
+        if unexpected := rungs - possible:
             self.failures.append(f"rung: {', '.join(sorted(unexpected))}")
-        decoding = case.fault == "kill" and case.moment == "decode"
-        if self.replicas and decoding and case.rungs == ONE_LOST and "replica" not in rungs:
-            self.failures.append("rung: no replica was used")
+        if case.fault == "kill" and case.moment == "decode" and case.rungs == ONE_LOST:
+            cheapest = "replica" if self.replicas else "recompute" if self.keep_inputs else "replay"
+            if cheapest not in rungs:
+                self.failures.append(f"rung: {cheapest} was not used")
         if case.fault == "disk-full":
             words = "could not be written"
             if words not in self.struck[0].log.read_text(errors="replace"):

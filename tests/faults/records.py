@@ -17,7 +17,13 @@ from tests.faults.timeline import TIMES
 
 Record = dict[str, Any]
 
-IDENTITY = ("commit", "case", "shape", "context", "dtype", "nodes", "replicas", "cpu_quota")
+ADDED: Record = {"keep_inputs": False}
+"""What older records do not say, with what was so."""
+
+IDENTITY = (
+    *("commit", "case", "shape", "context", "dtype", "nodes", "replicas", "cpu_quota"),
+    *ADDED,
+)
 """Records that agree in these are runs of the same thing."""
 
 
@@ -41,7 +47,7 @@ def read(path: Path) -> list[Record]:
     if not path.exists():
         return []
     whole, _, _ = path.read_text().rpartition("\n")
-    return [json.loads(line) for line in whole.splitlines()]
+    return [ADDED | json.loads(line) for line in whole.splitlines()]
 
 
 def append(path: Path, record: Record) -> None:
