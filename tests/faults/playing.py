@@ -109,6 +109,7 @@ class Play:
             "victims": [node.name for node in self.timeline.victims],
             "pause_s": max(pauses),
             "step_s": self._step(),
+            "added_s": self._added(),
             "rungs": sorted(rungs),
             "replies": len(self.readings),
             "tokens": sum(len(reading.tokens) for reading in self.readings),
@@ -336,6 +337,14 @@ class Play:
             if later <= self.timeline.at
         ]
         return round(median(gaps), 4) if gaps else 0.0
+
+    def _added(self) -> float | None:
+        """What new plans added to a time between two tokens; None where somebody was struck."""
+        if self.case.fault != "nothing":
+            return None
+        proposed = self.timeline.said(list(self.timeline.diaries), "plan_proposed")
+        moments = [fact["at"] for fact in proposed]
+        return round(max(reading.added(moments) for reading in self.readings), 4)
 
     def _come_back(self, kv_before: int) -> float:
         """End the replies and wait until the cluster is whole; returns the seconds it took."""

@@ -7,11 +7,12 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import pairwise
 from math import inf
+from statistics import median
 from typing import Any, Protocol
 
 from p2pinfer.client import Client, Moved
@@ -23,6 +24,9 @@ from p2pinfer.wire.messages import Chunk, Finished
 DEADLINE_S = 60.0
 GO_ON_S = 3.0
 """Within this a reply has to go on, whatever one node or one path does."""
+
+USUAL_TOKENS = 8
+"""From so many it is known what a token usually takes at the moment."""
 
 Fact = dict[str, Any]
 
@@ -248,6 +252,19 @@ class Reading:
         enough = next((n for n, time in enumerate(after, 1) if time > mended), len(after))
         points = before + after[:enough]
         return max((later - earlier for earlier, later in pairwise(points)), default=0.0)
+
+    def added(self, moments: Sequence[float]) -> float:
+        """What new plans added to a time between two tokens, in seconds: the longest less those
+        before it. `moments` are when they were proposed, which may be just before the last token
+        of the plan before has arrived; 0 where nothing was proposed meanwhile."""
+        gaps = list(pairwise(self.times))
+        found = [0.0]
+        for place, (earlier, later) in enumerate(gaps):
+            before = [b - a for a, b in gaps[max(0, place - USUAL_TOKENS) : place]]
+            if before and any(earlier <= moment < later for moment in moments):
+                longest = max(b - a for a, b in gaps[place : place + 2])
+                found.append(longest - median(before))
+        return max(found)
 
     def lost(self) -> set[str]:
         """The names of the nodes that interrupted the reply, as its end says."""
