@@ -36,7 +36,8 @@ MANY_LOST: Rungs = frozenset({"replica", "replay", "none"})
 """Of two nodes that die together, one may have had the only replica of what the other owned."""
 
 WITHOUT_REPLICAS: Rungs = frozenset({"replay", "none"})
-"""Whatever the case, of a cluster that keeps none."""
+"""Of a cluster that keeps none, but where a node comes or goes: the KV of the units that then move
+is copied first."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,12 @@ class Case:
     quorum: bool = True
     nodes: int = 4
     targets: Mapping[str, float] = field(default_factory=dict)
+
+    def possible_rungs(self, replicas: int, *, keep_inputs: bool) -> Rungs:
+        """The ways in which KV may come back where so many replicas are kept, or inputs."""
+        moves = self.moment in ("join", "drain")
+        found = self.rungs if replicas or moves else WITHOUT_REPLICAS
+        return found | {"recompute"} if keep_inputs and "replay" in found else found
 
 
 _KILLED = {"suspected_s": 0.1, "adopted_s": 0.3, "pause_s": GO_ON_S}

@@ -19,7 +19,7 @@ from p2pinfer.cluster import LocalNode
 from p2pinfer.errors import ClusterError
 from p2pinfer.types import SamplingParams
 from tests.faults.blows import restart, strike
-from tests.faults.cases import ONE_LOST, WITHOUT_REPLICAS, Case, Role
+from tests.faults.cases import ONE_LOST, Case, Role
 from tests.faults.clusters import Nodes
 from tests.faults.timeline import Timeline
 from tests.faults.truth import Ask, Truth
@@ -159,7 +159,8 @@ class Play:
         kill(self._first())
         if self.case.fault == "nothing":
             until(lambda: all_own(self.cluster), PATIENCE_S, "the cluster without the one to join")
-            until(lambda: all_protected(self.cluster), PATIENCE_S, "replicas without it")
+            if self.replicas:
+                until(lambda: all_protected(self.cluster), PATIENCE_S, "replicas without it")
             return
         self._start_first()
         self.struck = [self._again(node) for node in self.struck]
@@ -365,9 +366,7 @@ class Play:
                 self.failures.append(f"wrong reply: {wrong}")
             if reading.broken:
                 self.failures.append(f"error: {reading.broken}")
-        possible = case.rungs if self.replicas else WITHOUT_REPLICAS
-        if self.keep_inputs and "replay" in possible:
-            possible |= {"recompute"}
+        possible = case.possible_rungs(self.replicas, keep_inputs=self.keep_inputs)
         if unexpected := rungs - possible:
             self.failures.append(f"rung: {', '.join(sorted(unexpected))}")
         if case.fault == "kill" and case.moment == "decode" and case.rungs == ONE_LOST:
