@@ -33,6 +33,7 @@ from tests.faults.watching import (
     kill,
     leader,
     member,
+    none_kept,
     until,
 )
 
@@ -60,10 +61,11 @@ LONG_ASKS: tuple[Ask, ...] = tuple(
 
 
 def whole(cluster: Nodes, replicas: int = 1) -> bool:
-    """Whether all nodes vote, own units, and have replicas of them if there are to be any."""
+    """Whether all nodes vote, own units, and have replicas of them, or none if there are to be
+    none: who took over from another has one for a while."""
     if not all_vote(cluster, len(cluster.nodes)) or not all_own(cluster):
         return False
-    return replicas == 0 or all_protected(cluster)
+    return all_protected(cluster) if replicas else none_kept(cluster)
 
 
 @dataclass

@@ -129,6 +129,12 @@ def all_protected(cluster: Cluster, behind: int = 0) -> bool:
     return True
 
 
+def none_kept(cluster: Cluster) -> bool:
+    """Whether nobody is a standby of anything any more."""
+    seen = [status(node) for node in cluster.nodes if not node.ending]
+    return all(each and not _parts(each, "standby") for each in seen)
+
+
 def _parts(seen: dict[str, Any], which: str) -> set[tuple[int, str, int]]:
     """(first layer, kind, unit) of all that is `owned`, or kept as a `standby`, by anybody."""
     return {
