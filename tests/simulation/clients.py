@@ -317,7 +317,7 @@ class Clients:
         client.attempt = None
         client.tries -= 1
         check(
-            code in EXPLAINED or (code == "log_conflict" and client.lied_to),
+            code in EXPLAINED or (code in IMPERSONATED and client.lied_to),
             f"request {client.request_id} ends in {code}",
         )
         if retryable and client.tries > 0:
@@ -332,6 +332,10 @@ class Clients:
         machine = attempt.process.number
         self.world.tell(machine, f"request {client.request_id} ended: {end}")
 
+
+IMPERSONATED = frozenset(("log_conflict", "cancelled"))
+"""Where somebody else submits the same request: once nobody remembers it, what he says is as good,
+and the latest attempt is the one that is gone on with."""
 
 EXPLAINED = frozenset(("no_quorum", "not_ready", "leaving", "internal"))
 """Errors that a request may end in under faults. `log_conflict` is none: what a client was shown is
