@@ -21,6 +21,7 @@ from typing import IO
 
 import pytest
 
+from p2pinfer.client import Client
 from p2pinfer.cluster import LocalCluster, LocalNode, free_base_port
 from tests.faults.watching import Diary, all_own, all_vote, kill, mend, others, pick, until
 
@@ -75,7 +76,7 @@ class Asking:
 
     def reply(self) -> str:
         """Wait for the end, which is a good one; returns what stdout has."""
-        assert self.end() == 0, self.err
+        assert self.end() == 0, (self.err, self.out)
         return self.out
 
     def end(self) -> int:
@@ -138,6 +139,8 @@ def test_the_node_that_serves_a_reply_is_killed(
     ask = partial(Asking, victim, prompt=LONG_PROMPT if moment == "prefill" else STORY)
     one, two = ask(*GREEDY), ask(*SEEDED, "--json")
     until(lambda: len(diary.facts("request_accepted")) == 2, what="both requests")
+    # What it answers now leaves it after its word to both of who the other nodes are.
+    Client([victim.address]).status()
     if moment != "prefill":
         one.begun(20 if moment == "decode" else len(text) - 8)
     kill(victim)
