@@ -65,6 +65,8 @@ class Client:
         self.tries = 6
         self.lied_to = False
         """Somebody submitted its request with a wrong token."""
+        self.forgotten = False
+        """When somebody did, no node remembered the request: whoever comes last goes on with it."""
 
 
 class Clients:
@@ -176,6 +178,8 @@ class Clients:
         if not machines:
             return
         client.lied_to = True
+        running = [m.process for m in self._cluster.machines if m.running and m.process]
+        client.forgotten |= not any(client.request_id in p.worker.logs for p in running)
         wrong = [*client.shown[:-1], (client.shown[-1] + 1) % toy.MODEL.vocab_size]
         process = self._random.choice(machines).process
         assert process is not None
@@ -317,7 +321,9 @@ class Clients:
         client.attempt = None
         client.tries -= 1
         check(
-            code in EXPLAINED or (code in IMPERSONATED and client.lied_to),
+            code in EXPLAINED
+            or (code == "log_conflict" and client.lied_to)
+            or (code == "cancelled" and client.forgotten),
             f"request {client.request_id} ends in {code}",
         )
         if retryable and client.tries > 0:
@@ -332,10 +338,6 @@ class Clients:
         machine = attempt.process.number
         self.world.tell(machine, f"request {client.request_id} ended: {end}")
 
-
-IMPERSONATED = frozenset(("log_conflict", "cancelled"))
-"""Where somebody else submits the same request: once nobody remembers it, what he says is as good,
-and the latest attempt is the one that is gone on with."""
 
 EXPLAINED = frozenset(("no_quorum", "not_ready", "leaving", "internal"))
 """Errors that a request may end in under faults. `log_conflict` is none: what a client was shown is
