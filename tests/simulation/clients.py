@@ -65,8 +65,6 @@ class Client:
         self.tries = 6
         self.lied_to = False
         """Somebody submitted its request with a wrong token."""
-        self.forgotten = False
-        """When somebody did, no node remembered the request: whoever comes last goes on with it."""
 
 
 class Clients:
@@ -178,8 +176,6 @@ class Clients:
         if not machines:
             return
         client.lied_to = True
-        running = [m.process for m in self._cluster.machines if m.running and m.process]
-        client.forgotten |= not any(client.request_id in p.worker.logs for p in running)
         wrong = [*client.shown[:-1], (client.shown[-1] + 1) % toy.MODEL.vocab_size]
         process = self._random.choice(machines).process
         assert process is not None
@@ -321,9 +317,7 @@ class Clients:
         client.attempt = None
         client.tries -= 1
         check(
-            code in EXPLAINED
-            or (code == "log_conflict" and client.lied_to)
-            or (code == "cancelled" and client.forgotten),
+            code in EXPLAINED or (code == "log_conflict" and client.lied_to),
             f"request {client.request_id} ends in {code}",
         )
         if retryable and client.tries > 0:
