@@ -12,29 +12,24 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import psutil
 
 from p2pinfer.bench.bandwidth import read_bandwidth
+from p2pinfer.bench.inputs import Inputs, Tell, local_cluster, open_model, prompt_of, spread
 from p2pinfer.bench.reference import Reference
 from p2pinfer.client import Client
-from p2pinfer.cluster import LocalCluster
 from p2pinfer.core.planner import Holding
 from p2pinfer.core.topology import weight_bytes
 from p2pinfer.core.units import Slice, unit_count
 from p2pinfer.errors import ClusterError, UsageError
-from p2pinfer.model.config import load_config, model_spec
-from p2pinfer.model.shapes import make_model
-from p2pinfer.types import DType, ModelSpec, SamplingParams, UnitKind
+from p2pinfer.types import ModelSpec, SamplingParams, UnitKind
 from p2pinfer.wire.messages import Chunk
 
-MODEL_SEED = 0
-PROMPT_SEED_STEP = 7919
 BANDWIDTH_READS = 2
 """Before the runs, and as many after."""
 
@@ -44,23 +39,15 @@ COUNTERS_S = 10.0
 REPORTED_S = 0.5
 """A worker reports its counters several times in that time."""
 
-Tell = Callable[[str], None]
 
-
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(Inputs):
     """What to measure; `runs` counts after one warm-up each."""
 
-    shape: str = "llama-3.2-1b"
-    nodes: int = 2
-    threads: int = 1
-    layout: str = "auto"
-    dtype: str = "auto"
     prompt_tokens: int = 128
     max_tokens: int = 64
     runs: int = 5
     concurrent: int = 0
-    base_port: int = 7820
     reference: bool = True
 
 
@@ -79,26 +66,6 @@ class Timing:
     def decode_tokens_per_s(self) -> float:
         """After the first token."""
         return (len(self.arrivals) - 1) / (self.arrivals[-1] - self.arrivals[0])
-
-
-def model_folder(shape: str) -> Path:
-    """Where the random model of a shape is kept between runs."""
-    return platformdirs.user_cache_path("p2pinfer") / "models" / shape
-
-
-def prompt_of(vocab: int, tokens: int, seed: int) -> tuple[int, ...]:
-    """A fixed prompt of token ids, without special ones at the vocabulary's end."""
-    usable = max(2, vocab // 2)
-    return tuple((seed * PROMPT_SEED_STEP + i * i * 31 + 17 * i) % usable for i in range(tokens))
-
-
-def spread(name: str, values: Sequence[float], digits: int = 4) -> dict[str, float]:
-    """A figure's median, with its least and greatest value beside it."""
-    return {
-        name: round(statistics.median(values), digits),
-        f"{name}_min": round(min(values), digits),
-        f"{name}_max": round(max(values), digits),
-    }
 
 
 def ask(client: Client, prompt: Sequence[int], tokens: int) -> Timing:
@@ -210,18 +177,13 @@ def measure(settings: Settings, tell: Tell) -> dict[str, Any]:
         raise UsageError(
             "the comparison needs transformers: pip install 'p2pinfer[bench]', or --no-reference"
         )
-    folder = model_folder(settings.shape)
-    tell(f"the model of shape {settings.shape} in {folder}")
-    make_model(settings.shape, folder, seed=MODEL_SEED)
-    config = load_config(folder)
-    dtype = config.dtype if settings.dtype == "auto" else DType(settings.dtype)
-    spec = model_spec(config, name=settings.shape, model_id="", dtype=dtype, quant="none")
+    folder, spec = open_model(settings, tell)
     tell("read bandwidth")
     bandwidth = [read_bandwidth(used) for _ in range(BANDWIDTH_READS)]
     reference = None
     if settings.reference:
         tell("transformers: loading")
-        reference = Reference(folder, str(dtype), used)
+        reference = Reference(folder, str(spec.dtype), used)
     try:
         result = _measure_cluster(settings, spec, folder, reference, tell)
     finally:
@@ -243,18 +205,8 @@ def _measure_cluster(
     reference: Reference | None,
     tell: Tell,
 ) -> dict[str, Any]:
-    options = {"layout": settings.layout, "dtype": settings.dtype}
-    pin = settings.nodes * settings.threads <= (os.cpu_count() or 1)
     began = time.perf_counter()
-    with LocalCluster(
-        settings.nodes,
-        model=str(folder),
-        base_port=settings.base_port,
-        threads=settings.threads,
-        pin=pin,
-        options=options,
-        on_progress=tell,
-    ) as cluster:
+    with local_cluster(settings, folder, tell) as cluster:
         load_s = time.perf_counter() - began
         addresses = [node.address for node in cluster.nodes]
         client = Client(addresses, retry_for=0)  # a reply that moved is no measurement
@@ -268,10 +220,7 @@ def _measure_cluster(
             together.append(ask_together(addresses, spec.vocab_size, settings))
         rss = [_rss(node.pid) for node in cluster.nodes]
     result: dict[str, Any] = {
-        "shape": settings.shape,
-        "nodes": settings.nodes,
-        "threads_per_node": settings.threads,
-        "layout": settings.layout,
+        **settings.fields(),
         "quant": spec.quant,
         "dtype": str(spec.dtype),
         "prompt_tokens": settings.prompt_tokens,

@@ -8,7 +8,6 @@ measured here, what the nodes did is read from their logs (`request_resumed`) an
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,16 +17,22 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from p2pinfer.bench.decode import MODEL_SEED, Tell, model_folder, prompt_of, spread
 from p2pinfer.bench.following import Following, greedy, longest_gap
+from p2pinfer.bench.inputs import (
+    Inputs,
+    Tell,
+    check_positions,
+    local_cluster,
+    open_model,
+    prompt_of,
+    spread,
+)
 from p2pinfer.client import Client
 from p2pinfer.cluster import STATUS_S, LocalCluster, LocalNode
 from p2pinfer.config import NodeSettings
 from p2pinfer.errors import ClusterError, UsageError
 from p2pinfer.logs import request_label
-from p2pinfer.model.config import load_config, model_spec
-from p2pinfer.model.shapes import make_model
-from p2pinfer.types import DType, ModelSpec
+from p2pinfer.types import ModelSpec
 
 RUNGS: dict[str, dict[str, Any]] = {
     "replay": {"replicas": 0},
@@ -60,17 +65,12 @@ FIGURES = (*PHASES, "propose_s", "stall_s", "step_s")
 SUMS = ("moved_bytes", "delta_bytes", "step_bytes", "memory_bytes", "recomputed_positions")
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(Inputs):
     """What to measure. The kill comes after `kill_after` of `max_tokens` tokens, the prompt has
     `context`. `pairs` are those with and without replication; 0 leaves that out."""
 
-    shape: str = "llama-3.2-1b"
     nodes: int = 4
-    threads: int = 1
-    layout: str = "auto"
-    dtype: str = "auto"
-    quant: str = "none"
     context: int = 1024
     max_tokens: int = 64
     kill_after: int = 24
@@ -78,7 +78,20 @@ class Settings:
     rungs: tuple[str, ...] = ()
     victim: str = "second"
     pairs: int = 20
-    base_port: int = 7820
+
+    def check(self) -> None:
+        """Raise `UsageError` for what cannot be measured, too."""
+        if self.nodes < 2:
+            raise UsageError("--nodes 1: of one node none can be killed; give 2 or more")
+        if not 1 < self.kill_after < self.max_tokens:
+            raise UsageError(
+                f"--kill-after {self.kill_after}: allowed is 2 to {self.max_tokens - 1}, less "
+                "than --max-tokens"
+            )
+        names = [f"node{index + 1}" for index in range(self.nodes)]
+        if self.victim not in (*VICTIMS, *names):
+            raise UsageError(f"--victim {self.victim}: allowed are {', '.join((*VICTIMS, *names))}")
+        super().check()
 
 
 @dataclass(frozen=True)
@@ -110,41 +123,20 @@ def parse_rungs(text: str) -> tuple[str, ...]:
     return rungs
 
 
-def check_settings(settings: Settings) -> None:
-    """Raise `UsageError` for what cannot be measured."""
-    if settings.nodes < 2:
-        raise UsageError("--nodes 1: of one node none can be killed; give 2 or more")
-    if not 1 < settings.kill_after < settings.max_tokens:
-        raise UsageError(
-            f"--kill-after {settings.kill_after}: allowed is 2 to {settings.max_tokens - 1}, less "
-            "than --max-tokens"
-        )
-    names = [f"node{index + 1}" for index in range(settings.nodes)]
-    if settings.victim not in (*VICTIMS, *names):
-        raise UsageError(f"--victim {settings.victim}: allowed are {', '.join((*VICTIMS, *names))}")
-
-
 def measure(settings: Settings, tell: Tell) -> dict[str, Any]:
     """Everything that `bench failover --json` prints.
 
     Raises `ClusterError` where a reply fails, or came back by another rung than was asked for.
     """
-    check_settings(settings)
-    folder = model_folder(settings.shape)
-    tell(f"the model of shape {settings.shape} in {folder}")
-    make_model(settings.shape, folder, seed=MODEL_SEED)
-    spec = spec_of(settings, folder)
-    check_room(settings, spec)
+    folder, spec = open_model(settings, tell)
+    check_positions(spec, settings.context + settings.max_tokens, "--context and --max-tokens")
     runs: dict[str, list[Run]] = {rung: [] for rung in settings.rungs}
     for number in range(1, settings.runs + 1):
         for rung in settings.rungs:  # in turn: the machine's speed drifts
             tell_run = _prefixed(tell, f"{rung}, run {number} of {settings.runs}")
             runs[rung].append(one_run(settings, rung, spec, folder, tell_run))
     result: dict[str, Any] = {
-        "shape": settings.shape,
-        "nodes": settings.nodes,
-        "threads_per_node": settings.threads,
-        "layout": settings.layout,
+        **settings.fields(),
         "dtype": str(spec.dtype),
         "quant": spec.quant,
         "context": settings.context,
@@ -165,40 +157,6 @@ def _prefixed(tell: Tell, prefix: str) -> Tell:
     return lambda line: tell(f"{prefix}: {line}")
 
 
-def spec_of(settings: Settings, folder: Path) -> ModelSpec:
-    """The model as the nodes will compute it."""
-    config = load_config(folder)
-    dtype = config.dtype if settings.dtype == "auto" else DType(settings.dtype)
-    return model_spec(config, name=settings.shape, model_id="", dtype=dtype, quant=settings.quant)
-
-
-def check_room(settings: Settings, spec: ModelSpec) -> None:
-    """Raise `UsageError` where prompt and reply are longer than the model allows."""
-    if settings.context + settings.max_tokens > spec.max_positions:
-        raise UsageError(
-            f"--context {settings.context}: with --max-tokens {settings.max_tokens} that is more "
-            f"than the {spec.max_positions} positions of {settings.shape}"
-        )
-
-
-def local_cluster(settings: Settings, rung: str, folder: Path, tell: Tell) -> LocalCluster:
-    """The cluster that is measured."""
-    return LocalCluster(
-        settings.nodes,
-        model=str(folder),
-        base_port=settings.base_port,
-        threads=settings.threads,
-        pin=settings.nodes * settings.threads <= (os.cpu_count() or 1),
-        options={
-            "layout": settings.layout,
-            "dtype": settings.dtype,
-            "quant": settings.quant,
-            **RUNGS[rung],
-        },
-        on_progress=tell,
-    )
-
-
 # --- one run --------------------------------------------------------------------------------------
 
 
@@ -206,7 +164,7 @@ def one_run(settings: Settings, rung: str, spec: ModelSpec, folder: Path, tell: 
     """Kill one node in the middle of a reply. Raises `ClusterError` if it came back otherwise than
     by `rung`."""
     prompt = prompt_of(spec.vocab_size, settings.context, 1)
-    with local_cluster(settings, rung, folder, tell) as cluster:
+    with local_cluster(settings, folder, tell, **RUNGS[rung]) as cluster:
         victim, through = chosen(cluster, settings.victim)
         rest = [node for node in cluster.nodes if node is not victim]
         await_protection(cluster, rung)

@@ -19,17 +19,17 @@ from typing import Any
 
 import psutil
 
-from p2pinfer.bench.decode import Tell, prompt_of, spread
 from p2pinfer.bench.failover import (
     LOOK_S,
     PATIENCE_S,
+    RUNGS,
     Settings,
     await_protection,
     counters,
     is_protected,
-    local_cluster,
 )
 from p2pinfer.bench.following import Following, greedy
+from p2pinfer.bench.inputs import Tell, local_cluster, prompt_of, spread
 from p2pinfer.bench.intervals import median_interval
 from p2pinfer.cluster import LocalCluster
 from p2pinfer.errors import ClusterError, UsageError
@@ -107,7 +107,7 @@ def measure_protection(
             "tokens after it that protection is measured with; shorten it, or give --pairs 0"
         )
     pairs = Pairs()
-    with local_cluster(settings, "replica", folder, tell) as cluster:
+    with local_cluster(settings, folder, tell, **RUNGS["replica"]) as cluster:
         await_protection(cluster, "replica")
         switch = Switch(cluster)
         addresses = [node.address for node in cluster.nodes]

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from p2pinfer.cli.interrupt import sigterm_is_ctrl_c
-from p2pinfer.cli.options import json_option
+from p2pinfer.cli.options import json_option, together
+
+if TYPE_CHECKING:
+    from p2pinfer.bench.inputs import Inputs, Tell
+
+Measured = TypeVar("Measured", bound="Inputs")
+Result = dict[str, Any]
+Command = TypeVar("Command", bound=Callable[..., object])
 
 
 @click.group()
@@ -15,12 +24,75 @@ def bench() -> None:
     """Measure speed on this machine."""
 
 
+def cluster_options(nodes: int, least: int = 1) -> Callable[[Command], Command]:
+    """What every benchmark of a local cluster takes: `--shape`, how many `--nodes` of which kind
+    (by default `nodes`, at least `least`), and what to do with the result."""
+    return together(
+        click.option("--shape", default="llama-3.2-1b", show_default=True, metavar="NAME"),
+        click.option(
+            "--nodes", type=click.IntRange(least, 16), default=nodes, show_default=True, metavar="N"
+        ),
+        click.option(
+            "--threads", type=click.IntRange(1), default=1, show_default=True, metavar="N"
+        ),
+        model_options,
+        result_options,
+    )
+
+
+def model_options(command: Command) -> Command:
+    """How the model is split and computed, and where the nodes listen."""
+    return together(
+        click.option(
+            "--layout", default="auto", show_default=True, metavar="auto|heads|layers|SxH"
+        ),
+        click.option(
+            "--dtype", default="auto", show_default=True, metavar="NAME", help="Number format."
+        ),
+        click.option(
+            "--quant", default="none", show_default=True, metavar="NAME", help="Of weights."
+        ),
+        click.option("--base-port", type=click.IntRange(1, 65000), default=7820, show_default=True),
+    )(command)
+
+
+def result_options(command: Command) -> Command:
+    """`--report DIR` and `--json`."""
+    return together(
+        click.option(
+            "--report",
+            type=click.Path(file_okay=False, path_type=Path),
+            metavar="DIR",
+            help="Write Markdown and plots there.",
+        ),
+        json_option,
+    )(command)
+
+
+def run_bench(
+    settings: Measured,
+    measure: Callable[[Measured, Tell], Result],
+    show: Callable[[Result], list[str]],
+    write: Callable[[Result, Path], Path],
+    *,
+    report: Path | None,
+    as_json: bool,
+) -> None:
+    """Check, measure with progress on stderr, write the report, and print the result."""
+    import json
+
+    from p2pinfer.cli.progress import telling
+
+    settings.check()  # what is wrong is told before minutes pass
+    with sigterm_is_ctrl_c(), telling() as tell:
+        result = measure(settings, tell)
+    if report is not None:
+        click.echo(f"report: {write(result, report)}", err=True)
+    click.echo(json.dumps(result) if as_json else "\n".join(show(result)))
+
+
 @bench.command()
-@click.option("--shape", default="llama-3.2-1b", show_default=True, metavar="NAME")
-@click.option("--nodes", type=click.IntRange(1, 16), default=2, show_default=True, metavar="N")
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, metavar="N")
-@click.option("--layout", default="auto", show_default=True, metavar="auto|heads|layers|SxH")
-@click.option("--dtype", default="auto", show_default=True, metavar="NAME", help="Number format.")
+@cluster_options(nodes=2)
 @click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--max-tokens", type=click.IntRange(2), default=64, show_default=True)
 @click.option("--runs", type=click.IntRange(1), default=5, show_default=True, help="Of each kind.")
@@ -32,48 +104,22 @@ def bench() -> None:
     metavar="N",
     help="Requests at once, measured too; 0 leaves that out.",
 )
-@click.option("--base-port", type=click.IntRange(1, 65000), default=7820, show_default=True)
 @click.option("--reference/--no-reference", default=True, help="Measure transformers beside it.")
-@click.option(
-    "--report",
-    type=click.Path(file_okay=False, path_type=Path),
-    metavar="DIR",
-    help="Markdown and plot.",
-)
-@json_option
 def decode(report: Path | None, as_json: bool, **options: object) -> None:
     """Time to first token, prefill and decode speed, beside the unsplit model by transformers.
 
     N nodes of one cluster run on this machine with --threads threads each, pinned. The model of
     the shape is made with random weights once and kept.
     """
-    import json
-
     from p2pinfer.bench.decode import Settings, measure
     from p2pinfer.bench.report import summary_lines, write_report
-    from p2pinfer.cli.progress import telling
-    from p2pinfer.cluster import check_ports
-    from p2pinfer.config import load_settings
 
     settings = Settings(**options)  # type: ignore[arg-type]
-    # What is wrong is told before minutes pass.
-    load_settings({"layout": settings.layout, "dtype": settings.dtype})
-    check_ports(settings.base_port, settings.nodes)
-
-    with sigterm_is_ctrl_c(), telling() as tell:
-        result = measure(settings, tell)
-    if report is not None:
-        click.echo(f"report: {write_report(result, report)}", err=True)
-    click.echo(json.dumps(result) if as_json else "\n".join(summary_lines(result)))
+    run_bench(settings, measure, summary_lines, write_report, report=report, as_json=as_json)
 
 
 @bench.command()
-@click.option("--shape", default="llama-3.2-1b", show_default=True, metavar="NAME")
-@click.option("--nodes", type=click.IntRange(2, 16), default=4, show_default=True, metavar="N")
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, metavar="N")
-@click.option("--layout", default="auto", show_default=True, metavar="auto|heads|layers|SxH")
-@click.option("--dtype", default="auto", show_default=True, metavar="NAME", help="Number format.")
-@click.option("--quant", default="none", show_default=True, metavar="NAME", help="Of weights.")
+@cluster_options(nodes=4, least=2)
 @click.option(
     "--context", type=click.IntRange(1), default=1024, show_default=True, help="Prompt tokens."
 )
@@ -106,43 +152,15 @@ def decode(report: Path | None, as_json: bool, **options: object) -> None:
     metavar="N",
     help="Of 64 tokens with and 64 without replication, for its cost; 0 leaves that out.",
 )
-@click.option("--base-port", type=click.IntRange(1, 65000), default=7820, show_default=True)
-@click.option(
-    "--report",
-    type=click.Path(file_okay=False, path_type=Path),
-    metavar="DIR",
-    help="Markdown, HTML and plots.",
-)
-@json_option
 def failover(report: Path | None, as_json: bool, rungs: str | None, **options: object) -> None:
     """Kill a node in the middle of a reply, by each rung, and time what follows.
 
     A rung is the way in which lost KV comes back: replay computes all of it again, recompute the
     lost heads only, replica has it. And: what keeping replicas costs while nothing fails.
     """
-    import json
-
-    from p2pinfer.bench.failover import (
-        Settings,
-        available_rungs,
-        check_settings,
-        measure,
-        parse_rungs,
-    )
+    from p2pinfer.bench.failover import Settings, available_rungs, measure, parse_rungs
     from p2pinfer.bench.failover_report import summary_lines, write_report
-    from p2pinfer.cli.progress import telling
-    from p2pinfer.cluster import check_ports
-    from p2pinfer.config import load_settings
 
     chosen = parse_rungs(rungs) if rungs else available_rungs()
     settings = Settings(rungs=chosen, **options)  # type: ignore[arg-type]
-    # What is wrong is told before minutes pass.
-    check_settings(settings)
-    load_settings({"layout": settings.layout, "dtype": settings.dtype, "quant": settings.quant})
-    check_ports(settings.base_port, settings.nodes)
-
-    with sigterm_is_ctrl_c(), telling() as tell:
-        result = measure(settings, tell)
-    if report is not None:
-        click.echo(f"report: {write_report(result, report)}", err=True)
-    click.echo(json.dumps(result) if as_json else "\n".join(summary_lines(result)))
+    run_bench(settings, measure, summary_lines, write_report, report=report, as_json=as_json)

@@ -30,7 +30,9 @@ def check_address(_: click.Context, __: click.Parameter, value: str | tuple[str,
     return value
 
 
-def _together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+def together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """One decorator that adds all of these options, in the order of the help."""
+
     def apply(command: Command) -> Command:
         for option in reversed(options):
             command = option(command)
@@ -41,7 +43,7 @@ def _together(*options: Callable[[Command], Command]) -> Callable[[Command], Com
 
 def _replica_options(command: Command) -> Command:
     """What is kept of each part of the model and its KV, so that it is not lost with a node."""
-    return _together(
+    return together(
         click.option(
             "--replicas",
             type=int,
@@ -69,7 +71,7 @@ def _replica_options(command: Command) -> Command:
 def shared_node_options(command: Command) -> Command:
     """The options that all nodes of one machine may have in common. No default is given here:
     what was not said stays None, so that a configuration file can say it."""
-    return _together(
+    return together(
         click.option("--model", metavar="DIR|demo", help="Model folder, or the bundled model."),
         click.option("--device", metavar="auto|cpu|cuda[:N]", help="Where to compute."),
         click.option("--threads", type=int, metavar="N", help="Compute threads of a node."),
@@ -126,7 +128,7 @@ def shared_node_options(command: Command) -> Command:
 
 def own_node_options(command: Command) -> Command:
     """The options that tell one node from another."""
-    return _together(
+    return together(
         click.option("--name", metavar="NAME", help="Name of this node; default: the host's."),
         click.option("--listen", metavar="ADDR", help="Listen here; default: 0.0.0.0:7720."),
         click.option(

@@ -26,7 +26,7 @@ import click
 from msgspec.structs import replace
 from rich.console import Console
 
-from p2pinfer.bench.decode import MODEL_SEED, model_folder, prompt_of
+from p2pinfer.bench.inputs import MODEL_SEED, model_folder, prompt_of
 from p2pinfer.errors import ClusterError
 from p2pinfer.model.config import load_config, resolve_model
 from p2pinfer.model.shapes import make_model

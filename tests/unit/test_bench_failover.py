@@ -100,7 +100,7 @@ def test_rungs_are_named_once_and_must_be_there() -> None:
 def test_what_cannot_be_measured_is_refused(values: dict[str, Any], told: str) -> None:
     """Before anything is started."""
     with pytest.raises(UsageError, match=told):
-        f.check_settings(f.Settings(**values))
+        f.Settings(**values).check()
 
 
 @pytest.mark.parametrize(
