@@ -184,14 +184,15 @@ class PlanMaker:
         voters, _ = self._voters(view)
         at_hand = boots(self._at_hand(view))
         current.relieved &= self._out.relieved(view)
-        gone = (m for m in plan.members if boot(m) not in here | current.gone)
+        gone = [m for m in plan.members if boot(m) not in here | current.gone]
         unfit = (m for m in current.owners if boot(m) in here and self._out.cannot(m, view))
         kept = (m for m in current.holders if boot(m) in here - current.relieved)
         missing = listed - current.offered
         late = (m for m in plan.members if m.node_id in current.late)
         return dataclasses.replace(
             situation,
-            lost=_names(gone),
+            lost=_names(m for m in gone if m in current.owners),
+            absent=_names(m for m in gone if m not in current.owners),
             unfit=_names(unfit),
             relieved=_names(m for m in kept if self._hands_over(m, view, current)),
             astray=_names((*current.astray(now), *self._deaf(view, now))),

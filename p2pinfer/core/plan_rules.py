@@ -91,7 +91,10 @@ class Situation:
     """This leader has proposed a plan; what follows is about the newest."""
 
     lost: Names = ()
-    """Its members that are gone, even if they are back."""
+    """Its owners that are gone, even if they are back."""
+
+    absent: Names = ()
+    """Its other members that are gone: replies go on without them."""
 
     unfit: Names = ()
     """Its owners that cannot compute."""
@@ -190,6 +193,10 @@ def _lost(s: Situation) -> Decision | None:
     return Decision(propose=True, why=f"{_names(s.lost)} gone") if s.lost else None
 
 
+def _absent(s: Situation) -> Decision | None:
+    return Decision(propose=True, why=f"{_names(s.absent)} gone") if s.absent else None
+
+
 def _unfit(s: Situation) -> Decision | None:
     if not s.unfit:
         return None
@@ -273,6 +280,7 @@ _RULES: tuple[Callable[[Situation], Decision | None], ...] = (
 """What no reply, or no further loss, can wait for."""
 
 _PATIENT_RULES: tuple[Callable[[Situation], Decision | None], ...] = (
+    _absent,
     _relieved,
     _newcomers,
     _loading,

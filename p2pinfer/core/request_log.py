@@ -112,7 +112,7 @@ class RequestLog:
             return
         if message.serving_id != entry.serving_id and message.attempt < entry.attempt:
             if entry.begun:  # else the later attempt may yet turn out to contradict the log
-                self._box.send(message.serving_id, _moved(entry))
+                self._answer_earlier(message, entry)
             return
         held = entry.serving_id not in ("", message.serving_id) and now < entry.fixed_until
         if held and message.attempt == entry.attempt:
@@ -130,6 +130,14 @@ class RequestLog:
         self._send_news([entry])
         if entry.ended:
             self._box.send(entry.serving_id, entry.ended)
+
+    def _answer_earlier(self, message: Forward, entry: Entry) -> None:
+        """The client has gone on through another node; or somebody else has, in its name, who has
+        other tokens."""
+        if conflict := conflict_of(message, entry):
+            self._refuse(message, "log_conflict", conflict)
+        else:
+            self._box.send(message.serving_id, _moved(entry))
 
     def _enter(self, message: Forward) -> None:
         if self.running >= MAX_REQUESTS:

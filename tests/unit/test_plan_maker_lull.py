@@ -80,6 +80,24 @@ def test_what_is_urgent_interrupts_at_once() -> None:
     assert heir.proposed() == ["node4 to vote no more"]
 
 
+def test_the_loss_of_who_owns_nothing_can_wait() -> None:
+    """A drained node that leaves at last, or a witness that dies, stops no step."""
+    bench = serving(3)
+    for _ in ("it is to own nothing", "others own it", "they have replicas"):
+        bench.look(1.0, draining={2})
+        bench.adopt(1, 2, 3)
+    bench.requests.running = 1
+    for _ in range(10):
+        go_on(bench, draining={2})
+    bench.proposed()
+    bench.now += STEP_S / 2
+    bench.lose(2)
+    bench.look()
+    assert bench.proposed() == []
+    go_on(bench)
+    assert bench.proposed() == ["node2 gone"]
+
+
 def test_replicas_are_given_up_when_all_have_theirs() -> None:
     """Or when one of them is late."""
     for late in (set(), {1}):

@@ -48,6 +48,7 @@ RULES: tuple[tuple[dict[str, Any], Decision], ...] = (
     ),
     ({"step_failed": "a frame lacks"}, Decision(PROPOSE, "a frame lacks")),
     ({"astray": ("b",)}, Decision(PROPOSE, "b obeyed the plan no more")),
+    ({"absent": ("b",)}, Decision(PROPOSE, "b gone")),
     ({"relieved": ("b",)}, Decision(PROPOSE, "b to own nothing")),
     ({"newcomers": ("c",)}, Decision(PROPOSE, "c joined", rebalance=True)),
     ({"loading": ("b",)}, Decision(WAIT, "b to load the weights")),

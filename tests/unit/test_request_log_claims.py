@@ -46,6 +46,13 @@ def test_an_earlier_attempt_moves_nothing() -> None:
     assert ledger.committed(0, 10).drawn() == [(OTHER, [(0, 10)])]
 
 
+def test_an_earlier_attempt_with_other_tokens_is_told_of_the_contradiction() -> None:
+    """Whoever came later in its name is somebody else: the client has not gone on."""
+    ledger = Ledger().forward(received=(10, 99), attempt=2).started()
+    [(to, ended)] = ledger.forward(9.0, serving=THIRD, received=(10, 11), attempt=1).sent()
+    assert (to, ended.reason, ended.code) == (THIRD, "error", "log_conflict")
+
+
 def test_before_the_logs_are_agreed_on_an_earlier_attempt_is_not_answered() -> None:
     """The later one may yet contradict the log; who is right forwards again."""
     ledger = Ledger().forward(attempt=2)
