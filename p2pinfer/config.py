@@ -132,7 +132,7 @@ class NodeSettings:
     join_timeout: float = 30.0
     wait_for_nodes: float = 30.0
     orphan_timeout: float = 10.0
-    drain_timeout: float = 10.0
+    drain_timeout: float = 30.0
     witness: bool = False
     quorum: str = "majority"
     timing: str = "lan"

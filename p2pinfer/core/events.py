@@ -416,7 +416,7 @@ class NodeConfig(Struct, frozen=True, kw_only=True):
     join_timeout: float = 30.0
     wait_for_nodes: float = 30.0
     orphan_timeout: float = 10.0
-    drain_timeout: float = 10.0
+    drain_timeout: float = 30.0
     timing: Timing = LAN
 
 

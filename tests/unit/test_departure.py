@@ -11,7 +11,7 @@ from p2pinfer.wire import messages as m
 from tests.node_bench import CLUSTER, Bench, answers, member, plan_of
 
 ONE, TWO = member(1), member(2)
-DRAIN_S = 10.0
+DRAIN_S = 30.0
 LEFT = ("", 0)
 
 
@@ -322,7 +322,7 @@ def test_who_is_alone_leaves_for_good_at_once() -> None:
 
 def test_draining_does_not_end_a_node_without_a_plan() -> None:
     """Only a signal does, or leaving for good; the wish fails in the end."""
-    bench = Bench(join=(1,))
+    bench = Bench(join=(1,), join_timeout=2 * DRAIN_S)
     drain(bench, "node5")
     bench.run(DRAIN_S + 0.1)
     assert answers(bench) == ["not_ready"]

@@ -13,7 +13,7 @@ from p2pinfer.wire import messages as m
 from tests.node_bench import Bench, answers, member, plan_of
 
 ONE, TWO = member(1), member(2)
-DRAIN_S = 10.0
+DRAIN_S = 30.0
 
 
 def pause(bench: Bench, name: str, request_id: int = 1, *, resume: bool = False) -> None:
