@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from p2pinfer.core import tree
 from p2pinfer.core.step_checks import write_down
 from p2pinfer.core.step_clock import StepClock
 from p2pinfer.core.token_log import TokenLogs
 from p2pinfer.core.topology import Role, Topology
-from p2pinfer.core.units import unit_bounds
+from p2pinfer.core.units import Slice, unit_bounds
 from p2pinfer.errors import RemoteProtocolError
 from p2pinfer.model.reduction import subtree_sums, whole_sum
 from p2pinfer.model.runner import GiveHidden, NeedHidden, NeedSum, StageRunner
@@ -215,9 +216,47 @@ class StepEngine:
     def _sum(self, step: Step, need: NeedSum, rows: int) -> torch.Tensor:
         role, units = self._role(need.stage), self.topology.units[need.half]
         parts = subtree_sums(need.partials, units) if need.partials else {}
+        if shares := self.topology.shares(role, need.half, rows):
+            return self._shared_sum(step, need, parts, shares)
         if parts and role.peers:
             self._send_parts(step, need, parts, role.peers)
-        senders = role.senders(need.half)
+        return self._added(step, need, parts, rows)
+
+    def _shared_sum(
+        self,
+        step: Step,
+        need: NeedSum,
+        parts: dict[int, torch.Tensor],
+        shares: Mapping[int, Slice],
+    ) -> torch.Tensor:
+        """The sum whose rows the members of the stage add for one another."""
+        me, root = self.topology.me, tree.root(self.topology.units[need.half])
+        cut = {
+            member: {node: part[rows.start : rows.end] for node, part in parts.items()}
+            for member, rows in shares.items()
+        }
+        others = [member for member in shares if member != me]
+        for member in others if parts else ():
+            self._send_parts(step, need, cut[member], (member,))
+        mine = self._added(step, need, cut[me], shares[me].end - shares[me].start)
+        self._send_parts(step, need, {root: mine}, others)
+        arrived = self._links.collect(
+            self._links.inbox.wholes,
+            (step.step, need.layer, need.half),
+            {member: member for member in others},
+        )
+        pieces = {me: mine}
+        for member, whole in arrived.items():
+            rows = shares[member].end - shares[member].start
+            self._check(member, whole.tensor, whole.tensor.shape[1] == rows, "a sum")
+            pieces[member] = from_wire(whole.tensor)[0].to(mine.device)
+        return torch.cat([pieces[member] for member in shares])
+
+    def _added(
+        self, step: Step, need: NeedSum, parts: dict[int, torch.Tensor], rows: int
+    ) -> torch.Tensor:
+        """The sum of these parts and of those that others have sent, [rows, hidden]."""
+        units, senders = self.topology.units[need.half], self._role(need.stage).senders(need.half)
         if not senders:
             return whole_sum(parts, units)
         arrived = self._links.collect(

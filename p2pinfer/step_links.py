@@ -101,14 +101,17 @@ class Inbox:
     steps: deque[Step] = field(default_factory=deque)
     requests: deque[LogitsRequest] = field(default_factory=deque)
     partials: dict[tuple[int, int, int], dict[int, Partial]] = field(default_factory=dict)
+    wholes: dict[tuple[int, int, int], dict[int, Partial]] = field(default_factory=dict)
+    """Shares of rows that their senders have added for all."""
     hidden: dict[tuple[int, int], dict[int, Hidden]] = field(default_factory=dict)
     candidates: dict[int, dict[int, Candidates]] = field(default_factory=dict)
     logits: dict[int, dict[int, Logits]] = field(default_factory=dict)
 
     def forget_before(self, step: int) -> None:
         """Drop what came for steps that are over (a duplicate, or a frame nobody waited for)."""
-        for key in [key for key in self.partials if key[0] < step]:
-            del self.partials[key]
+        for box in (self.partials, self.wholes):
+            for key in [key for key in box if key[0] < step]:
+                del box[key]
         for place in [place for place in self.hidden if place[0] < step]:
             del self.hidden[place]
         for number in [number for number in self.candidates if number < step]:
@@ -122,6 +125,7 @@ class Inbox:
             len(self.steps),
             len(self.requests),
             len(self.partials),
+            len(self.wholes),
             len(self.hidden),
             len(self.candidates),
             len(self.logits),
@@ -417,8 +421,10 @@ class StepLinks:
             case LogitsRequest():
                 inbox.requests.append(message)
             case Partial():
+                whole = active.is_whole(message.stage, message.half, message.parts)
+                box = inbox.wholes if whole else inbox.partials
                 key = (message.step, message.layer, message.half)
-                inbox.partials.setdefault(key, {})[sender] = message
+                box.setdefault(key, {})[sender] = message
             case Hidden():
                 inbox.hidden.setdefault((message.step, message.stage), {})[sender] = message
             case Candidates():

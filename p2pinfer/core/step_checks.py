@@ -50,7 +50,10 @@ def _fits(topology: Topology, sender: int, message: StepMessage) -> bool:
                 role is not None
                 and sender in role.peers
                 and role.holding.span.start <= message.layer < role.holding.span.end
-                and message.parts == role.parts[message.half].get(sender)
+                and (
+                    message.parts == role.parts[message.half].get(sender)
+                    or topology.is_whole(message.stage, message.half, message.parts)
+                )
                 and tensor.shape[1] <= MAX_STEP_TOKENS
                 and tensor.shape[2] == hidden_size
                 and tensor.dtype == WireDType.FLOAT32

@@ -22,7 +22,9 @@ from p2pinfer.core.holdings import (
 )
 from p2pinfer.core.inputs import input_spans
 from p2pinfer.core.room import kept_bytes
+from p2pinfer.core.scatter import shares
 from p2pinfer.core.units import (
+    Slice,
     input_bytes_per_position,
     kv_bytes_per_position,
     unit_count,
@@ -94,6 +96,20 @@ class Topology(Struct, frozen=True, kw_only=True):
     def role(self, stage: int) -> Role | None:
         """My part in the stage of that number; None where I own nothing of it."""
         return next((role for role in self.roles if role.holding.stage == stage), None)
+
+    def shares(self, role: Role, half: int, rows: int) -> Mapping[int, Slice]:
+        """The rows of a sum that each member of a stage adds for all; empty: each adds all of them.
+
+        There is nothing to share where one member owns all units of a kind.
+        """
+        alone = len(role.parts[half]) < 2
+        return {} if alone else shares((self.me, *role.peers), rows)
+
+    def is_whole(self, stage: int, half: int, parts: tuple[int, ...]) -> bool:
+        """Whether a partial of these tree nodes is a share that its sender has added for all."""
+        role = self.role(stage)
+        several = role is not None and len(role.parts[half]) > 1
+        return several and parts == (tree.root(self.units[half]),)
 
     @property
     def sends_to(self) -> frozenset[int]:

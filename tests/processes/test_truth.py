@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from p2pinfer.cluster import LocalCluster, free_base_port
+from p2pinfer.core.scatter import SCATTER_ROWS
 from p2pinfer.core.topology import weight_bytes
 from p2pinfer.demo import MODEL_DIR
 from p2pinfer.model.config import load_config, model_spec
@@ -22,6 +23,7 @@ from tests.random_models import LLAMA3_ROPE, write_random_model
 
 NEW_TOKENS = 48
 PROMPT = "Once upon a time, a little fox"
+LONG_PROMPT = 20 * f"{PROMPT} went to the river to look for a friend. "
 OVERHEAD_BYTES = 450 << 20
 """What a node may take beside its weights and its KV."""
 
@@ -72,12 +74,15 @@ def test_a_cluster_says_the_text_that_transformers_says(
             tie=True,
             files=3,
         )
-    prompt_ids, ids, text = said_by_transformers(folder, PROMPT)
+    # The long one has its sums added by shares, where there are members enough.
+    said = {prompt: said_by_transformers(folder, prompt) for prompt in (PROMPT, LONG_PROMPT)}
+    assert len(said[LONG_PROMPT][0]) > SCATTER_ROWS
     with LocalCluster(
         nodes, model=str(folder), base_port=free_base_port(nodes), options={"layout": layout}
     ) as cluster:
-        for node in (cluster.nodes[0], cluster.nodes[-1]):
-            reply = submit(node.address, PROMPT, "--max-tokens", str(NEW_TOKENS), "--ignore-eos")
+        ends = (cluster.nodes[0], cluster.nodes[-1])
+        for node, (prompt, (prompt_ids, ids, text)) in zip(ends, said.items(), strict=True):
+            reply = submit(node.address, prompt, "--max-tokens", str(NEW_TOKENS), "--ignore-eos")
             assert reply["prompt_token_ids"] == prompt_ids
             assert reply["token_ids"] == ids
             assert reply["text"] == text
