@@ -14,13 +14,14 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from math import nan
 from pathlib import Path
 from typing import Any, TypeVar
 
 import platformdirs
 
 from p2pinfer.errors import UsageError
-from p2pinfer.limits import MAX_ADDRESS_CHARS, MAX_NAME_CHARS, MAX_NODES, MAX_STAGES
+from p2pinfer.limits import MAX_ADDRESS_CHARS, MAX_GB_S, MAX_NAME_CHARS, MAX_NODES, MAX_STAGES
 
 DEFAULT_PORT = 7720
 PORTS_PER_NODE = 3
@@ -38,7 +39,11 @@ QUANTS = ("none",)
 LAYOUTS = ("auto", "heads", "layers")
 QUORUMS = ("majority", "last-man")
 TIMINGS = ("lan", "test")
+SPEEDS = ("auto", "measure", "off")
 STANDBYS = ("auto", "hot", "warm")
+
+LEAST_GB_S = 0.0001
+"""Of `--speed`: slower than any machine that computes at all."""
 
 WILDCARDS = ("0.0.0.0", "::", "*")
 Value = TypeVar("Value")
@@ -101,7 +106,9 @@ def default_state_dir(name: str) -> Path:
 class NodeSettings:
     """What one node was told. Addresses are normalised to `tcp://host:port`; times in seconds.
 
-    `weight` is the share of work relative to other nodes; None means as many as `threads`.
+    `weight` is the share of work relative to other nodes; None means by the node's speed, or one
+    per thread where that is unknown. `speed` is how many GB of weights it multiplies per second:
+    `auto` as remembered or else measured, `measure` measured anew, `off` unknown, or a number.
     `advertise` empty means: found out from `listen` and the network. `cpus` pins the compute
     threads (empty: not pinned). `kv_memory` is the KV cache's limit in bytes (0: chosen from what
     is free). `replicas` is how many other nodes keep a copy of each unit's weights and KV; that of
@@ -127,6 +134,7 @@ class NodeSettings:
     standby: str = "auto"
     keep_inputs: bool = False
     weight: float | None = None
+    speed: str = "auto"
     kv_memory: int = 0
     min_nodes: int = 1
     join_timeout: float = 30.0
@@ -173,6 +181,14 @@ class NodeSettings:
         )
         if self.weight is not None:
             _check_range("--weight", self.weight, 0.001, 1e6)
+        told = LEAST_GB_S if self.speed in SPEEDS else _number(self.speed)
+        words = ", ".join(SPEEDS)
+        _check(
+            "--speed",
+            self.speed,
+            LEAST_GB_S <= told <= MAX_GB_S,
+            f"{words}, or GB per second, a number from {LEAST_GB_S:g} to {MAX_GB_S:g}",
+        )
         self._check_addresses()
 
     def _check_addresses(self) -> None:
@@ -184,7 +200,7 @@ class NodeSettings:
 
     @property
     def work_weight(self) -> float:
-        """The share of work: `weight`, or one per thread."""
+        """The share of work while no speed is known: `weight`, or one per thread."""
         return float(self.threads) if self.weight is None else self.weight
 
     @property
@@ -206,6 +222,14 @@ def _check(flag: str, value: object, holds: bool, allowed: str) -> None:
 
 def _check_range(flag: str, value: float, low: float, high: float) -> None:
     _check(flag, value, low <= value <= high, f"a number from {low:g} to {high:g}")
+
+
+def _number(text: str) -> float:
+    """The number that a text says, or NaN, which is in no range."""
+    try:
+        return float(text)
+    except ValueError:
+        return nan
 
 
 def _check_layout(layout: str) -> None:
@@ -288,7 +312,8 @@ _FILE_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
         (_TEXT, "a text in quotes"),
     ),
     **dict.fromkeys(
-        ("layout", "cpus", "kv_memory", "quorum", "timing", "standby"), (_TEXT, "a text in quotes")
+        ("layout", "cpus", "kv_memory", "quorum", "timing", "standby", "speed"),
+        (_TEXT, "a text in quotes"),
     ),
     **dict.fromkeys(("witness", "keep_inputs"), ((bool,), "true or false")),
     **dict.fromkeys(("threads", "min_nodes", "replicas"), (_WHOLE, "a whole number")),

@@ -68,4 +68,8 @@ behind by nature, and so many take hardly longer to compute again than one."""
 MAX_PARTS = 64
 """Subtree sums in one partial frame (a run of n units needs at most 2 log2 n)."""
 
+MAX_GB_S = 1_000_000
+"""GB (1e9 bytes) per second that a node says it can multiply, or read: a thousand accelerators."""
+
+MAX_ROUND_TRIP_MS = 1_000_000
 MAX_PENDING_CLIENTS = 1024

@@ -78,6 +78,7 @@ def node_config(settings: NodeSettings, spec: ModelSpec | None, state: StateDir)
         join=settings.join,
         layout="heads" if settings.layout == "auto" else settings.layout,
         replicas=settings.replicas,
+        weighed=settings.weight is not None,
         min_nodes=settings.min_nodes,
         join_timeout=settings.join_timeout,
         wait_for_nodes=settings.wait_for_nodes,
@@ -106,6 +107,7 @@ def worker_config(
         threads=settings.threads,
         cpus=settings.cpus,
         standby=settings.standby,
+        speed=settings.speed,
     )
 
 

@@ -14,11 +14,13 @@ from msgspec import Meta, Struct
 from p2pinfer.errors import InvalidRequestError
 from p2pinfer.limits import (
     MAX_ADDRESS_CHARS,
+    MAX_GB_S,
     MAX_HEAD_DIM,
     MAX_LAYERS,
     MAX_NAME_CHARS,
     MAX_NODES,
     MAX_POSITIONS,
+    MAX_ROUND_TRIP_MS,
     MAX_SCALE,
     MAX_STAGES,
     MAX_STOP_CHARS,
@@ -59,6 +61,10 @@ Finite = Annotated[float, Meta(ge=-float_info.max, le=float_info.max)]
 """Any number, neither infinite nor NaN."""
 
 Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
+
+
+GigabytesPerSecond = Annotated[float, Meta(ge=0.0, le=MAX_GB_S)]
+"""1e9 bytes per second; 0: unknown."""
 
 
 class UnitKind(StrEnum):
@@ -109,6 +115,17 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     eos_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=64)] = ()
 
 
+class RoundTrip(Struct, frozen=True, kw_only=True):
+    """How long a message to a member and its answer take, in milliseconds, as measured by another
+    one; 0: too short to be told from the programs' own time."""
+
+    node_id: Identity
+    ms: Annotated[float, Meta(ge=0.0, le=MAX_ROUND_TRIP_MS)]
+
+
+RoundTrips = Annotated[tuple[RoundTrip, ...], Meta(max_length=MAX_NODES)]
+
+
 class Member(Struct, frozen=True, kw_only=True):
     """A daemon on the membership list, as it described itself in HELLO.
 
@@ -139,6 +156,18 @@ class Member(Struct, frozen=True, kw_only=True):
     memory: Annotated[str, Meta(pattern=r"\A([0-9a-f]{16})?\Z")] = ""
     """Drawn when the node's stored state began, and kept with it over restarts: who lost its state
     is another voter."""
+
+    product_gb_s: GigabytesPerSecond = 0.0
+    """Of weights that its products read for one token."""
+
+    read_gb_s: GigabytesPerSecond = 0.0
+    """That all processors of its machine read memory at, together."""
+
+    machine: Annotated[str, Meta(pattern=r"\A([0-9a-f]{16})?\Z")] = ""
+    """Members that say the same share one memory, and its bandwidth; empty: unknown."""
+
+    round_trips: RoundTrips = ()
+    """To others, as far as measured; told in heartbeats."""
 
 
 Owners = Annotated[tuple[MemberIndex, ...], Meta(max_length=MAX_UNITS)]

@@ -38,7 +38,6 @@ from p2pinfer.core.events import (
     StepFailed,
     StopWorker,
     WorkerFailed,
-    WorkerReady,
     WorkerStats,
 )
 from p2pinfer.core.inputs import input_spans
@@ -48,12 +47,12 @@ from p2pinfer.core.scheduler import capacity
 from p2pinfer.core.step_clock import StepClock
 from p2pinfer.core.token_log import TokenLogs
 from p2pinfer.core.topology import Topology, kv_room, topology
-from p2pinfer.device import choose_device, offered_memory
+from p2pinfer.device import choose_device
 from p2pinfer.errors import P2pinferError, RemoteProtocolError, UsageError
 from p2pinfer.leader import Leader
 from p2pinfer.lifeline import die_with_parent
 from p2pinfer.limits import MAX_BULK_BYTES, MAX_STEP_BYTES
-from p2pinfer.model.numeric_class import numeric_class
+from p2pinfer.measurement import introduction
 from p2pinfer.pipe import PipeClosed, WorkerConfig, WorkerPipe, worker_side
 from p2pinfer.replicator import Replicator, partners
 from p2pinfer.step_engine import StepEngine
@@ -133,16 +132,7 @@ class Worker:
         # So that the collection after loading walks what was loaded, and not all of torch.
         gc.collect()
         gc.freeze()
-        self._pipe.send(
-            WorkerReady(
-                numeric_class=numeric_class(config.model.dtype, self._device)
-                if config.model
-                else "",
-                device=str(self._device),
-                threads=torch.get_num_threads(),
-                memory_bytes=offered_memory(self._device),
-            )
-        )
+        self._pipe.send(introduction(config, self._device))
         while not self._stopping:
             try:
                 self._turn()

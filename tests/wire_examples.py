@@ -19,6 +19,7 @@ from p2pinfer.types import (
     Member,
     ModelSpec,
     Plan,
+    RoundTrip,
     SamplingParams,
     Stage,
 )
@@ -64,6 +65,7 @@ def tensor(dtype: WireDType, *shape: int) -> Tensor:
 ANNA, BERT = "00000000000000aa", "00000000000000bb"
 BOOT, CLUSTER = "0123456789abcdef", "fedcba9876543210"
 MEMORY = "00112233445566ff"
+MACHINE = "ffeeddccbbaa9988"
 MODEL_ID = "5f" * 32
 FENCE = Fence(3, 7)
 HUGE = (1 << 63) - 1
@@ -82,6 +84,10 @@ MEMBER = Member(
     keeps_inputs=True,
     keeps_warm=True,
     memory=MEMORY,
+    product_gb_s=22.5,
+    read_gb_s=31.75,
+    machine=MACHINE,
+    round_trips=(RoundTrip(node_id=BERT, ms=1.41),),
 )
 WITNESS = Member(
     node_id=BERT,
@@ -186,6 +192,7 @@ EXAMPLES: dict[str, m.Message] = {
         standby_behind=17,
         standby_error="no memory",
         standby_units_warm=3,
+        round_trips=(RoundTrip(node_id=BERT, ms=0.0), RoundTrip(node_id=ANNA, ms=23.5)),
     ),
     "heartbeat of an idle node": m.Heartbeat(
         node_id=ANNA, boot_id=BOOT, incarnation=0, term=0, fence=Fence()

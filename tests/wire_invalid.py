@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from p2pinfer.limits import MAX_POSITIONS, MAX_STEP_TOKENS
+from p2pinfer.limits import MAX_GB_S, MAX_POSITIONS, MAX_STEP_TOKENS
 from p2pinfer.wire.codec import encode
 from p2pinfer.wire.messages import BY_KIND, ControlMessage
 from tests.wire_examples import EXAMPLES, plain
@@ -56,6 +56,7 @@ PARAMS = plain(EXAMPLES["submit of text"])["params"]
 LOG = plain(EXAMPLES["activate"])["logs"][0]
 COVERAGE = plain(EXAMPLES["ack"])["coverage"][0]
 INPUTS = plain(EXAMPLES["ack"])["inputs"][0]
+TRIP = plain(EXAMPLES["heartbeat"])["round_trips"][0]
 FINAL = plain(EXAMPLES["step"])["finals"][0]
 
 INVALID: dict[str, bytes] = {
@@ -108,6 +109,14 @@ INVALID: dict[str, bytes] = {
     "a name with a control character": control("drain", name="\x1b[2J"),
     "a name that is empty": plan(members=[MEMBERS[0] | {"name": ""}, MEMBERS[1]]),
     "a memory that is no identity": plan(members=[MEMBERS[0] | {"memory": "anna"}, MEMBERS[1]]),
+    "a machine that is no identity": plan(members=[MEMBERS[0] | {"machine": "b"}, MEMBERS[1]]),
+    "a speed below 0": plan(members=[MEMBERS[0] | {"product_gb_s": -1.0}, MEMBERS[1]]),
+    "a speed above all": plan(members=[MEMBERS[0] | {"product_gb_s": MAX_GB_S + 1}, MEMBERS[1]]),
+    "a bandwidth that is NaN": plan(members=[MEMBERS[0] | {"read_gb_s": float("nan")}, MEMBERS[1]]),
+    "a round trip that is endless": control("heartbeat", round_trips=[TRIP | {"ms": 1e300}]),
+    "a round trip below 0": control("heartbeat", round_trips=[TRIP | {"ms": -0.5}]),
+    "a round trip to nobody": control("heartbeat", round_trips=[TRIP | {"node_id": ""}]),
+    "too many round trips": control("heartbeat", round_trips=[TRIP] * 17),
     "an attempt below 0": control("forward", attempt=-1),
     "an address without a port": plan(members=[MEMBERS[0] | {"address": "tcp://h"}, MEMBERS[1]]),
     "a list that is too long": control("heartbeat", hears_steps=["0" * 16] * 17),

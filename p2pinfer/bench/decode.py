@@ -19,7 +19,6 @@ from typing import Any
 
 import psutil
 
-from p2pinfer.bench.bandwidth import read_bandwidth
 from p2pinfer.bench.inputs import Inputs, Tell, local_cluster, open_model, prompt_of, spread
 from p2pinfer.bench.reference import Reference
 from p2pinfer.client import Client
@@ -27,6 +26,7 @@ from p2pinfer.core.planner import Holding
 from p2pinfer.core.topology import weight_bytes
 from p2pinfer.core.units import Slice, unit_count
 from p2pinfer.errors import ClusterError, UsageError
+from p2pinfer.model.speed import read_bandwidth
 from p2pinfer.types import ModelSpec, SamplingParams, UnitKind
 from p2pinfer.wire.messages import Chunk
 

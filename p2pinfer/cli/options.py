@@ -79,7 +79,18 @@ def shared_node_options(command: Command) -> Command:
         click.option("--quant", metavar="none", help="Weight quantisation: none yet."),
         click.option("--layout", metavar="auto|heads|layers|SxH", help="How to split the model."),
         _replica_options,
-        click.option("--weight", type=float, metavar="F", help="Share of work; default: threads."),
+        click.option(
+            "--weight",
+            type=float,
+            metavar="F",
+            help="Share of work, about 1 per thread; default: by the measured speed.",
+        ),
+        click.option(
+            "--speed",
+            metavar="auto|measure|off|GB/S",
+            help="GB of weights per second: as remembered or measured, measured anew, unknown, or "
+            "as told.",
+        ),
         click.option("--kv-memory", metavar="SIZE", help="Limit of the KV cache, for example 2G."),
         click.option("--min-nodes", type=int, metavar="N", help=MIN_NODES_HELP),
         click.option(

@@ -401,7 +401,8 @@ class NodeConfig(Struct, frozen=True, kw_only=True):
 
     `model` is None for a witness. `stored` is what it knew when it ended; with it the node comes
     back to its cluster, whatever `join` says. Without, and with `join` empty, it founds one, of id
-    `cluster_id`. `replicas` is how many standbys a plan names for each unit.
+    `cluster_id`. `replicas` is how many standbys a plan names for each unit; `weighed`: an operator
+    gave `member` its weight.
     """
 
     member: Member
@@ -411,6 +412,7 @@ class NodeConfig(Struct, frozen=True, kw_only=True):
     stored: StoredState | None = None
     layout: str = "heads"
     replicas: int = 0
+    weighed: bool = False
     quorum: str = "majority"
     min_nodes: int = 1
     join_timeout: float = 30.0

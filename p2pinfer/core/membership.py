@@ -8,13 +8,18 @@ count no more. All times are in seconds.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
+from statistics import median
 
+from msgspec.structs import replace
+
+from p2pinfer.core.speed import round_trip_ms
 from p2pinfer.core.timing import Timing
 from p2pinfer.limits import MAX_NODES
-from p2pinfer.types import Fence, Member
+from p2pinfer.types import Fence, Member, RoundTrip
 from p2pinfer.wire.messages import Contact, Heartbeat, MemberState, Rumour
 
 FORGET_S = 60.0
@@ -23,6 +28,12 @@ FORGET_S = 60.0
 
 HEARD_PERIODS = 2
 """Who was heard within so many heartbeat periods is heard: one heartbeat may be lost."""
+
+TRIPS = 15
+"""Of so many of the last round trips to a member the median counts, once there are `LEAST_TRIPS`:
+a busy machine answers late now and then."""
+
+LEAST_TRIPS = 5
 
 LIVING = (MemberState.ALIVE, MemberState.SUSPECT)
 
@@ -42,6 +53,10 @@ class Peer:
     heartbeat: Heartbeat | None = None
     rtt_s: float | None = None
     gone_at: float = inf
+    trips: deque[float] = field(default_factory=lambda: deque(maxlen=TRIPS))
+    """The last round trips, in milliseconds."""
+    trip: RoundTrip | None = None
+    """What is told of them."""
 
     @property
     def living(self) -> bool:
@@ -152,6 +167,26 @@ class Membership:
         peer.heartbeat = heartbeat
         if heartbeat.echo_ms:
             peer.rtt_s = max(0.0, now - heartbeat.echo_ms / 1000)
+            self._time(peer, 1000 * peer.rtt_s)
+        if peer.member.round_trips != heartbeat.round_trips:
+            peer.member = replace(peer.member, round_trips=heartbeat.round_trips)
+
+    def _time(self, peer: Peer, ms: float) -> None:
+        """A round trip to a peer took so long: tell it, where that is something new."""
+        peer.trips.append(ms)
+        machine = self.me.machine
+        near = bool(machine) and machine == peer.member.machine
+        if not near and len(peer.trips) < LEAST_TRIPS:
+            return
+        before = peer.trip.ms if peer.trip else 0.0
+        told = 0.0 if near else round_trip_ms(median(peer.trips), before)
+        if peer.trip is None or told != before:
+            peer.trip = RoundTrip(node_id=peer.member.node_id, ms=told)
+            self._tell_trips()
+
+    def _tell_trips(self) -> None:
+        trips = tuple(peer.trip for peer in self.living() if peer.trip)
+        self.me = replace(self.me, round_trips=trips[:MAX_NODES])
 
     def echo_ms(self, node_id: str, now: float) -> int:
         """The peer's clock as it stands, less one way: its last `sent_at_ms` aged by our waiting.
@@ -174,8 +209,9 @@ class Membership:
     def lose(self, node_id: str, state: MemberState, now: float) -> None:
         """A peer is `DEAD` or has `LEFT`."""
         peer = self._peers[node_id]
-        peer.state, peer.gone_at = state, now
+        peer.state, peer.gone_at, peer.trip = state, now, None
         self.changed_at = now
+        self._tell_trips()
 
     def silent(self, now: float, dead_after: float) -> list[Peer]:
         """Living peers that have not been heard for too long."""

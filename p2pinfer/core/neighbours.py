@@ -231,6 +231,7 @@ class Neighbours:
             standby_units_warm=stats.standby_units_warm,
             standby_behind=stats.standby_behind,
             standby_error=stats.standby_error[:MAX_REASON_CHARS],
+            round_trips=self.table.me.round_trips,
         )
 
     def sure_ids(self, now: float) -> frozenset[str]:

@@ -57,6 +57,7 @@ from p2pinfer.core.outbox import Outbox
 from p2pinfer.core.outlook import Outlook
 from p2pinfer.core.plan_holder import PlanHolder
 from p2pinfer.core.requests import Serving
+from p2pinfer.core.speed import described
 from p2pinfer.wire.messages import (
     Activate,
     Cancel,
@@ -393,12 +394,7 @@ class Node:
     def _worker_started(self, report: WorkerReady, now: float) -> None:
         """Now it is known how this node computes: tell all whom it has greeted, answered or not."""
         table = self._near.table
-        me = replace(
-            table.me,
-            numeric_class=report.numeric_class,
-            threads=report.threads,
-            memory_bytes=report.memory_bytes,
-        )
+        me = described(table.me, report, weighed=self._config.weighed)
         if me != table.me:
             table.me = me
             for address in self._near.links.connected():

@@ -97,6 +97,16 @@ class Report(Struct, frozen=True, kw_only=True, tag=True):
     """What the worker tells the control plane."""
 
 
+class Speed(Struct, frozen=True, kw_only=True):
+    """How fast a worker multiplies weights and its machine reads memory, in GB/s, and the share of
+    work that follows; 0: not measured. `machine`: whose memory that is, as in `Member`."""
+
+    product_gb_s: float = 0.0
+    read_gb_s: float = 0.0
+    weight: float = 0.0
+    machine: str = ""
+
+
 class WorkerReady(Report, frozen=True, kw_only=True):
     """The worker runs and can load plans."""
 
@@ -104,6 +114,7 @@ class WorkerReady(Report, frozen=True, kw_only=True):
     device: str
     threads: int
     memory_bytes: int
+    speed: Speed = Speed()
 
 
 class WorkerFailed(Report, frozen=True, kw_only=True):

@@ -32,6 +32,7 @@ from p2pinfer.types import (
     Identity,
     Member,
     Name,
+    RoundTrips,
     SamplingParams,
     Seconds,
     TokenId,
@@ -141,6 +142,7 @@ class Heartbeat(ControlMessage, frozen=True, kw_only=True):
     Of `standby_units` that the plan of `standby_fence` makes the sender keep, `standby_units_ready`
     have their weights there, `standby_units_warm` of them in the page cache only (`standby_error`
     says why others have not); what they lack of a request is `standby_behind` positions at most.
+    `round_trips` are those that it has measured to others.
     """
 
     node_id: Identity
@@ -170,6 +172,7 @@ class Heartbeat(ControlMessage, frozen=True, kw_only=True):
     standby_behind: U32 = 0
     standby_error: Reason = ""
     standby_units_warm: U32 = 0
+    round_trips: RoundTrips = ()
 
     @property
     def standbys_ready(self) -> bool:

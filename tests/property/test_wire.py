@@ -72,7 +72,9 @@ def strategy(kind: inspect.Type) -> st.SearchStrategy[Any]:  # noqa: PLR0911 - o
         case inspect.UnionType():
             return st.one_of(*map(strategy, kind.types))
         case inspect.StructType():
-            return SPECIAL[kind.cls] if kind.cls in SPECIAL else struct(kind.cls)
+            return st.deferred(
+                lambda: SPECIAL[kind.cls] if kind.cls in SPECIAL else struct(kind.cls)
+            )
         case inspect.NoneType():
             return st.none()
     assert isinstance(kind, inspect.BoolType), kind

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import inf
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -10,7 +11,7 @@ from msgspec.structs import replace
 from p2pinfer.core.membership import FORGET_S, HEARD_PERIODS, Membership
 from p2pinfer.core.timing import LAN
 from p2pinfer.limits import MAX_NODES
-from p2pinfer.types import Fence, Member
+from p2pinfer.types import Fence, Member, RoundTrip
 from p2pinfer.wire.messages import Heartbeat, MemberState, Rumour
 
 
@@ -23,7 +24,7 @@ def member(number: int, boot: int = 0) -> Member:
     )
 
 
-def heartbeat(who: Member, **values: int) -> Heartbeat:
+def heartbeat(who: Member, **values: Any) -> Heartbeat:
     fields = {"incarnation": 0, **values}
     return Heartbeat(node_id=who.node_id, boot_id=who.boot_id, term=1, fence=Fence(1, 2), **fields)
 
@@ -211,3 +212,42 @@ def test_contacts_are_those_who_take_requests() -> None:
     ]
     everybody = table_of(*range(2, MAX_NODES + 9))
     assert len(everybody.contacts()) == MAX_NODES
+
+
+def trips(table: Membership) -> list[float]:
+    """What a table tells of its round trips, in milliseconds."""
+    return [trip.ms for trip in table.me.round_trips]
+
+
+def test_round_trips_are_told_once_they_are_known() -> None:
+    """The median of several counts, so that a late answer now and then is nothing."""
+    table = table_of(2)
+    for number, late_ms in enumerate((10, 500, 10, 10)):
+        now = 20.0 + number
+        table.heard(heartbeat(member(2), echo_ms=round(1000 * now) - late_ms), now)
+    assert trips(table) == []
+    table.heard(heartbeat(member(2), echo_ms=29_990), 30.0)
+    assert trips(table) == [pytest.approx(10, rel=0.2)]
+    told = table.me
+    table.heard(heartbeat(member(2), echo_ms=30_988), 31.0)
+    assert table.me is told
+    table.lose(member(2).node_id, MemberState.DEAD, 32.0)
+    assert trips(table) == []
+
+
+def test_members_of_one_machine_have_no_round_trip() -> None:
+    """What heartbeats take between them is the programs' own time, and needs no second look."""
+    table = table_of(2)
+    here = "a" * 16
+    table.me = replace(table.me, machine=here)
+    table.describe(replace(member(2), machine=here))
+    table.heard(heartbeat(member(2), echo_ms=10_500), 11.0)
+    assert trips(table) == [0.0]
+
+
+def test_what_a_member_measured_is_part_of_its_description() -> None:
+    """So a plan, which lists members, says how far they are from each other."""
+    table = table_of(2)
+    measured = (RoundTrip(node_id=member(1).node_id, ms=4.0),)
+    table.heard(heartbeat(member(2), round_trips=measured), 11.0)
+    assert table[member(2).node_id].member.round_trips == measured
