@@ -35,7 +35,7 @@ MAX_THREADS = 1024
 MAX_WAIT_S = 86_400.0
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-QUANTS = ("none",)
+QUANTS = ("none", "int8", "int4")
 LAYOUTS = ("auto", "heads", "layers")
 QUORUMS = ("majority", "last-man")
 TIMINGS = ("lan", "test")
@@ -156,12 +156,12 @@ class NodeSettings:
         _check("--model", self.model, bool(self.model), "a folder, or demo for the bundled model")
         _check("--device", self.device, bool(_DEVICE.fullmatch(self.device)), "auto, cpu, cuda[:N]")
         _check("--dtype", self.dtype, self.dtype in DTYPES, ", ".join(DTYPES))
-        _check(
-            "--quant",
-            self.quant,
-            self.quant in QUANTS,
-            "none: quantised weights (int8, int4) are not available in this version",
-        )
+        _check("--quant", self.quant, self.quant in QUANTS, ", ".join(QUANTS))
+        if self.quant != "none" and self.device.startswith("cuda"):
+            raise UsageError(
+                f"--quant {self.quant} is for CPUs, and --device is {self.device}: take --device "
+                "cpu, or --quant none"
+            )
         _check_layout(self.layout)
         _check_range("--threads", self.threads, 1, MAX_THREADS)
         _check_range("--replicas", self.replicas, 0, MAX_NODES - 1)

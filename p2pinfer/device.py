@@ -1,4 +1,4 @@
-"""Where a worker computes, and how much memory it may offer there."""
+"""Where a worker computes, with how many threads, and how much memory it may offer there."""
 
 from __future__ import annotations
 
@@ -14,8 +14,13 @@ HEADROOM_BYTES = 450 << 20
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
-def choose_device(wanted: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N`; raises `UsageError` where there is no such device."""
+def choose_device(wanted: str, quant: str = "none") -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N`; raises `UsageError` where there is no such device.
+
+    Quantised weights are for CPUs: `auto` takes one then.
+    """
+    if wanted == "auto" and quant != "none":
+        return torch.device("cpu")
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(wanted)
@@ -24,6 +29,28 @@ def choose_device(wanted: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {wanted}: there are {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def use_threads(count: int, quant: str) -> None:
+    """Give `count` threads to the library that multiplies weights that are quantised so: the pools
+    of two libraries would keep each other from the cores."""
+    if quant == "none":
+        torch.set_num_threads(count)
+        return
+    # Only who quantises pays for the import.
+    from p2pinfer.model import product_graph
+
+    torch.set_num_threads(1)
+    product_graph.use_threads(count)
+
+
+def threads_of(quant: str) -> int:
+    """How many threads multiply weights that are quantised so, in this process."""
+    if quant == "none":
+        return torch.get_num_threads()
+    from p2pinfer.model import product_graph
+
+    return product_graph.threads()
 
 
 def offered_memory(device: torch.device, group: Path = CONTROL_GROUP) -> int:

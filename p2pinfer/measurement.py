@@ -25,7 +25,7 @@ from msgspec import Meta
 from p2pinfer import __version__
 from p2pinfer.core.orders import Speed, WorkerReady
 from p2pinfer.core.speed import GB_S_PER_THREAD, weight_of
-from p2pinfer.device import offered_memory
+from p2pinfer.device import offered_memory, threads_of
 from p2pinfer.limits import MAX_GB_S
 from p2pinfer.model.llama import TORCH_DTYPES
 from p2pinfer.model.numeric_class import numeric_class
@@ -65,9 +65,9 @@ def introduction(config: WorkerConfig, device: torch.device) -> WorkerReady:
     if model:
         speed = machine_speed(config.speed, dtype=model.dtype, quant=model.quant, device=device)
     return WorkerReady(
-        numeric_class=numeric_class(model.dtype, device) if model else "",
+        numeric_class=numeric_class(model.dtype, device, model.quant) if model else "",
         device=str(device),
-        threads=torch.get_num_threads(),
+        threads=config.threads,
         memory_bytes=offered_memory(device),
         speed=speed,
     )
@@ -112,7 +112,7 @@ def machine_speed(
     """The speed that `--speed` asks for: `auto` as remembered or measured, `measure` measured by
     this start of this node or beside it, `off` unknown, or the GB/s that were told.
 
-    Products run with torch's present threads. What cannot be remembered is measured each time.
+    Products run with the present threads. What cannot be remembered is measured each time.
     """
     machine = machine_id(device)
     if told == "off":
@@ -120,14 +120,15 @@ def machine_speed(
     if told not in ("auto", "measure"):
         rate = float(told)
         return Speed(machine=machine, product_gb_s=rate, weight=rate / GB_S_PER_THREAD)
-    key = f"{__version__} {_cpu_model()} {torch.get_num_threads()} {dtype} {quant} {device}"
-    name = hashlib.sha256(f"{torch.get_num_threads()} {dtype} {quant} {device}".encode())
+    kind = f"{threads_of(quant)} {dtype} {quant} {device}"
+    key = f"{__version__} {_cpu_model()} {kind}"
+    name = hashlib.sha256(kind.encode())
     path = (folder or default_folder()) / f"{name.hexdigest()[:16]}.json"
     with _locked(path) as file:
         known = _read(file) if file else None
         if known and _is_fresh(known, key, machine, anew=told == "measure"):
             return _speed(known)
-        product = product_rate(TORCH_DTYPES[dtype], device)
+        product = product_rate(TORCH_DTYPES[dtype], device, quant=quant, threads=threads_of(quant))
         read = (
             read_bandwidth(CPUS, QUICK_READ_S, QUICK_READ_BYTES)
             if device.type == "cpu"

@@ -18,8 +18,8 @@ from contextlib import suppress
 import torch
 
 from p2pinfer.core.holdings import Holding
-from p2pinfer.model.llama import StageLoader
 from p2pinfer.model.part import Part
+from p2pinfer.model.stage_loader import StageLoader
 
 LOWEST_PRIORITY = 19
 """The highest nice value."""

@@ -35,10 +35,11 @@ from p2pinfer.model.checkpoint import Checkpoint
 from p2pinfer.model.config import LlamaConfig, load_config
 from p2pinfer.model.input_store import InputStore
 from p2pinfer.model.kv_cache import KvCache
-from p2pinfer.model.llama import TORCH_DTYPES, StageLoader, Trunk
+from p2pinfer.model.llama import Trunk, compute_dtype
 from p2pinfer.model.page_cache import PageReader
 from p2pinfer.model.part import Part, Unit, empty_cache, holding_of, units_of
 from p2pinfer.model.runner import StageRunner
+from p2pinfer.model.stage_loader import StageLoader
 from p2pinfer.model.weights import Weights
 from p2pinfer.standby_loader import StandbyLoader
 from p2pinfer.types import ModelSpec, Plan, UnitKind
@@ -238,7 +239,7 @@ class UnitHolder:
         """Inputs stay where a plan gives this node units of the same span; those of other spans are
         of no use any more."""
         model = mine.plan.model
-        dtype = TORCH_DTYPES[model.dtype]
+        dtype = compute_dtype(model)
         before = self._inputs
         self._inputs = {
             span: before.get(span) or InputStore(span, model.hidden_size, dtype, self._device)

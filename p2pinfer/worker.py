@@ -47,7 +47,7 @@ from p2pinfer.core.scheduler import capacity
 from p2pinfer.core.step_clock import StepClock
 from p2pinfer.core.token_log import TokenLogs
 from p2pinfer.core.topology import Topology, kv_room, topology
-from p2pinfer.device import choose_device
+from p2pinfer.device import choose_device, use_threads
 from p2pinfer.errors import P2pinferError, RemoteProtocolError, UsageError
 from p2pinfer.leader import Leader
 from p2pinfer.lifeline import die_with_parent
@@ -82,7 +82,7 @@ class Worker:
     def __init__(self, config: WorkerConfig, pipe: WorkerPipe) -> None:
         self._config = config
         self._pipe = pipe
-        self._device = choose_device(config.device)
+        self._device = choose_device(config.device, config.model.quant if config.model else "none")
         self._logs = TokenLogs()
         folder = Path(config.model_folder) if config.model else None
         self._units = UnitHolder(
@@ -454,7 +454,7 @@ def _serve(pipe: WorkerPipe) -> None:
     assert isinstance(config, WorkerConfig)
     if config.cpus and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, config.cpus)
-    torch.set_num_threads(config.threads)
+    use_threads(config.threads, config.model.quant if config.model else "none")
     torch.set_grad_enabled(False)
     try:
         worker = Worker(config, pipe)

@@ -17,10 +17,10 @@ from p2pinfer.core.planner import make_plan
 from p2pinfer.core.topology import topology
 from p2pinfer.model.checkpoint import Checkpoint
 from p2pinfer.model.config import load_config, model_spec
-from p2pinfer.model.llama import StageLoader
 from p2pinfer.model.part import Part, empty_cache, holding_of, units_of
 from p2pinfer.model.reduction import subtree_sums, whole_sum
 from p2pinfer.model.runner import GiveHidden, NeedHidden, NeedSum, StageRunner
+from p2pinfer.model.stage_loader import StageLoader
 from p2pinfer.model.weights import Weights
 from p2pinfer.types import DType, Fence, Member, Plan
 from p2pinfer.wire.messages import Slot
@@ -63,6 +63,7 @@ class Lockstep:
         nodes: int = 1,
         layout: str = "heads",
         dtype: DType | None = None,
+        quant: str = "none",
         weights: Sequence[float] | None = None,
         device: torch.device = CPU,
         parts: int = 1,
@@ -75,7 +76,7 @@ class Lockstep:
             name="test",
             model_id="0" * 64,
             dtype=dtype or self.config.dtype,
-            quant="none",
+            quant=quant,
         )
         self.plan: Plan = change(
             make_plan(

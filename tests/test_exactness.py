@@ -35,6 +35,15 @@ PLANS = (
 """Nodes and layout, in how many parts each node holds its units, and whether with others'."""
 
 
+FORMATS = (
+    (DType.FLOAT32, "none"),
+    (DType.BFLOAT16, "none"),
+    (DType.BFLOAT16, "int8"),
+    (DType.BFLOAT16, "int4"),
+)
+"""Number formats whose bits depend on nothing but the tokens, and quantisations."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One random small model."""
@@ -142,7 +151,7 @@ def test_every_plan_says_what_transformers_says(case: Case, tmp_path: Path) -> N
     assert len(set(expected)) > 8, "a constant continuation would prove nothing"
 
 
-@pytest.mark.parametrize("dtype", [DType.FLOAT32, DType.BFLOAT16])
+@pytest.mark.parametrize(("dtype", "quant"), FORMATS)
 @pytest.mark.parametrize(
     "shape",
     [
@@ -153,11 +162,13 @@ def test_every_plan_says_what_transformers_says(case: Case, tmp_path: Path) -> N
             "intermediate_size": 700,
         },
         {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64, "tie": True},
+        {"head_dim": 24, "hidden_size": 200, "vocab_size": 1001, "attention_bias": True},
+        {"intermediate_size": 500, "mlp_bias": True},
         {"num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 128, "hidden_size": 512},
     ],
 )
 def test_bits_depend_on_the_tokens_alone(
-    shape: dict[str, Any], dtype: DType, tmp_path: Path
+    shape: dict[str, Any], dtype: DType, quant: str, tmp_path: Path
 ) -> None:
     """Plans, weights, parts, chunk sizes and replay as one prefill give the same logit bits."""
     folder = write_random_model(tmp_path / "model", seed=3, num_hidden_layers=2, **shape)
@@ -175,7 +186,13 @@ def test_bits_depend_on_the_tokens_alone(
     expected: np.ndarray | None = None
     for nodes, layout, weights, chunk, parts in runs:
         lockstep = Lockstep(
-            folder, nodes=nodes, layout=layout, dtype=dtype, weights=weights, parts=parts
+            folder,
+            nodes=nodes,
+            layout=layout,
+            dtype=dtype,
+            quant=quant,
+            weights=weights,
+            parts=parts,
         )
         tokens, rows = lockstep.greedy(prompt, 12, chunk=chunk)
         if expected is None:
@@ -185,12 +202,14 @@ def test_bits_depend_on_the_tokens_alone(
         assert np.array_equal(replay[0], expected[-1]), "replayed as one prefill"
 
 
-@pytest.mark.parametrize("dtype", [DType.FLOAT32, DType.BFLOAT16])
-def test_bits_are_the_same_where_a_member_owns_several_stages(dtype: DType, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dtype", "quant"), FORMATS)
+def test_bits_are_the_same_where_a_member_owns_several_stages(
+    dtype: DType, quant: str, tmp_path: Path
+) -> None:
     """Whoever inherited which stages of whom: neighbouring ones, others, whole or in part."""
     folder = write_random_model(tmp_path / "model", seed=8, num_hidden_layers=4)
     prompt = prompt_of(300, 90)
-    tokens, expected = Lockstep(folder, dtype=dtype).greedy(prompt, 8)
+    tokens, expected = Lockstep(folder, dtype=dtype, quant=quant).greedy(prompt, 8)
     cases: tuple[tuple[int, str, dict[int, tuple[int, ...]]], ...] = (
         (2, "layers", {0: (1,)}),
         (3, "layers", {1: (0,)}),
@@ -208,19 +227,21 @@ def test_bits_are_the_same_where_a_member_owns_several_stages(dtype: DType, tmp_
                 plan = inherited(plan, gone, *those)
             return plan
 
-        lockstep = Lockstep(folder, nodes=nodes, layout=layout, dtype=dtype, parts=2, change=change)
+        lockstep = Lockstep(
+            folder, nodes=nodes, layout=layout, dtype=dtype, quant=quant, parts=2, change=change
+        )
         assert max(len(mine.roles) for mine in lockstep.topologies) > 1
         again, rows = lockstep.greedy(prompt, 8, chunk=40)
         assert again == tokens, (layout, heirs)
         assert np.array_equal(rows, expected), (layout, heirs)
 
 
-@pytest.mark.parametrize("dtype", [DType.FLOAT32, DType.BFLOAT16])
-def test_bits_do_not_depend_on_the_batch(dtype: DType, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dtype", "quant"), FORMATS)
+def test_bits_do_not_depend_on_the_batch(dtype: DType, quant: str, tmp_path: Path) -> None:
     """A request alone and one among prefills and decodes of others give the same logit bits."""
     folder = write_random_model(tmp_path / "model", seed=4, head_dim=32)
     prompts = [prompt_of(300, 20 + 31 * i, seed=i) for i in range(4)]
-    lockstep = Lockstep(folder, nodes=2, dtype=dtype)
+    lockstep = Lockstep(folder, nodes=2, dtype=dtype, quant=quant)
     alone = [lockstep.prefill(p, request_id=10 + i)[0] for i, p in enumerate(prompts)]
     step = tuple(
         Slot(request_id=i, start=0, tokens=tuple(p), sample=True, capacity=256)

@@ -22,9 +22,7 @@ import psutil
 from p2pinfer.bench.inputs import Inputs, Tell, local_cluster, open_model, prompt_of, spread
 from p2pinfer.bench.reference import Reference
 from p2pinfer.client import Client
-from p2pinfer.core.planner import Holding
-from p2pinfer.core.topology import weight_bytes
-from p2pinfer.core.units import Slice, unit_count
+from p2pinfer.core.units import unit_count, unit_read_bytes
 from p2pinfer.errors import ClusterError, UsageError
 from p2pinfer.model.speed import read_bandwidth
 from p2pinfer.types import ModelSpec, SamplingParams, UnitKind
@@ -158,15 +156,12 @@ def token_budget(
 
 
 def bytes_per_token(model: ModelSpec) -> int:
-    """Bytes of weights that decoding one token reads, on all nodes together."""
-    everything = Holding(
-        stage=0,
-        span=Slice(0, model.num_layers),
-        head_units=tuple(range(unit_count(model, UnitKind.HEAD))),
-        mlp_units=tuple(range(unit_count(model, UnitKind.MLP))),
-        vocab_units=tuple(range(unit_count(model, UnitKind.VOCAB))),
+    """Bytes of weights, with their scales, that decoding one token reads, on all nodes together."""
+    return sum(
+        unit_read_bytes(model, kind, unit) * (1 if kind is UnitKind.VOCAB else model.num_layers)
+        for kind in UnitKind
+        for unit in range(unit_count(model, kind))
     )
-    return weight_bytes(model, everything)
 
 
 def measure(settings: Settings, tell: Tell) -> dict[str, Any]:

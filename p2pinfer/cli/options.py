@@ -76,7 +76,7 @@ def shared_node_options(command: Command) -> Command:
         click.option("--device", metavar="auto|cpu|cuda[:N]", help="Where to compute."),
         click.option("--threads", type=int, metavar="N", help="Compute threads of a node."),
         click.option("--dtype", metavar="auto|float32|bfloat16|float16", help="Number format."),
-        click.option("--quant", metavar="none", help="Weight quantisation: none yet."),
+        click.option("--quant", metavar="none|int8|int4", help="Quantise weights, on CPUs."),
         click.option("--layout", metavar="auto|heads|layers|SxH", help="How to split the model."),
         _replica_options,
         click.option(

@@ -19,7 +19,41 @@ MLP_UNITS_WANTED = 8
 VOCAB_WIDTH_MULTIPLE = 64
 VOCAB_UNITS_WANTED = 32
 
+MLP_PADDED_MULTIPLE = 64
+"""Slices of the MLP are padded to this width by zero weights, so that elementwise operations never
+end in a vector's tail, whose bits differ."""
+
 ITEM_BYTES = {DType.FLOAT32: 4, DType.BFLOAT16: 2, DType.FLOAT16: 2}
+
+
+SCALE_BYTES = 4
+
+
+class BlockFormat(NamedTuple):
+    """How quantised weights are kept: `bits` each, and a scale per `block` of a row."""
+
+    bits: int
+    block: int
+    zero_points: bool
+
+    def read_bytes(self, rows: int, inputs: int) -> int:
+        """Bytes that a product with a matrix [rows, inputs] must read: the values, and per block a
+        scale and, where there are any, a zero point of `bits` bits."""
+        of_block = self.block * self.bits + 8 * SCALE_BYTES + self.bits * self.zero_points
+        return rows * _ceil_div(_ceil_div(inputs, self.block) * of_block, 8)
+
+    def held_bytes(self, rows: int, inputs: int) -> int:
+        """Bytes that such a matrix takes in memory: onnxruntime keeps, beside its own layout, the
+        scales as they were given, and per block the sum that takes the zero point into account."""
+        blocks = _ceil_div(inputs, self.block)
+        return self.read_bytes(rows, inputs) + rows * blocks * 2 * SCALE_BYTES
+
+
+QUANT_FORMATS = {
+    "int8": BlockFormat(bits=8, block=64, zero_points=False),
+    "int4": BlockFormat(bits=4, block=64, zero_points=True),
+}
+"""By the names of `ModelSpec.quant`, but for `none`."""
 
 
 class Slice(NamedTuple):
@@ -51,19 +85,40 @@ def unit_bounds(model: ModelSpec, kind: UnitKind, unit: int) -> Slice:
 
 
 def unit_weight_bytes(model: ModelSpec, kind: UnitKind, unit: int) -> int:
-    """Bytes of a unit's weights in the model's dtype, per layer (for `VOCAB`: once).
+    """Bytes that a unit's weights take in memory, per layer (for `VOCAB`: once)."""
+    return sum(_held_bytes(model, *matrix) for matrix in unit_matrices(model, kind, unit))
+
+
+def unit_read_bytes(model: ModelSpec, kind: UnitKind, unit: int) -> int:
+    """Bytes of a unit's weights that decoding a token must read, per layer (for `VOCAB`: once)."""
+    form = QUANT_FORMATS.get(model.quant)
+    if form is None:
+        return unit_weight_bytes(model, kind, unit)
+    return sum(form.read_bytes(*matrix) for matrix in unit_matrices(model, kind, unit))
+
+
+def unit_matrices(model: ModelSpec, kind: UnitKind, unit: int) -> tuple[tuple[int, int], ...]:
+    """Rows and inputs of a unit's matrices.
 
     A head unit is its rows of `q_proj`, `k_proj` and `v_proj` and its columns of `o_proj`; an MLP
     unit its rows of `gate_proj` and `up_proj` and its columns of `down_proj`; a vocab unit its rows
     of `lm_head`. Biases and norms, a thousandth of that, are left out.
     """
     start, end = unit_bounds(model, kind, unit)
-    rows = {
-        UnitKind.HEAD: 2 * (group_size(model) + 1) * model.head_dim,
-        UnitKind.MLP: 3 * (end - start),
-        UnitKind.VOCAB: end - start,
+    hidden, group, wide = model.hidden_size, group_size(model), end - start
+    return {
+        UnitKind.HEAD: (
+            ((group + 2) * model.head_dim, hidden),
+            (hidden, group * model.head_dim),
+        ),
+        UnitKind.MLP: ((2 * wide, hidden), (hidden, wide)),
+        UnitKind.VOCAB: ((wide, hidden),),
     }[kind]
-    return rows * model.hidden_size * ITEM_BYTES[model.dtype]
+
+
+def _held_bytes(model: ModelSpec, rows: int, inputs: int) -> int:
+    form = QUANT_FORMATS.get(model.quant)
+    return form.held_bytes(rows, inputs) if form else rows * inputs * ITEM_BYTES[model.dtype]
 
 
 def kv_bytes_per_position(model: ModelSpec, span_layers: int) -> int:
@@ -73,8 +128,9 @@ def kv_bytes_per_position(model: ModelSpec, span_layers: int) -> int:
 
 def input_bytes_per_position(model: ModelSpec, span_layers: int) -> int:
     """Bytes of the inputs of the K and V projections for one position of a request, over
-    `span_layers`: the same whichever units a node owns."""
-    return model.hidden_size * span_layers * ITEM_BYTES[model.dtype]
+    `span_layers`: the same whichever units a node owns. Quantised products take float32."""
+    dtype = model.dtype if model.quant == "none" else DType.FLOAT32
+    return model.hidden_size * span_layers * ITEM_BYTES[dtype]
 
 
 def _size(model: ModelSpec, kind: UnitKind) -> int:

@@ -172,9 +172,10 @@ def model_spec(
     """What the cluster agrees on of this model; `dtype` None means the configuration's own.
 
     KV is float32 beside float32 weights and bfloat16 beside all others: float16 too, whose range a
-    real Llama's keys can leave.
+    real Llama's keys can leave, and quantised ones.
     """
     dtype = dtype or config.dtype
+    exact = dtype is DType.FLOAT32 and quant == "none"
     return ModelSpec(
         name=name[:256],
         model_id=model_id,
@@ -187,7 +188,7 @@ def model_spec(
         vocab_size=config.vocab_size,
         max_positions=min(config.max_position_embeddings, MAX_POSITIONS),
         dtype=dtype,
-        kv_dtype=DType.FLOAT32 if dtype is DType.FLOAT32 else DType.BFLOAT16,
+        kv_dtype=DType.FLOAT32 if exact else DType.BFLOAT16,
         quant=quant,
         tied=config.tie_word_embeddings,
         eos_token_ids=config.eos_token_ids,

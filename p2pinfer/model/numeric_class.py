@@ -16,10 +16,10 @@ from torch import Tensor
 from p2pinfer.core.planner import Holding
 from p2pinfer.core.units import Slice
 from p2pinfer.model.config import LlamaConfig, model_spec
-from p2pinfer.model.llama import StageLoader
 from p2pinfer.model.part import Part, empty_cache
 from p2pinfer.model.reduction import whole_sum
 from p2pinfer.model.runner import NeedSum, StageRunner
+from p2pinfer.model.stage_loader import StageLoader
 from p2pinfer.types import DType
 from p2pinfer.wire.messages import Slot
 
@@ -82,10 +82,11 @@ def _config(dtype: DType) -> LlamaConfig:
     )
 
 
-def numeric_class(dtype: DType, device: torch.device) -> str:
-    """16 hexadecimal digits: the hash of what this machine computes in `dtype` on `device`."""
+def numeric_class(dtype: DType, device: torch.device, quant: str = "none") -> str:
+    """16 hexadecimal digits: the hash of what this machine computes in `dtype` on `device`, with
+    weights quantised so."""
     config = _config(dtype)
-    spec = model_spec(config, name="numeric class", model_id="0" * 64, dtype=dtype, quant="none")
+    spec = model_spec(config, name="numeric class", model_id="0" * 64, dtype=dtype, quant=quant)
     everything = Holding(
         stage=0,
         span=Slice(0, 1),

@@ -17,8 +17,8 @@ from p2pinfer.core.holdings import Holding
 from p2pinfer.errors import ModelError
 from p2pinfer.model.checkpoint import Checkpoint
 from p2pinfer.model.config import LlamaConfig
-from p2pinfer.model.llama import StageLoader
 from p2pinfer.model.safetensors_file import AGAIN
+from p2pinfer.model.stage_loader import StageLoader
 from p2pinfer.model.weights import Weights
 from p2pinfer.types import ModelSpec
 

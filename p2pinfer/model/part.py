@@ -17,7 +17,8 @@ from p2pinfer.core.coverage import KvUnit
 from p2pinfer.core.holdings import Holding
 from p2pinfer.core.units import Slice
 from p2pinfer.model.kv_cache import KvCache, KvShape
-from p2pinfer.model.llama import TORCH_DTYPES, StageLoader, StageModel
+from p2pinfer.model.llama import TORCH_DTYPES, StageModel
+from p2pinfer.model.stage_loader import StageLoader
 from p2pinfer.types import ModelSpec, UnitKind
 
 

@@ -68,12 +68,18 @@ class _Owned:
     """What one node owns of one stage, ready to compute: see `StageRunner`."""
 
     def __init__(
-        self, parts: Sequence[Part], held: Holding, trunk: Trunk, inputs: InputStore | None
+        self,
+        parts: Sequence[Part],
+        held: Holding,
+        trunk: Trunk,
+        inputs: InputStore | None,
+        quant: str,
     ) -> None:
         assert trunk.span == held.span, "the trunk is of what is owned"
         assert inputs is None or inputs.span == held.span, "inputs are of what is computed"
         self.stage = held.stage
         self.trunk = trunk
+        self._quant = quant
         self.inputs = inputs
         self.vocab_units = held.vocab_units
         self._heads = frozenset(held.head_units)
@@ -135,7 +141,7 @@ class _Owned:
         if self.inputs is None:
             raise LookupError("this node keeps no inputs")
         rows = end - start
-        filler = padded_rows(rows) - rows
+        filler = padded_rows(rows, self._quant) - rows
         cos, sin = self.trunk.rope.rows([(start, end), *([(0, filler)] if filler else [])])
         for cache, halves in self._attention:
             places = [i for i, unit in enumerate(halves[0].units) if unit in units]
@@ -177,6 +183,7 @@ class StageRunner:
         self._inputs = inputs
         self._hidden = model.hidden_size
         self._group = group_size(model)
+        self._quant = model.quant
         self._kv_dtype = TORCH_DTYPES[model.kv_dtype]
         self._device = device
         self._layers = model.num_layers
@@ -186,7 +193,7 @@ class StageRunner:
         """From the next step on the same units lie in these parts."""
         self._parts = tuple(parts)
         self._owned = tuple(
-            _Owned(parts, held, self._trunks[held.span], self._inputs.get(held.span))
+            _Owned(parts, held, self._trunks[held.span], self._inputs.get(held.span), self._quant)
             for held in self._holdings
         )
 
@@ -202,7 +209,9 @@ class StageRunner:
             return []
         rows = sum(len(slot.tokens) for slot in slots)
         batch = self._batch(self._owned[0].trunk.rope, runs, rows)
-        x = torch.zeros((padded_rows(rows), self._hidden), dtype=torch.float32, device=self._device)
+        x = torch.zeros(
+            (padded_rows(rows, self._quant), self._hidden), dtype=torch.float32, device=self._device
+        )
         reached = 0
         for owned in self._owned:
             trunk = owned.trunk
@@ -271,7 +280,7 @@ class StageRunner:
 
     def _batch(self, rope: Rope, runs: list[Run], rows: int) -> Batch:
         spans = [(run.start, run.end) for run in runs]
-        filler = padded_rows(rows) - rows
+        filler = padded_rows(rows, self._quant) - rows
         if filler:
             spans.append((0, filler))
         cos, sin = rope.rows(spans)
@@ -308,7 +317,7 @@ class StageRunner:
         if not owned.vocab_units or not last_rows:
             return []
         count = len(last_rows)
-        picked = functional.pad(x[last_rows], (0, 0, 0, padded_rows(count) - count))
+        picked = functional.pad(x[last_rows], (0, 0, 0, padded_rows(count, self._quant) - count))
         trunk = owned.trunk
         assert trunk.final_norm is not None
         logits = owned.logits(trunk.normed(picked, trunk.final_norm))

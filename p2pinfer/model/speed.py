@@ -11,14 +11,15 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import NamedTuple
 
 import psutil
 import torch
 
-from p2pinfer.model.linear import Linear, pack
+from p2pinfer.core.units import QUANT_FORMATS
+from p2pinfer.model.linear import Linear, pack, padded_rows
 
 WEIGHTS_BYTES = 128 << 20
 """Of the matrices that are multiplied: several times what caches hold."""
@@ -52,12 +53,20 @@ class ProductRate(NamedTuple):
     busy: bool
 
 
-def product_rate(dtype: torch.dtype, device: torch.device) -> ProductRate:
-    """Measure the products that serve (`linear.pack`), at one row, with torch's present threads."""
+def product_rate(
+    dtype: torch.dtype, device: torch.device, *, quant: str = "none", threads: int | None = None
+) -> ProductRate:
+    """Measure the products that serve, at one row, with the `threads` that they have (by
+    default torch's)."""
+    threads = threads or torch.get_num_threads()
     size = min(WEIGHTS_BYTES, psutil.virtual_memory().available // MEMORY_SHARE)
     weight = torch.ones(ROWS, COLUMNS, dtype=dtype, device=device)
-    products = [pack(weight) for _ in range(max(1, size // weight.nbytes))]
-    x = torch.ones(1, COLUMNS, dtype=dtype, device=device)
+    make, nbytes = (lambda: pack(weight)), weight.nbytes
+    if quant != "none":
+        make, nbytes = _quantised(weight, quant)
+    products = [make() for _ in range(max(1, size // nbytes))]
+    rows = 1 if quant == "none" else padded_rows(1, quant)
+    x = torch.ones(rows, COLUMNS, dtype=dtype if quant == "none" else torch.float32, device=device)
     best = [_seconds(product, x) for product in products]
     began, worked, passes = time.perf_counter(), time.process_time(), 0
     while passes < PASSES or time.perf_counter() - began < PRODUCT_S:
@@ -65,8 +74,19 @@ def product_rate(dtype: torch.dtype, device: torch.device) -> ProductRate:
             best[number] = min(best[number], _seconds(product, x))
         passes += 1
     share = (time.process_time() - worked) / (time.perf_counter() - began)
-    busy = device.type == "cpu" and share < BUSY_SHARE * torch.get_num_threads()
-    return ProductRate(sum(p.nbytes for p in products) / sum(best) / 1e9, busy)
+    busy = device.type == "cpu" and share < BUSY_SHARE * threads
+    return ProductRate(nbytes * len(products) / sum(best) / 1e9, busy)
+
+
+def _quantised(weight: torch.Tensor, quant: str) -> tuple[Callable[[], Linear], int]:
+    """What makes a product of the same weight quantised, and the bytes that it reads."""
+    # Only who quantises pays for the import.
+    from p2pinfer.model.quantise import quantise
+    from p2pinfer.model.quantised_products import QuantisedLinear
+
+    form = QUANT_FORMATS[quant]
+    quantised = quantise(weight, form)
+    return lambda: QuantisedLinear(quantised), form.read_bytes(*weight.shape)
 
 
 def _seconds(product: Linear, x: torch.Tensor) -> float:

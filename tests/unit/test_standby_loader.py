@@ -15,8 +15,8 @@ from p2pinfer.core.units import Slice
 from p2pinfer.errors import ModelError
 from p2pinfer.model.checkpoint import Checkpoint
 from p2pinfer.model.config import load_config, model_spec
-from p2pinfer.model.llama import StageLoader
 from p2pinfer.model.part import Part, empty_cache
+from p2pinfer.model.stage_loader import StageLoader
 from p2pinfer.model.weights import Weights
 from p2pinfer.standby_loader import LOWEST_PRIORITY, StandbyLoader
 from tests.random_models import write_random_model

@@ -13,8 +13,8 @@ import torch
 from p2pinfer.core.replication import fed_units
 from p2pinfer.core.topology import topology, weight_bytes
 from p2pinfer.errors import LocalProtocolError
-from p2pinfer.model.llama import StageLoader
 from p2pinfer.model.part import Part
+from p2pinfer.model.stage_loader import StageLoader
 from p2pinfer.types import DType, Fence, Plan
 from p2pinfer.unit_holder import kept_units
 from tests.holder_bench import DEADLINE_S, Fleet, Node, copies, placed, plan, slots

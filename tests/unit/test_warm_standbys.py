@@ -17,9 +17,9 @@ from p2pinfer.device import HEADROOM_BYTES, offered_memory
 from p2pinfer.errors import ModelError
 from p2pinfer.model.checkpoint import Checkpoint
 from p2pinfer.model.config import load_config, model_spec
-from p2pinfer.model.llama import Read, StageLoader
 from p2pinfer.model.page_cache import Extent, PageReader, joined
 from p2pinfer.model.part import Part, empty_cache
+from p2pinfer.model.stage_loader import Read, StageLoader
 from p2pinfer.model.weights import Weights
 from p2pinfer.standby_loader import StandbyLoader
 from p2pinfer.types import DType, Plan

@@ -1,0 +1,201 @@
+"""Quantised products by onnxruntime: small graphs of `MatMulNBits`, called with bound buffers.
+
+At accuracy level 4 a product quantises its inputs to int8 by row and by block of the row, and adds
+up in integers within a block. A graph holds the products that follow one another with nothing of
+ours between; it is not optimised, so that what it computes is what is written here. The library
+copies weights into a layout of its own when a graph is made; ours may be freed after.
+
+One thread computes in the caller's. More are a pool that all graphs of the process share: with a
+pool for each, their threads keep one another from the cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnxruntime
+import torch
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from torch import Tensor
+
+from p2pinfer.model.quantise import QuantisedWeight
+
+OPSET, CONTRIB_OPSET, IR_VERSION = 21, 1, 10
+"""Of ONNX and of `com.microsoft`: what onnxruntime 1.20 and later understand."""
+
+CONTRIB = "com.microsoft"
+ROWS = "rows"
+
+ACCURACY_LEVEL = 4
+"""Inputs as int8 by block."""
+
+KEPT_ROWS = 16
+"""Buffers of steps of so few rows stay: those of a prefill would take hundreds of megabytes."""
+
+ERRORS_ONLY = 3
+
+onnxruntime.set_default_logger_severity(ERRORS_ONLY)
+
+
+class _Threads:
+    """How many threads the graphs of this process compute with; chosen once."""
+
+    count = 1
+
+
+def use_threads(count: int) -> None:
+    """Let graphs that are made from now on compute with `count` threads; to be called once, before
+    any is made."""
+    if count > 1:
+        onnxruntime.set_global_thread_pool_sizes(count, 1)
+    _Threads.count = count
+
+
+def threads() -> int:
+    """How many threads graphs compute with."""
+    return _Threads.count
+
+
+class Graph:
+    """What is to be computed, node by node. Values are named; all are float32 [rows, width]."""
+
+    def __init__(self) -> None:
+        self.nodes: list[NodeProto] = []
+        self.weights: dict[str, Tensor] = {}
+        self.constants: list[TensorProto] = []
+
+    def product(self, x: str, weight: QuantisedWeight, out: str) -> str:
+        """`out` = `x` times the weight's rows, plus its bias."""
+        names = [f"{out}.values", f"{out}.scales"]
+        parts = [weight.values, weight.scales]
+        if weight.zeros is not None:
+            names.append(f"{out}.zeros")
+            parts.append(weight.zeros)
+        self.weights.update(zip(names, parts, strict=True))
+        result = out if weight.bias is None else f"{out}.unbiased"
+        self.node(
+            "MatMulNBits",
+            [x, *names],
+            [result],
+            domain=CONTRIB,
+            K=weight.inputs,
+            N=weight.rows,
+            bits=weight.form.bits,
+            block_size=weight.form.block,
+            accuracy_level=ACCURACY_LEVEL,
+        )
+        if weight.bias is not None:
+            self.constant(f"{out}.bias", weight.bias)
+            self.node("Add", [result, f"{out}.bias"], [out])
+        return out
+
+    def split(self, x: str, widths: Sequence[int], outs: Sequence[str]) -> Sequence[str]:
+        """Cut `x` into pieces side by side."""
+        if len(outs) == 1:
+            self.node("Identity", [x], outs)
+            return outs
+        self.constant(f"{x}.widths", torch.tensor(widths))
+        self.node("Split", [x, f"{x}.widths"], outs, axis=1)
+        return outs
+
+    def silu_mul(self, gate: str, up: str, out: str) -> str:
+        """`out` = silu(gate) * up."""
+        self.node("QuickGelu", [gate], [f"{out}.silu"], domain=CONTRIB, alpha=1.0)
+        self.node("Mul", [f"{out}.silu", up], [out])
+        return out
+
+    def constant(self, name: str, values: Tensor) -> None:
+        """A small tensor that is part of the graph."""
+        self.constants.append(numpy_helper.from_array(values.numpy(), name))
+
+    def node(
+        self, kind: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any
+    ) -> None:
+        """An operation by its ONNX name."""
+        self.nodes.append(helper.make_node(kind, inputs, outputs, **attributes))
+
+
+class _Bound(NamedTuple):
+    """Buffers for one number of rows, and the binding of a graph to them."""
+
+    x: Tensor
+    outputs: tuple[Tensor, ...]
+    binding: onnxruntime.IOBinding
+
+
+class Session:
+    """A graph ready to compute: `inputs` inputs of one width, and outputs of the given widths."""
+
+    def __init__(self, graph: Graph, inputs: Sequence[str], width: int, outputs: dict[str, int]):
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = ERRORS_ONLY
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        # An arena of its own per graph would keep what the longest prefill took, of every layer.
+        options.enable_cpu_mem_arena = False
+        options.enable_mem_pattern = False
+        options.inter_op_num_threads = 1
+        options.intra_op_num_threads = 1
+        if _Threads.count > 1:
+            options.use_per_session_threads = False
+        held = {name: weight.numpy() for name, weight in graph.weights.items()}
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in held.values()]
+        options.add_external_initializers(list(held), values)
+        described = [_float(name, width) for name in inputs]
+        results = [_float(name, wide) for name, wide in outputs.items()]
+        model = _model(graph, described, results)
+        self._session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        self._inputs = tuple(inputs)
+        self._width = width
+        self._outputs = dict(outputs)
+        self._bound: dict[int, _Bound] = {}
+
+    def run(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Compute the outputs, each [rows, its width], of `x`: all inputs, [inputs, rows, width] or
+        of one [rows, width], float32. They are good until the next call."""
+        rows = x.shape[-2]
+        if rows > KEPT_ROWS:
+            bound = self._bind(x.contiguous())
+        else:
+            if rows not in self._bound:
+                self._bound[rows] = self._bind(torch.empty(x.shape))
+            bound = self._bound[rows]
+            bound.x.copy_(x)
+        self._session.run_with_iobinding(bound.binding)
+        return bound.outputs
+
+    def _bind(self, x: Tensor) -> _Bound:
+        rows = x.shape[-2]
+        binding = self._session.io_binding()
+        each = x.view(len(self._inputs), rows, self._width)
+        for place, name in enumerate(self._inputs):
+            shape = (rows, self._width)
+            binding.bind_input(name, "cpu", 0, np.float32, shape, each[place].data_ptr())
+        outputs = []
+        for name, width in self._outputs.items():
+            outputs.append(torch.empty(rows, width))
+            shape = (rows, width)
+            binding.bind_output(name, "cpu", 0, np.float32, shape, outputs[-1].data_ptr())
+        return _Bound(x, tuple(outputs), binding)
+
+
+def _float(name: str, width: int) -> ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, [ROWS, width])
+
+
+def _model(
+    graph: Graph, inputs: Sequence[ValueInfoProto], outputs: Sequence[ValueInfoProto]
+) -> ModelProto:
+    initialisers = [*graph.constants]
+    for name, weight in graph.weights.items():
+        kind = TensorProto.UINT8 if weight.dtype is torch.uint8 else TensorProto.FLOAT
+        held = TensorProto(name=name, dims=list(weight.shape), data_type=kind)
+        held.data_location = TensorProto.EXTERNAL
+        held.external_data.add(key="location", value="memory")
+        initialisers.append(held)
+    whole = helper.make_graph(graph.nodes, "products", inputs, outputs, initialisers)
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, CONTRIB_OPSET)]
+    return helper.make_model(whole, opset_imports=opsets, ir_version=IR_VERSION)

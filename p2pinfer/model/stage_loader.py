@@ -1,0 +1,226 @@
+"""Reads units and trunk of a stage from the checkpoint, slice by slice.
+
+What the slices are multiplied with, and so in which form they are held, is the packer's choice.
+Names are those of `transformers`' checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from p2pinfer.core.holdings import Holding
+from p2pinfer.core.units import MLP_PADDED_MULTIPLE, QUANT_FORMATS, Slice, group_size, unit_bounds
+from p2pinfer.model.config import LlamaConfig
+from p2pinfer.model.llama import (
+    TORCH_DTYPES,
+    AttentionHalf,
+    LayerTrunk,
+    MlpHalf,
+    StageModel,
+    Trunk,
+    VocabHead,
+    compute_dtype,
+)
+from p2pinfer.model.rope import Rope
+from p2pinfer.model.unit_products import Columns, FloatPacker, Packer, Rows, TensorSource, slice_of
+from p2pinfer.types import ModelSpec, UnitKind
+
+
+class Read(NamedTuple):
+    """Rows `[start, end)` of a tensor by its name; the columns that are wanted may be fewer."""
+
+    name: str
+    start: int
+    end: int
+
+
+class StageLoader:
+    """Reads units and trunk of a stage from the checkpoint, slice by slice, and packs them.
+
+    Temporary memory is one product's weight at most.
+    """
+
+    def __init__(
+        self,
+        weights: TensorSource,
+        config: LlamaConfig,
+        model: ModelSpec,
+        device: torch.device,
+    ) -> None:
+        self._weights = weights
+        self._config = config
+        self._model = model
+        self._device = device
+        self._dtype = compute_dtype(model)
+        self._packer = _packer(weights, model, device)
+
+    def load(self, holding: Holding) -> StageModel:
+        """Load everything that `holding` names."""
+        pieces = self.pieces(holding)
+        while True:
+            try:
+                next(pieces)
+            except StopIteration as done:
+                loaded: StageModel = done.value
+                return loaded
+
+    def pieces(self, holding: Holding) -> Generator[int, None, StageModel]:
+        """The same, bit by bit: yields the bytes of each product, and 0 now and then between.
+        Whoever runs it may pause for as long as it likes, and go on in another thread."""
+        span = range(holding.span.start, holding.span.end)
+        attention, mlp, vocab = None, None, None
+        if holding.head_units:
+            halves = []
+            for layer in span:
+                halves.append((yield from self._attention(layer, holding.head_units)))
+            attention = tuple(halves)
+        if holding.mlp_units:
+            others = []
+            for layer in span:
+                others.append((yield from self._mlp(layer, holding.mlp_units)))
+            mlp = tuple(others)
+        if holding.vocab_units:
+            vocab = yield from self._vocab(holding.vocab_units)
+        return StageModel(attention, mlp, vocab)
+
+    def trunk(self, span: Slice) -> Trunk:
+        """Load what every node of a stage has, whichever units it owns."""
+        config = self._config
+        last = span.end == self._model.num_layers
+        return Trunk(
+            span=span,
+            dtype=self._dtype,
+            eps=config.rms_norm_eps,
+            rope=Rope(config, self._device),
+            layers=tuple(self._layer_trunk(layer) for layer in range(span.start, span.end)),
+            final_norm=self._whole("model.norm.weight") if last else None,
+            embedding=self._weights.mapped("model.embed_tokens.weight") if not span.start else None,
+        )
+
+    def _layer_trunk(self, layer: int) -> LayerTrunk:
+        prefix, config = f"model.layers.{layer}.", self._config
+        attention, mlp = f"{prefix}self_attn.o_proj.bias", f"{prefix}mlp.down_proj.bias"
+        return LayerTrunk(
+            attention_norm=self._whole(f"{prefix}input_layernorm.weight"),
+            attention_bias=self._whole(attention) if config.attention_bias else None,
+            mlp_norm=self._whole(f"{prefix}post_attention_layernorm.weight"),
+            mlp_bias=self._whole(mlp) if config.mlp_bias else None,
+        )
+
+    def _whole(self, name: str) -> Tensor:
+        return self._weights.whole(name).to(self._device, torch.float32)
+
+    def _attention(self, layer: int, units: Sequence[int]) -> Generator[int, None, AttentionHalf]:
+        name = f"model.layers.{layer}.self_attn.o_proj.weight"
+        qkv = yield from self._stacked(self._qkv_rows(layer, units), self._config.attention_bias)
+        width = group_size(self._model) * self._model.head_dim
+        own = []
+        for u in units:
+            own.append(self._packer.alone(Columns(name, u * width, (u + 1) * width, width)))
+            yield own[-1].nbytes
+        return AttentionHalf(
+            model=self._model,
+            units=tuple(units),
+            qkv=self._packer.linear(qkv),
+            out=self._packer.separate(own),
+        )
+
+    def _qkv_rows(self, layer: int, units: Sequence[int]) -> list[Rows]:
+        base = f"model.layers.{layer}.self_attn."
+        dim, group = self._model.head_dim, group_size(self._model)
+        heights = (("q_proj", group * dim), ("k_proj", dim), ("v_proj", dim))
+        return [
+            Rows(f"{base}{name}.weight", unit * height, (unit + 1) * height, height)
+            for name, height in heights
+            for unit in units
+        ]
+
+    def _stacked(self, reads: Sequence[Rows], biased: bool) -> Generator[int, None, Any]:
+        """One column-parallel weight of the rows that are read, one above the other."""
+        pieces = []
+        for read in reads:
+            pieces.append(self._packer.piece(read))
+            # Reading may take long where a disk is asked.
+            yield 0
+        bias = None
+        if biased:
+            bias = torch.cat([slice_of(self._weights, _bias(read)) for read in reads])
+        weight = self._packer.stack(pieces, bias)
+        yield weight.nbytes
+        return weight
+
+    def _mlp(self, layer: int, units: Sequence[int]) -> Generator[int, None, MlpHalf]:
+        rows = self._gate_up_rows(layer, units)
+        gate_up = yield from self._stacked(rows, self._config.mlp_bias)
+        name = f"model.layers.{layer}.mlp.down_proj.weight"
+        down = []
+        for _, start, end, width in rows[: len(units)]:
+            down.append(self._packer.alone(Columns(name, start, end, width)))
+            yield down[-1].nbytes
+        widths = [each.height for each in rows[: len(units)]]
+        return MlpHalf(tuple(units), self._packer.gated(gate_up, down, widths))
+
+    def _gate_up_rows(self, layer: int, units: Sequence[int]) -> list[Rows]:
+        """Those of `gate_proj` by unit, then those of `up_proj`."""
+        bounds = [unit_bounds(self._model, UnitKind.MLP, u) for u in units]
+        return [
+            Rows(
+                f"model.layers.{layer}.mlp.{name}.weight",
+                a,
+                b,
+                -(-(b - a) // MLP_PADDED_MULTIPLE) * MLP_PADDED_MULTIPLE,
+            )
+            for name in ("gate_proj", "up_proj")
+            for a, b in bounds
+        ]
+
+    def _vocab(self, units: Sequence[int]) -> Generator[int, None, VocabHead]:
+        heads = []
+        for name, start, end in self._vocab_reads(units):
+            heads.append(self._packer.alone(Rows(name, start, end, end - start)))
+            yield heads[-1].nbytes
+        return VocabHead(tuple(units), self._packer.fanned(heads))
+
+    def _vocab_reads(self, units: Sequence[int]) -> list[Read]:
+        tied = self._config.tie_word_embeddings
+        name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+        return [Read(name, *unit_bounds(self._model, UnitKind.VOCAB, unit)) for unit in units]
+
+    def reads(self, holding: Holding) -> Iterator[Read]:
+        """What `pieces` asks its source for, in another order. Columns lie on nearly all pages of a
+        matrix, so it is all of its rows."""
+        config, hidden = self._config, self._model.hidden_size
+        heads, mlp = holding.head_units, holding.mlp_units
+        for layer in range(holding.span.start, holding.span.end):
+            base = f"model.layers.{layer}."
+            halves = (
+                (heads, self._qkv_rows(layer, heads), config.attention_bias, "self_attn.o_proj"),
+                (mlp, self._gate_up_rows(layer, mlp), config.mlp_bias, "mlp.down_proj"),
+            )
+            for units, rows, biased, columns in halves:
+                for read in rows:
+                    yield Read(*read[:3])
+                    if biased:
+                        yield Read(*_bias(read)[:3])
+                if units:
+                    yield Read(f"{base}{columns}.weight", 0, hidden)
+        yield from self._vocab_reads(holding.vocab_units)
+
+
+def _bias(read: Rows) -> Rows:
+    """The bias of these rows."""
+    return read._replace(name=f"{read.name.removesuffix('.weight')}.bias")
+
+
+def _packer(weights: TensorSource, model: ModelSpec, device: torch.device) -> Packer[Any, Any]:
+    """The one place where it is chosen what multiplies."""
+    if model.quant == "none":
+        return FloatPacker(weights, device, TORCH_DTYPES[model.dtype])
+    # Only who quantises pays for the import.
+    from p2pinfer.model.quantised_products import QuantisedPacker
+
+    return QuantisedPacker(weights, QUANT_FORMATS[model.quant])
