@@ -126,3 +126,24 @@ def _random_tensor(name: str, size: tuple[int, ...], generator: torch.Generator)
     if name == "model.embed_tokens.weight":
         return 0.3 * values
     return values * (2.0 / size[1] ** 0.5)
+
+
+class TensorTable:
+    """Tensors by name, as a source of weights."""
+
+    def __init__(self, **tensors: torch.Tensor) -> None:
+        self._tensors = tensors
+
+    def rows(self, name: str, start: int, end: int) -> torch.Tensor:
+        """A copy of rows `[start, end)`."""
+        return self._tensors[name][start:end].clone()
+
+    def cols(self, name: str, start: int, end: int) -> torch.Tensor:
+        """A copy of columns `[start, end)`."""
+        return self._tensors[name][:, start:end].clone()
+
+    def whole(self, name: str) -> torch.Tensor:
+        """A copy of all of it."""
+        return self._tensors[name].clone()
+
+    mapped = whole

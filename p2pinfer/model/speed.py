@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 from typing import NamedTuple
 
@@ -61,8 +62,9 @@ def product_rate(
     threads = threads or torch.get_num_threads()
     size = min(WEIGHTS_BYTES, psutil.virtual_memory().available // MEMORY_SHARE)
     weight = torch.ones(ROWS, COLUMNS, dtype=dtype, device=device)
-    make, nbytes = (lambda: pack(weight)), weight.nbytes
-    if quant != "none":
+    if quant == "none":
+        make, nbytes = partial(pack, weight), weight.nbytes
+    else:
         make, nbytes = _quantised(weight, quant)
     products = [make() for _ in range(max(1, size // nbytes))]
     rows = 1 if quant == "none" else padded_rows(1, quant)
@@ -86,7 +88,7 @@ def _quantised(weight: torch.Tensor, quant: str) -> tuple[Callable[[], Linear], 
 
     form = QUANT_FORMATS[quant]
     quantised = quantise(weight, form)
-    return lambda: QuantisedLinear(quantised), form.read_bytes(*weight.shape)
+    return partial(QuantisedLinear, quantised), form.read_bytes(*weight.shape)
 
 
 def _seconds(product: Linear, x: torch.Tensor) -> float:

@@ -20,7 +20,17 @@ from p2pinfer.cli.interrupt import sigterm_is_ctrl_c
 from p2pinfer.cli.model import SHAPES_HELP
 from p2pinfer.errors import ClusterError, InvalidRequestError, ModelError, UsageError
 
-HEAVY = ("torch", "numpy", "zmq", "transformers", "tokenizers", "rich", "structlog")
+HEAVY = (
+    "torch",
+    "numpy",
+    "onnxruntime",
+    "onnx",
+    "zmq",
+    "transformers",
+    "tokenizers",
+    "rich",
+    "structlog",
+)
 
 
 def verbs(command: click.Command = root, words: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -63,7 +73,8 @@ def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["dance"], "No such command 'dance'"),
         (["node", "start", "--no-such"], "No such option"),
         (["node", "start", "--threads", "many"], "'many' is not a valid integer"),
-        (["node", "start", "--quant", "int4"], "not available in this version"),
+        (["node", "start", "--quant", "int5"], "allowed is none, int8, int4"),
+        (["node", "start", "--quant", "int4", "--device", "cuda"], "--quant int4 is for CPUs"),
         (["node", "start", "--layout", "9x9"], "--layout 9x9"),
         (["node", "start", "--replicas", "16"], "--replicas 16: allowed is a number from 0 to 15"),
         (["cluster", "start", "--nodes", "2", "--replicas", "x"], "'x' is not a valid integer"),

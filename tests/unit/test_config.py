@@ -92,8 +92,7 @@ def test_long_host_names_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--model", {"model": "", "name": "n"}),
         ("--device", {"device": "tpu"}),
         ("--dtype", {"dtype": "float8"}),
-        ("--quant", {"quant": "int8"}),
-        ("--quant", {"quant": "int4"}),
+        ("--quant", {"quant": "int8", "device": "cuda:1"}),
         ("--quant", {"quant": "fp8"}),
         ("--layout", {"layout": "columns"}),
         ("--layout", {"layout": "5x4"}),
@@ -170,7 +169,7 @@ def test_what_decides_about_failures_can_stand_in_the_file(tmp_path: Path) -> No
         ("join = 4", "join must be an address or a list"),
         ("join = [4]", "join must be an address or a list"),
         ("threads =", "not valid TOML"),
-        ("quant = 'int8'", "--quant int8"),
+        ("quant = 'int7'", "--quant int7"),
     ],
 )
 def test_wrong_files_name_the_key(text: str, message: str, tmp_path: Path) -> None:

@@ -192,23 +192,25 @@ def test_the_word_demo_is_the_bundled_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "kv_dtype"),
+    ("dtype", "quant", "kv_dtype"),
     [
-        (None, DType.FLOAT32),
-        (DType.FLOAT32, DType.FLOAT32),
-        (DType.BFLOAT16, DType.BFLOAT16),
-        (DType.FLOAT16, DType.BFLOAT16),
+        (None, "none", DType.FLOAT32),
+        (DType.FLOAT32, "none", DType.FLOAT32),
+        (DType.BFLOAT16, "none", DType.BFLOAT16),
+        (DType.FLOAT16, "none", DType.BFLOAT16),
+        (None, "int8", DType.BFLOAT16),
+        (DType.FLOAT32, "int4", DType.BFLOAT16),
     ],
 )
 def test_the_kv_format_follows_the_weights(
-    tmp_path: Path, dtype: DType | None, kv_dtype: DType
+    tmp_path: Path, dtype: DType | None, quant: str, kv_dtype: DType
 ) -> None:
-    """KV is float32 beside float32 weights and bfloat16 beside all others."""
+    """KV is float32 beside float32 weights and bfloat16 beside all others, quantised ones too."""
     config = load_config(write(tmp_path, random_config(tie=True)))
-    spec = model_spec(config, name="m" * 300, model_id="", dtype=dtype, quant="int8")
+    spec = model_spec(config, name="m" * 300, model_id="", dtype=dtype, quant=quant)
     assert spec.kv_dtype is kv_dtype
     assert spec.dtype is (dtype or DType.FLOAT32)
-    assert (spec.quant, spec.tied, spec.eos_token_ids) == ("int8", True, (1,))
+    assert (spec.quant, spec.tied, spec.eos_token_ids) == (quant, True, (1,))
     assert len(spec.name) == 256
 
 

@@ -22,3 +22,10 @@ def test_the_class_is_the_same_however_many_threads_compute() -> None:
         torch.set_num_threads(before)
     assert len(set(classes)) == 1
     assert numeric_class(DType.FLOAT32, CPU) not in classes
+
+
+def test_each_quantisation_is_a_class_of_its_own() -> None:
+    """The products of quantised weights are part of the hash, and give it again."""
+    classes = [numeric_class(DType.BFLOAT16, CPU, quant) for quant in ("none", "int8", "int4")]
+    assert len(set(classes)) == 3
+    assert numeric_class(DType.BFLOAT16, CPU, "int4") == classes[2]

@@ -7,10 +7,13 @@ from itertools import pairwise
 import pytest
 
 from p2pinfer.core.units import (
+    QUANT_FORMATS,
     group_size,
+    input_bytes_per_position,
     kv_bytes_per_position,
     unit_bounds,
     unit_count,
+    unit_read_bytes,
     unit_weight_bytes,
 )
 from p2pinfer.types import DType, ModelSpec, UnitKind
@@ -116,3 +119,26 @@ def test_bytes_follow_the_number_format() -> None:
     )
     assert kv_bytes_per_position(spec, 3) == 2 * 64 * 3 * 2
     assert kv_bytes_per_position(model(kv_dtype=DType.FLOAT32), 3) == 2 * 64 * 3 * 4
+
+
+@pytest.mark.parametrize(("quant", "read", "held"), [("int8", 68, 76), ("int4", 36.5, 44.5)])
+def test_quantised_weights_count_with_their_scales(quant: str, read: float, held: float) -> None:
+    """Per block of 64: the values, a scale and a zero point; held are three words in all."""
+    quantised = model(quant=quant)
+    head = 2 * (4 + 1) * 64 * 2048
+    for kind, weights in (
+        (UnitKind.HEAD, head),
+        (UnitKind.MLP, 3 * 1024 * 2048),
+        (UnitKind.VOCAB, 4032 * 2048),
+    ):
+        assert unit_read_bytes(quantised, kind, 0) == weights * read / 64
+        assert unit_weight_bytes(quantised, kind, 0) == weights * held / 64
+    assert unit_read_bytes(model(), UnitKind.MLP, 0) == unit_weight_bytes(model(), UnitKind.MLP, 0)
+
+
+def test_a_block_that_is_not_full_counts_whole() -> None:
+    """So do the inputs that are kept for quantised products, in float32."""
+    form = QUANT_FORMATS["int4"]
+    assert form.read_bytes(3, 65) == form.read_bytes(3, 128) == 3 * 73
+    assert input_bytes_per_position(model(quant="int4"), 2) == 2 * 2048 * 4
+    assert input_bytes_per_position(model(), 2) == 2 * 2048 * 2
