@@ -62,10 +62,7 @@ def product_rate(
     threads = threads or torch.get_num_threads()
     size = min(WEIGHTS_BYTES, psutil.virtual_memory().available // MEMORY_SHARE)
     weight = torch.ones(ROWS, COLUMNS, dtype=dtype, device=device)
-    if quant == "none":
-        make, nbytes = partial(pack, weight), weight.nbytes
-    else:
-        make, nbytes = _quantised(weight, quant)
+    make, nbytes = _maker(weight, quant)
     products = [make() for _ in range(max(1, size // nbytes))]
     rows = 1 if quant == "none" else padded_rows(1, quant)
     x = torch.ones(rows, COLUMNS, dtype=dtype if quant == "none" else torch.float32, device=device)
@@ -80,8 +77,10 @@ def product_rate(
     return ProductRate(nbytes * len(products) / sum(best) / 1e9, busy)
 
 
-def _quantised(weight: torch.Tensor, quant: str) -> tuple[Callable[[], Linear], int]:
-    """What makes a product of the same weight quantised, and the bytes that it reads."""
+def _maker(weight: torch.Tensor, quant: str) -> tuple[Callable[[], Linear], int]:
+    """What makes a product of a weight quantised so, and the bytes that it reads."""
+    if quant == "none":
+        return partial(pack, weight), weight.nbytes
     # Only who quantises pays for the import.
     from p2pinfer.model.quantise import quantise
     from p2pinfer.model.quantised_products import QuantisedLinear

@@ -49,7 +49,9 @@ def change(folder: Path, **changes: object) -> None:
 def quick(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Measuring takes no time, and gives what stands in the list."""
     rates = [12.0]
-    monkeypatch.setattr(measurement, "product_rate", lambda *_: ProductRate(rates[-1], busy=False))
+    monkeypatch.setattr(
+        measurement, "product_rate", lambda *_, **__: ProductRate(rates[-1], busy=False)
+    )
     monkeypatch.setattr(measurement, "read_bandwidth", lambda *_: 2 * rates[-1])
     return rates
 
@@ -57,6 +59,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_products_and_memory_are_measured() -> None:
     """Both speeds of this machine are above nothing and below anything that exists."""
     assert 0.01 < product_rate(torch.float32, CPU).gb_s < 10_000
+    assert 0.01 < product_rate(torch.float32, CPU, quant="int4").gb_s < 10_000
     cpus = sorted(os.sched_getaffinity(0))
     before = torch.get_num_threads()
     assert 0.01 < read_bandwidth(cpus, seconds=0.02, size=64 << 20) < 100_000
