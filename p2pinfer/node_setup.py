@@ -25,6 +25,9 @@ from p2pinfer.types import DType, Member, ModelSpec
 
 PORT_POLL_S: Final = 0.05
 
+COPIES_FOLDER: Final = "quantised"
+"""Of the state folder: quantised weights (`model/quantised_copies`)."""
+
 
 @dataclass(frozen=True)
 class LocalModel:
@@ -107,6 +110,7 @@ def worker_config(
         threads=settings.threads,
         cpus=settings.cpus,
         standby=settings.standby,
+        copies=str(settings.state_dir.resolve() / COPIES_FOLDER) if spec else "",
         speed=settings.speed,
     )
 

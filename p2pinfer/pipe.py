@@ -32,9 +32,9 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The first message to a worker: who it is and what it may use.
 
     `model` is None for a witness, which holds no model. `cpus` are the CPU numbers to pin to; empty
-    means no pinning. `standby` is how weights are kept for others (`UnitHolder`). No step is
-    overdue before `least_step_s` seconds. `speed` says whether the machine's is to be measured
-    (`measurement.machine_speed`).
+    means no pinning. Quantised weights are kept in the folder `copies`. `standby` is how weights
+    are kept for others (`UnitHolder`). No step is overdue before `least_step_s` seconds. `speed`
+    says whether the machine's is to be measured (`measurement.machine_speed`).
     """
 
     node_id: Identity
@@ -49,6 +49,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     threads: int
     cpus: tuple[int, ...] = ()
     standby: str = "auto"
+    copies: str = ""
     speed: str = "off"
     least_step_s: float = LEAST_S
 

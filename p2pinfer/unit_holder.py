@@ -86,7 +86,8 @@ class UnitHolder:
     `progress` is called several times a second while loading what is owned, with the bytes that are
     loaded and those of all (both 0 while KV is copied). `standby` is `hot` or `warm`, how the
     weights of units are kept that others own; `auto`: hot as long as there is memory for them, of
-    which the device has `available` bytes left when they are asked for.
+    which the device has `available` bytes left when they are asked for. Quantised weights are kept
+    in the folder `copies`.
     """
 
     def __init__(
@@ -98,8 +99,10 @@ class UnitHolder:
         *,
         standby: str = "auto",
         available: Callable[[torch.device], int] = offered_memory,
+        copies: Path | None = None,
     ) -> None:
         self._folder = folder
+        self._copies = copies
         self._config: LlamaConfig | None = load_config(folder) if folder else None
         self._device = device
         self._logs = logs
@@ -323,7 +326,7 @@ class UnitHolder:
 
         def loader() -> StageLoader:
             weights = Weights(Checkpoint.open(folder, config))
-            return StageLoader(weights, config, model, self._device)
+            return StageLoader(weights, config, model, self._device, self._copies)
 
         return loader
 
@@ -440,8 +443,11 @@ class UnitHolder:
         return need > left
 
     def _pages(self) -> Callable[[Holding], Iterator[int]]:
-        """What reads the bytes of a holding's weights."""
+        """What brings the bytes of a holding's weights into the page cache."""
         assert self._folder and self._config and self._model, "who keeps units has a model"
+        if self._copies is not None and self._model.quant != "none":
+            loader = self._loader()
+            return lambda held: loader().prepare(held)
         return PageReader(self._folder, self._config, self._model).read
 
     def await_standbys(self, timeout: float) -> StandbyReady:

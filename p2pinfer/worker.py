@@ -53,6 +53,7 @@ from p2pinfer.leader import Leader
 from p2pinfer.lifeline import die_with_parent
 from p2pinfer.limits import MAX_BULK_BYTES, MAX_STEP_BYTES
 from p2pinfer.measurement import introduction
+from p2pinfer.model.quantised_copies import remove_others
 from p2pinfer.pipe import PipeClosed, WorkerConfig, WorkerPipe, worker_side
 from p2pinfer.replicator import Replicator, partners
 from p2pinfer.step_engine import StepEngine
@@ -86,7 +87,12 @@ class Worker:
         self._logs = TokenLogs()
         folder = Path(config.model_folder) if config.model else None
         self._units = UnitHolder(
-            folder, self._device, self._logs, self._loading, standby=config.standby
+            folder,
+            self._device,
+            self._logs,
+            self._loading,
+            standby=config.standby,
+            copies=_copies(config),
         )
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._steps = SocketPair(
@@ -432,6 +438,14 @@ class Worker:
                 broken=broken.broken,
             )
         )
+
+
+def _copies(config: WorkerConfig) -> Path | None:
+    """Where quantised weights are kept; those of other models are removed."""
+    if not config.copies:
+        return None
+    remove_others(Path(config.copies), config.model)
+    return Path(config.copies)
 
 
 @click.command()

@@ -10,6 +10,7 @@ from p2pinfer.core.units import BlockFormat
 from p2pinfer.model.linear import Linear
 from p2pinfer.model.product_graph import Graph, Session
 from p2pinfer.model.quantise import QuantisedWeight, quantise, stacked
+from p2pinfer.model.quantised_copies import QuantisedCopies
 from p2pinfer.model.unit_products import Columns, Rows, TensorSource, UnitProducts, slice_of
 
 
@@ -39,11 +40,15 @@ class QuantisedProducts:
 
 
 class QuantisedPacker:
-    """Weights quantised by block, from slices in the number format that they are stored in."""
+    """Weights quantised by block, from slices in the number format that they are stored in, or from
+    `copies` of what was made of them before."""
 
-    def __init__(self, weights: TensorSource, form: BlockFormat) -> None:
+    def __init__(
+        self, weights: TensorSource, form: BlockFormat, copies: QuantisedCopies | None = None
+    ) -> None:
         self._weights = weights
         self._form = form
+        self._copies = copies
 
     def piece(self, read: Rows) -> QuantisedWeight:
         """See `Packer.piece`."""
@@ -57,7 +62,13 @@ class QuantisedPacker:
 
     def alone(self, read: Rows | Columns) -> QuantisedWeight:
         """See `Packer.alone`."""
-        return quantise(slice_of(self._weights, read), self._form)
+        if self._copies is None:
+            return quantise(slice_of(self._weights, read), self._form)
+        known = self._copies.read(read, self._form)
+        if known is None:
+            known = quantise(slice_of(self._weights, read), self._form)
+            self._copies.keep(read, known)
+        return known
 
     def linear(self, weight: QuantisedWeight) -> Linear:
         """See `Packer.linear`."""

@@ -7,6 +7,7 @@ Names are those of `transformers`' checkpoints.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +42,8 @@ class Read(NamedTuple):
 class StageLoader:
     """Reads units and trunk of a stage from the checkpoint, slice by slice, and packs them.
 
-    Temporary memory is one product's weight at most.
+    Temporary memory is one product's weight at most, of quantised weights those of half a layer.
+    Quantised ones are kept in the folder `copies`, and read from there, where one is given.
     """
 
     def __init__(
@@ -50,13 +52,14 @@ class StageLoader:
         config: LlamaConfig,
         model: ModelSpec,
         device: torch.device,
+        copies: Path | None = None,
     ) -> None:
         self._weights = weights
         self._config = config
         self._model = model
         self._device = device
         self._dtype = compute_dtype(model)
-        self._packer = _packer(weights, model, device)
+        self._packer = _packer(weights, model, device, copies)
 
     def load(self, holding: Holding) -> StageModel:
         """Load everything that `holding` names."""
@@ -115,12 +118,10 @@ class StageLoader:
         return self._weights.whole(name).to(self._device, torch.float32)
 
     def _attention(self, layer: int, units: Sequence[int]) -> Generator[int, None, AttentionHalf]:
-        name = f"model.layers.{layer}.self_attn.o_proj.weight"
         qkv = yield from self._stacked(self._qkv_rows(layer, units), self._config.attention_bias)
-        width = group_size(self._model) * self._model.head_dim
         own = []
-        for u in units:
-            own.append(self._packer.alone(Columns(name, u * width, (u + 1) * width, width)))
+        for read in self._out_columns(layer, units):
+            own.append(self._packer.alone(read))
             yield own[-1].nbytes
         return AttentionHalf(
             model=self._model,
@@ -139,6 +140,11 @@ class StageLoader:
             for unit in units
         ]
 
+    def _out_columns(self, layer: int, units: Sequence[int]) -> list[Columns]:
+        name = f"model.layers.{layer}.self_attn.o_proj.weight"
+        width = group_size(self._model) * self._model.head_dim
+        return [Columns(name, u * width, (u + 1) * width, width) for u in units]
+
     def _stacked(self, reads: Sequence[Rows], biased: bool) -> Generator[int, None, Any]:
         """One column-parallel weight of the rows that are read, one above the other."""
         pieces = []
@@ -156,10 +162,9 @@ class StageLoader:
     def _mlp(self, layer: int, units: Sequence[int]) -> Generator[int, None, MlpHalf]:
         rows = self._gate_up_rows(layer, units)
         gate_up = yield from self._stacked(rows, self._config.mlp_bias)
-        name = f"model.layers.{layer}.mlp.down_proj.weight"
         down = []
-        for _, start, end, width in rows[: len(units)]:
-            down.append(self._packer.alone(Columns(name, start, end, width)))
+        for read in self._down_columns(layer, units):
+            down.append(self._packer.alone(read))
             yield down[-1].nbytes
         widths = [each.height for each in rows[: len(units)]]
         return MlpHalf(tuple(units), self._packer.gated(gate_up, down, widths))
@@ -178,37 +183,57 @@ class StageLoader:
             for a, b in bounds
         ]
 
+    def _down_columns(self, layer: int, units: Sequence[int]) -> list[Columns]:
+        name = f"model.layers.{layer}.mlp.down_proj.weight"
+        rows = self._gate_up_rows(layer, units)[: len(units)]
+        return [Columns(name, *read[1:]) for read in rows]
+
     def _vocab(self, units: Sequence[int]) -> Generator[int, None, VocabHead]:
         heads = []
-        for name, start, end in self._vocab_reads(units):
-            heads.append(self._packer.alone(Rows(name, start, end, end - start)))
+        for read in self._vocab_rows(units):
+            heads.append(self._packer.alone(read))
             yield heads[-1].nbytes
         return VocabHead(tuple(units), self._packer.fanned(heads))
 
-    def _vocab_reads(self, units: Sequence[int]) -> list[Read]:
+    def _vocab_rows(self, units: Sequence[int]) -> list[Rows]:
         tied = self._config.tie_word_embeddings
         name = "model.embed_tokens.weight" if tied else "lm_head.weight"
-        return [Read(name, *unit_bounds(self._model, UnitKind.VOCAB, unit)) for unit in units]
+        bounds = [unit_bounds(self._model, UnitKind.VOCAB, unit) for unit in units]
+        return [Rows(name, a, b, b - a) for a, b in bounds]
+
+    def _slices(self, holding: Holding) -> Iterator[Rows | Columns]:
+        """All weights of a holding, as the packer reads them."""
+        heads, mlp = holding.head_units, holding.mlp_units
+        for layer in range(holding.span.start, holding.span.end):
+            yield from self._qkv_rows(layer, heads)
+            yield from self._out_columns(layer, heads)
+            yield from self._gate_up_rows(layer, mlp)
+            yield from self._down_columns(layer, mlp)
+        yield from self._vocab_rows(holding.vocab_units)
 
     def reads(self, holding: Holding) -> Iterator[Read]:
         """What `pieces` asks its source for, in another order. Columns lie on nearly all pages of a
         matrix, so it is all of its rows."""
-        config, hidden = self._config, self._model.hidden_size
-        heads, mlp = holding.head_units, holding.mlp_units
-        for layer in range(holding.span.start, holding.span.end):
-            base = f"model.layers.{layer}."
-            halves = (
-                (heads, self._qkv_rows(layer, heads), config.attention_bias, "self_attn.o_proj"),
-                (mlp, self._gate_up_rows(layer, mlp), config.mlp_bias, "mlp.down_proj"),
-            )
-            for units, rows, biased, columns in halves:
-                for read in rows:
-                    yield Read(*read[:3])
-                    if biased:
-                        yield Read(*_bias(read)[:3])
-                if units:
-                    yield Read(f"{base}{columns}.weight", 0, hidden)
-        yield from self._vocab_reads(holding.vocab_units)
+        whole = set()
+        for read in self._slices(holding):
+            if isinstance(read, Rows):
+                yield Read(*read[:3])
+                if self._biased(read.name):
+                    yield Read(*_bias(read)[:3])
+            elif read.name not in whole:
+                whole.add(read.name)
+                yield Read(read.name, 0, self._model.hidden_size)
+
+    def _biased(self, name: str) -> bool:
+        if ".mlp." in name:
+            return self._config.mlp_bias
+        return ".self_attn." in name and self._config.attention_bias
+
+    def prepare(self, holding: Holding) -> Iterator[int]:
+        """Read all weights of a holding as the packer holds them, and drop them: yields the bytes
+        of each slice. Of quantised weights there are copies on the disk then, in the page cache."""
+        for read in self._slices(holding):
+            yield self._packer.alone(read).nbytes
 
 
 def _bias(read: Rows) -> Rows:
@@ -216,11 +241,15 @@ def _bias(read: Rows) -> Rows:
     return read._replace(name=f"{read.name.removesuffix('.weight')}.bias")
 
 
-def _packer(weights: TensorSource, model: ModelSpec, device: torch.device) -> Packer[Any, Any]:
+def _packer(
+    weights: TensorSource, model: ModelSpec, device: torch.device, copies: Path | None
+) -> Packer[Any, Any]:
     """The one place where it is chosen what multiplies."""
     if model.quant == "none":
         return FloatPacker(weights, device, TORCH_DTYPES[model.dtype])
     # Only who quantises pays for the import.
+    from p2pinfer.model.quantised_copies import QuantisedCopies
     from p2pinfer.model.quantised_products import QuantisedPacker
 
-    return QuantisedPacker(weights, QUANT_FORMATS[model.quant])
+    known = QuantisedCopies(copies, model) if copies else None
+    return QuantisedPacker(weights, QUANT_FORMATS[model.quant], known)
