@@ -77,7 +77,7 @@ class Leader:
 
         Raises `StepBroken` when a member's part, or its acknowledgement, does not come in time.
         """
-        began = time.perf_counter()
+        started = time.perf_counter()
         self._check_overdue()
         step = self._maker.next_step()
         if step is None:
@@ -88,13 +88,13 @@ class Leader:
         self._engine.write(step)
         self._announce(step)
         self._say(self._maker.sent(time.monotonic()))
-        self._engine.clock.python_s += time.perf_counter() - began
+        self._engine.clock.python_s += time.perf_counter() - started
         # The others compute already: what the step before has written goes out now.
         self._engine.replicate()
         own = self._engine.compute(step)
         began, waited = time.perf_counter(), self._links.traffic.wait_s
         drawn = self._draw(step, own) if step.slots else {}
-        self._maker.finished(step, drawn)
+        self._maker.finished(step, drawn, time.perf_counter() - started)
         self._engine.finish(step)
         waited = self._links.traffic.wait_s - waited
         self._engine.clock.python_s += time.perf_counter() - began - waited

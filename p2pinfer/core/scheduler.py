@@ -2,8 +2,9 @@
 
 Requests join and leave the batch at every step (Orca, Yu et al., OSDI 2022), and long prompts are
 cut in chunks that ride along with everybody's next token, so that a long prompt stops nobody
-(Sarathi-Serve, Agrawal et al., OSDI 2024). Admission is first come, first served: a request whose
-KV does not fit yet waits, and all behind it wait too, so none starves.
+(Sarathi-Serve, Agrawal et al., OSDI 2024); what steps took decides how long the chunks may be.
+Admission is first come, first served: a request whose KV does not fit yet waits, and all behind it
+wait too, so none starves.
 
 A scheduler lives for one fence: the next one begins empty, and requests are added anew with what
 is known of them. The leader's worker calls `next_step` and `finish_step` in turn; requests may be
@@ -18,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from msgspec import Struct
 
 from p2pinfer.core.blocks import BLOCK_POSITIONS, BlockPool, blocks_for
+from p2pinfer.core.prefill_budget import PrefillBudget
 from p2pinfer.errors import ClusterError, InvalidRequestError, LocalProtocolError
 from p2pinfer.limits import MAX_REQUESTS, MAX_STEP_SLOTS, MAX_STEP_TOKENS
 from p2pinfer.types import SamplingParams
@@ -85,6 +87,11 @@ class _Request:
     def reply_tokens(self) -> int:
         return len(self.tokens) - self.prompt_tokens
 
+    @property
+    def decodes(self) -> bool:
+        """Its client gets a token by every step, and sees how long one takes."""
+        return self.pending == 1 and self.reply_tokens > 0
+
     def slot(self, count: int) -> Slot:
         """The next `count` positions."""
         end = self.computed + count
@@ -138,6 +145,9 @@ class Scheduler:
         self._max_positions = max_positions
         self._eos = eos_token_ids
         self._max_step_tokens = max_step_tokens
+        self._budget = PrefillBudget(max_step_tokens)
+        self._decoding = 0
+        """Replies that get a token by the step in flight."""
         self._max_running = min(max_slots, max_step_tokens)
         self._logged = dict.fromkeys(logged)
         """Those of them that were not added yet."""
@@ -266,9 +276,10 @@ class Scheduler:
     def next_step(self) -> Work | None:
         """What the next step says; None when there is nothing to say.
 
-        Each request with one pending token gets it computed; what is left of the step's tokens goes
-        to longer runs, first come, first served. All of it counts as sent: should the step fail,
-        this fence is over. What ended is told first: an id may be used again by one of the slots.
+        Each request with one pending token gets it computed; what is left of the step's tokens, and
+        of the time that replies may wait for it, goes to longer runs, first come, first served. All
+        of it counts as sent: should the step fail, this fence is over. What ended is told first: an
+        id may be used again by one of the slots.
         """
         self._admit()
         slots = self._slots()
@@ -281,7 +292,8 @@ class Scheduler:
 
     def _slots(self) -> tuple[Slot, ...]:
         single = sum(request.pending == 1 for request in self._running.values())
-        room = self._max_step_tokens - single
+        self._decoding = sum(request.decodes for request in self._running.values())
+        room = min(self._max_step_tokens - single, self._budget.rows(self._decoding))
         slots = []
         self._in_flight = {}
         for request in self._running.values():
@@ -295,13 +307,15 @@ class Scheduler:
                 self._in_flight[request.request_id] = request
         return tuple(slots)
 
-    def finish_step(self, slots: Sequence[Slot], drawn: Mapping[int, int]) -> None:
-        """The step of `slots` is computed; `drawn` has the token of each slot with `sample`.
+    def finish_step(self, slots: Sequence[Slot], drawn: Mapping[int, int], seconds: float) -> None:
+        """The step of `slots` took so many `seconds`; `drawn` has a token for each with `sample`.
 
         The tokens, and after its last one the end of a reply, are news of the next step. Slots of
         requests that were cancelled since are ignored. Raises `LocalProtocolError` when a token
         lacks.
         """
+        rows = sum(len(slot.tokens) for slot in slots)
+        self._budget.finished(self._decoding, rows - self._decoding, seconds)
         for slot in slots:
             request = self._in_flight.pop(slot.request_id, None)
             if request is None:

@@ -111,9 +111,9 @@ class StepMaker:
         """A member has all up to `step` in its log. Raises `RemoteProtocolError` for a lie."""
         return self._told(self.commits.acked(member, step))
 
-    def finished(self, step: Step, drawn: Mapping[int, int]) -> None:
-        """A step is computed; `drawn` has a token for each slot that samples."""
-        self.scheduler.finish_step(step.slots, drawn)
+    def finished(self, step: Step, drawn: Mapping[int, int], seconds: float) -> None:
+        """A step took so many `seconds`; `drawn` has a token for each slot that samples."""
+        self.scheduler.finish_step(step.slots, drawn, seconds)
 
     def overdue(self, now: float, limit: float) -> int | None:
         """The member whose acknowledgement is awaited for more than `limit` seconds, if any is."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import cycle
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -103,6 +104,8 @@ class ToyNode:
 STEP_TOKENS = st.integers(1, 64)
 STEP_SLOTS = st.integers(1, 6)
 BLOCKS = st.integers(3, 9)
+SECONDS = st.lists(st.floats(0, 10), min_size=1, max_size=6)
+"""What steps take, in turn."""
 
 
 def build(pool: BlockPool, tokens: int, slots: int, logged: Iterable[int] = ()) -> Scheduler:
@@ -194,16 +197,16 @@ class Story:
         assert (self.pool.used, self.work.running, self.work.waiting) == (0, 0, 0)
 
 
-@given(st.data(), st.lists(jobs(), min_size=1, max_size=8), STEP_TOKENS, STEP_SLOTS)
+@given(st.data(), st.lists(jobs(), min_size=1, max_size=8), STEP_TOKENS, STEP_SLOTS, SECONDS)
 def test_any_mix_gives_each_request_the_reply_it_has_alone(
-    data: st.DataObject, todo: list[Job], tokens: int, limit: int
+    data: st.DataObject, todo: list[Job], tokens: int, limit: int, seconds: list[float]
 ) -> None:
     """Late arrivals, cancels and new fences at any time (a step in flight too) change no token.
 
     Each position that lacks its KV is computed once and in order in every fence; all ends with
     nothing reserved and no log kept.
     """
-    story, left = Story(todo, tokens, limit), list(range(len(todo)))
+    story, left, took = Story(todo, tokens, limit), list(range(len(todo))), cycle(seconds)
     events = data.draw(st.lists(st.sampled_from(["cancel", "fence", ""]), max_size=12))
     while True:
         step = story.work.next_step()
@@ -222,14 +225,16 @@ def test_any_mix_gives_each_request_the_reply_it_has_alone(
             story.new_fence(BlockPool(data.draw(BLOCKS)))
             continue
         story.committed(step)
-        story.work.finish_step(step.slots, drawn)
+        story.work.finish_step(step.slots, drawn, next(took))
     story.check()
 
 
-@given(st.lists(jobs(), min_size=1, max_size=6), STEP_TOKENS, STEP_SLOTS)
-def test_decoding_never_waits_for_a_prompt(todo: list[Job], tokens: int, limit: int) -> None:
+@given(st.lists(jobs(), min_size=1, max_size=6), STEP_TOKENS, STEP_SLOTS, SECONDS)
+def test_decoding_never_waits_for_a_prompt(
+    todo: list[Job], tokens: int, limit: int, seconds: list[float]
+) -> None:
     """A request that has drawn a token draws one in every step until its reply ends."""
-    story = Story(todo, tokens, limit)
+    story, took = Story(todo, tokens, limit), cycle(seconds)
     for request in range(len(todo)):
         story.start(request)
     decoding: set[int] = set()
@@ -238,6 +243,6 @@ def test_decoding_never_waits_for_a_prompt(todo: list[Job], tokens: int, limit: 
         drawn = story.node.compute(step)
         assert decoding <= drawn.keys()
         story.committed(step)
-        story.work.finish_step(step.slots, drawn)
+        story.work.finish_step(step.slots, drawn, next(took))
         decoding |= {request for request in drawn if request not in story.ends}
     story.check()

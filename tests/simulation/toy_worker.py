@@ -442,7 +442,7 @@ class ToyWorker:
             for slot, of_slot in zip(sampling, offers, strict=True):
                 check(len(of_slot) == toy.VOCABS, "a vocab unit offered not exactly once")
                 drawn[slot.request_id] = toy.draw(of_slot, kind)
-        maker.finished(step, drawn)
+        maker.finished(step, drawn, self.process.machine.monotonic() - began)
         # What it wrote is sent once the others have the next step to compute.
         self._finish(engine, step, began)
 

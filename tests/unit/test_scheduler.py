@@ -15,6 +15,8 @@ from p2pinfer.wire.messages import DrawnToken, FinalToken, Slot
 
 EOS = 2
 FIVE = SamplingParams(max_tokens=5)
+STEP_S = 0.1
+"""All steps here take as long, whatever they compute."""
 
 
 def scheduler(
@@ -62,7 +64,7 @@ def news_of(work: Scheduler) -> list[Piece]:
 
 def step(work: Scheduler, drawn: Mapping[int, int]) -> list[Piece]:
     """One whole step; returns what it drew, as the next one tells it (which is begun)."""
-    work.finish_step(slots_of(work), drawn)
+    work.finish_step(slots_of(work), drawn, STEP_S)
     return news_of(work)
 
 
@@ -94,11 +96,11 @@ def test_one_request_from_prompt_to_length() -> None:
     )
     assert first == Work(slots=(slot,))
     assert work.running == 1
-    work.finish_step(first.slots, {7: 50})
+    work.finish_step(first.slots, {7: 50}, STEP_S)
     second = work.next_step()
     slot = Slot(request_id=7, start=3, tokens=(50,), sample=True)
     assert second == Work(slots=(slot,), news=(DrawnToken(request_id=7, index=0, token=50),))
-    work.finish_step(second.slots, {7: 51})
+    work.finish_step(second.slots, {7: 51}, STEP_S)
     assert (work.running, work.waiting, 7 in work) == (0, 0, True)
     assert work.next_step() == Work(
         finals=(FinalToken(request_id=7, position=4, token=51),),
@@ -121,7 +123,7 @@ def test_blocks_are_free_when_the_end_is_committed() -> None:
     work = scheduler(blocks=1)
     for request in (1, 2):
         work.add(request, prompt(1), (), SamplingParams(max_tokens=1))
-    work.finish_step(slots_of(work), {1: 5})
+    work.finish_step(slots_of(work), {1: 5}, STEP_S)
     assert slots_of(work) == ()
     work.committed(1)
     made = work.next_step()
@@ -151,7 +153,7 @@ def test_eos_can_be_ignored() -> None:
     """With `ignore_eos` a reply goes on to `max_tokens`."""
     work = scheduler()
     work.add(1, prompt(1), (), SamplingParams(max_tokens=2, ignore_eos=True))
-    work.finish_step(slots_of(work), {1: EOS})
+    work.finish_step(slots_of(work), {1: EOS}, STEP_S)
     assert step(work, {1: EOS})[1] == EndedReply(request_id=1, reason="length", total_tokens=2)
 
 
@@ -161,7 +163,7 @@ def test_max_tokens_is_cut_to_the_room_of_the_context() -> None:
     work.add(1, prompt(5), (), FIVE)
     slots = slots_of(work)
     assert slots[0].capacity == 6
-    work.finish_step(slots, {1: 9})
+    work.finish_step(slots, {1: 9}, STEP_S)
     assert news_of(work)[1] == EndedReply(request_id=1, reason="length", total_tokens=1)
 
 
@@ -172,7 +174,7 @@ def test_received_tokens_are_forced() -> None:
     slots = slots_of(work)
     assert slots[0].tokens == (100, 101, 60, 61)
     assert (slots[0].sample, slots[0].prompt_tokens) == (True, 2)
-    work.finish_step(slots, {1: 62})
+    work.finish_step(slots, {1: 62}, STEP_S)
     assert news_of(work) == [DrawnToken(request_id=1, index=2, token=62)]
 
 
@@ -200,14 +202,72 @@ def test_long_prompts_are_cut_in_chunks_beside_decoding() -> None:
     step(work, {1: 50})
     work.add(2, prompt(10), (), FIVE)
     work.add(3, prompt(6), (), FIVE)
+    work.finish_step(plain_step(work), {1: 51}, STEP_S)
     slots = slots_of(work)
-    assert shape(slots) == [(1, 2, 1, True), (2, 0, 7, False)]
-    work.finish_step(slots, {1: 51})
+    assert shape(slots) == [(1, 3, 1, True), (2, 0, 7, False)]
+    work.finish_step(slots, {1: 52}, STEP_S)
     slots = slots_of(work)
-    assert shape(slots) == [(1, 3, 1, True), (2, 7, 3, True), (3, 0, 4, False)]
+    assert shape(slots) == [(1, 4, 1, True), (2, 7, 3, True), (3, 0, 4, False)]
     assert [bool(s.params) for s in slots] == [False, False, True]
-    work.finish_step(slots, {1: 52, 2: 50})
-    assert shape(slots_of(work)) == [(1, 4, 1, True), (2, 10, 1, True), (3, 4, 2, True)]
+    work.finish_step(slots, {1: 53, 2: 50}, STEP_S)
+    assert shape(slots_of(work)) == [(1, 5, 1, True), (2, 10, 1, True)]
+
+
+def plain_step(work: Scheduler) -> tuple[Slot, ...]:
+    """The slots of the next step, which gives replies their tokens and computes nothing else."""
+    slots = slots_of(work)
+    assert all(len(slot.tokens) == 1 and slot.sample for slot in slots)
+    return slots
+
+
+def test_the_first_step_of_replies_that_decode_is_a_measure() -> None:
+    """While nobody decodes, prompts get all of a step; then one step without them is measured."""
+    work = scheduler(tokens=64)
+    for request in (1, 2):
+        work.add(request, prompt(60), (), FIVE)
+    slots = slots_of(work)
+    assert shape(slots) == [(1, 0, 60, True), (2, 0, 4, False)]
+    work.finish_step(slots, {1: 50}, STEP_S)
+    slots = plain_step(work)
+    assert shape(slots) == [(1, 60, 1, True)]
+    work.finish_step(slots, {1: 51}, STEP_S)
+    assert shape(slots_of(work)) == [(1, 61, 1, True), (2, 4, 8, False)]
+
+
+def test_prompts_get_as_many_positions_as_measured_time_allows() -> None:
+    """Beside a reply the chunks grow while steps are quick, and shrink when one takes too long."""
+    work = scheduler(tokens=256)
+    work.add(1, prompt(1), (), SamplingParams(max_tokens=100))
+    work.finish_step(slots_of(work), {1: 50}, STEP_S)
+    work.finish_step(plain_step(work), {1: 50}, STEP_S)
+    work.add(2, prompt(900), (), FIVE)
+    chunks = []
+    for _ in range(20):
+        slots = slots_of(work)
+        chunks.append(len(slots[1].tokens))
+        work.finish_step(slots, {1: 50}, STEP_S * (1 + chunks[-1] / 32))
+    assert chunks[0] == 8
+    assert chunks == sorted(chunks)
+    assert 26 <= chunks[-1] <= 29
+
+
+def test_a_replay_has_whole_steps_while_nobody_decodes() -> None:
+    """Replies that a failover interrupted are no faster for it that others wait with them."""
+    work = scheduler(tokens=64, logged=(1, 2))
+    for request in (1, 2):
+        work.add(request, prompt(50), (60,) * 20, SamplingParams(max_tokens=100), 0)
+    slots = slots_of(work)
+    assert shape(slots) == [(1, 0, 64, False)]
+    work.finish_step(slots, {}, STEP_S)
+    assert shape(slots_of(work)) == [(1, 64, 6, True), (2, 0, 58, False)]
+
+
+def test_the_last_token_of_a_prompt_is_no_reply() -> None:
+    """It holds nobody's prompt up."""
+    work = scheduler(tokens=64)
+    for request in (1, 2):
+        work.add(request, prompt(1 if request == 1 else 63), (), FIVE)
+    assert shape(slots_of(work)) == [(1, 0, 1, True), (2, 0, 63, True)]
 
 
 def test_who_comes_first_is_served_first() -> None:
@@ -243,7 +303,7 @@ def test_adding_a_request_twice_changes_nothing() -> None:
     assert shape(slots) == [(1, 0, 2, True)]
     work.add(1, prompt(9), (), FIVE)
     assert (work.running, work.waiting) == (1, 0)
-    work.finish_step(slots, {1: 7})
+    work.finish_step(slots, {1: 7}, STEP_S)
     work.add(1, prompt(9), (), FIVE)
     assert (work.running, work.waiting) == (0, 0)
 
@@ -258,7 +318,7 @@ def test_cancelling() -> None:
     assert work.cancel(1)
     assert not work.cancel(1)
     assert (work.running, work.waiting) == (0, 0)
-    work.finish_step(slots, {1: 50})
+    work.finish_step(slots, {1: 50}, STEP_S)
     assert work.next_step() == Work(ended=(1,))
 
 
@@ -267,7 +327,7 @@ def test_what_a_cancelled_request_drew_is_not_told() -> None:
     work = scheduler()
     for request in (1, 2):
         work.add(request, prompt(1), (), SamplingParams(max_tokens=request))
-    work.finish_step(slots_of(work), {1: 50, 2: 60})
+    work.finish_step(slots_of(work), {1: 50, 2: 60}, STEP_S)
     assert work.cancel(1)
     made = work.next_step()
     assert made is not None
@@ -282,7 +342,7 @@ def test_an_id_may_be_used_again_while_its_last_step_is_in_flight() -> None:
     slots = slots_of(work)
     work.cancel(1)
     work.add(1, prompt(3), (), FIVE, 2)
-    work.finish_step(slots, {1: 50})
+    work.finish_step(slots, {1: 50}, STEP_S)
     made = work.next_step()
     assert made is not None
     assert (made.ended, made.news) == ((1,), ())
@@ -308,7 +368,7 @@ def test_a_logged_request_goes_on_where_its_kv_ends() -> None:
             prompt_tokens=2,
         ),
     )
-    work.finish_step(slots, {1: 52})
+    work.finish_step(slots, {1: 52}, STEP_S)
     assert news_of(work) == [DrawnToken(request_id=1, index=2, token=52)]
 
 

@@ -22,6 +22,7 @@ from tests.step_plans import Offer, plan_of
 
 PLAN = plan_of(2)
 FENCE = PLAN.fence
+STEP_S = 0.1
 SETTLED = FenceSettled(fence=FENCE)
 
 
@@ -77,15 +78,15 @@ def test_a_reply_of_one_node() -> None:
     step = next_of(work)
     assert (step.fence, step.step, step.link_seq) == (FENCE, 1, 0)
     assert work.sent(1.0) == [SETTLED]
-    work.finished(step, {1: 50})
+    work.finished(step, {1: 50}, STEP_S)
     step = next_of(work)
     assert (step.step, step.slots[0].tokens) == (2, (50,))
     assert work.sent(2.0) == [committed((1, 0, 50))]
-    work.finished(step, {1: 51})
+    work.finished(step, {1: 51}, STEP_S)
     step = next_of(work)
     assert step.finals == (FinalToken(request_id=1, position=3, token=51),)
     assert work.sent(3.0) == [committed((1, 1, 51)), ended(1, "length", 2)]
-    work.finished(step, {})
+    work.finished(step, {}, STEP_S)
     step = next_of(work)
     assert (step.ended, step.slots, step.finals) == ((1,), (), ())
     assert work.sent(4.0) == []
@@ -99,10 +100,10 @@ def test_nothing_is_told_before_the_others_have_it() -> None:
     step = next_of(work)
     assert work.sent(1.0) == []
     assert work.acked(1, 1) == [SETTLED]
-    work.finished(step, {1: 50})
+    work.finished(step, {1: 50}, STEP_S)
     step = next_of(work)
     assert work.sent(2.0) == []
-    work.finished(step, {})
+    work.finished(step, {}, STEP_S)
     assert work.next_step() is None
     assert work.acked(1, 2) == [committed((1, 0, 50)), ended(1, "length", 1)]
     assert next_of(work).ended == (1,)
@@ -115,7 +116,7 @@ def test_logs_that_were_agreed_on_are_settled_by_an_empty_step() -> None:
     step = next_of(work)
     assert step == Step(fence=FENCE, step=1, link_seq=0, slots=())
     assert work.sent(0.0) == []
-    work.finished(step, {})
+    work.finished(step, {}, STEP_S)
     assert work.next_step() is None
     assert work.acked(1, 1) == [SETTLED]
     assert work.acked(1, 1) == []
@@ -124,7 +125,7 @@ def test_logs_that_were_agreed_on_are_settled_by_an_empty_step() -> None:
     step = next_of(busy)
     assert [(slot.start, slot.tokens) for slot in step.slots] == [(2, (7,))]
     busy.sent(0.0)
-    busy.finished(step, {1: 8})
+    busy.finished(step, {1: 8}, STEP_S)
     assert busy.acked(1, 1) == [SETTLED]
 
 
@@ -157,16 +158,18 @@ def test_a_cancelled_request_is_silent() -> None:
         work.start(start(request_id))
     step = next_of(work)
     work.sent(0.0)
-    work.finished(step, {1: 50, 2: 60})
+    work.finished(step, {1: 50, 2: 60}, STEP_S)
     step = next_of(work)
     work.sent(0.0)
     work.cancel(1)
     work.start(start(1, received=(90,)))
-    work.finished(step, {1: 51, 2: 61})
+    work.finished(step, {1: 51, 2: 61}, STEP_S)
     assert work.acked(1, 2) == [SETTLED, committed((2, 0, 60))]
     step = next_of(work)
     assert step.ended == (1,)
-    assert [(slot.request_id, slot.start) for slot in step.slots] == [(2, 3), (1, 0)]
+    assert [(slot.request_id, slot.start) for slot in step.slots] == [(2, 3)]
+    work.finished(step, {2: 62}, STEP_S)
+    assert [(slot.request_id, slot.start) for slot in next_of(work).slots] == [(2, 4), (1, 0)]
 
 
 def test_many_tokens_come_in_several_reports() -> None:
@@ -177,7 +180,7 @@ def test_many_tokens_come_in_several_reports() -> None:
     for _ in range(3):
         step = next_of(work)
         work.sent(0.0)
-        work.finished(step, {slot.request_id: 50 for slot in step.slots})
+        work.finished(step, {slot.request_id: 50 for slot in step.slots}, STEP_S)
     reports = work.acked(1, 3)
     sizes = [len(report.tokens) for report in reports if isinstance(report, TokensCommitted)]
     assert sizes == [MAX_STEP_SLOTS, MAX_STEP_SLOTS]
@@ -190,7 +193,7 @@ def test_an_acknowledgement_may_be_overdue() -> None:
     work.start(start(1))
     step = next_of(work)
     work.sent(10.0)
-    work.finished(step, {1: 50})
+    work.finished(step, {1: 50}, STEP_S)
     step = next_of(work)
     work.sent(12.0)
     assert work.overdue(11.0, 1.0) is None
