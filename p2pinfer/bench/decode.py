@@ -19,7 +19,16 @@ from typing import Any
 
 import psutil
 
-from p2pinfer.bench.inputs import Inputs, Tell, local_cluster, open_model, prompt_of, spread
+from p2pinfer.bench.beside import beside, figures
+from p2pinfer.bench.inputs import (
+    Inputs,
+    Tell,
+    check_positions,
+    local_cluster,
+    open_model,
+    prompt_of,
+    spread,
+)
 from p2pinfer.bench.reference import Reference
 from p2pinfer.client import Client
 from p2pinfer.core.units import unit_count, unit_read_bytes
@@ -46,6 +55,7 @@ class Settings(Inputs):
     max_tokens: int = 64
     runs: int = 5
     concurrent: int = 0
+    beside: int = 0
     reference: bool = True
 
 
@@ -173,6 +183,7 @@ def measure(settings: Settings, tell: Tell) -> dict[str, Any]:
             "the comparison needs transformers: pip install 'p2pinfer[bench]', or --no-reference"
         )
     folder, spec = open_model(settings, tell)
+    check_positions(spec, settings.beside + 1, "--beside")
     tell("read bandwidth")
     bandwidth = [read_bandwidth(used) for _ in range(BANDWIDTH_READS)]
     reference = None
@@ -213,6 +224,7 @@ def _measure_cluster(
         for number in range(settings.runs if settings.concurrent else 0):
             tell(f"{settings.concurrent} requests at once, run {number + 1}")
             together.append(ask_together(addresses, spec.vocab_size, settings))
+        disturbed = _beside(addresses, spec, settings, tell)
         rss = [_rss(node.pid) for node in cluster.nodes]
     result: dict[str, Any] = {
         **settings.fields(),
@@ -239,7 +251,28 @@ def _measure_cluster(
             **spread("tokens_per_s", together),
             **spread("times_one", [t / alone for t in together]),
         }
+    if disturbed:
+        result["beside"] = figures(settings.beside, disturbed)
     return result
+
+
+def _beside(
+    addresses: Sequence[str], spec: ModelSpec, settings: Settings, tell: Tell
+) -> list[dict[str, float]]:
+    """Each run of a reply that decodes while a long prompt is read; none where it is left out."""
+    rows = []
+    for number in range(settings.runs if settings.beside else 0):
+        tell(f"a prompt of {settings.beside} tokens beside a reply, run {number + 1}")
+        rows.append(
+            beside(
+                addresses,
+                spec.vocab_size,
+                running=settings.prompt_tokens,
+                prompt=settings.beside,
+                seed=2 * number,
+            )
+        )
+    return rows
 
 
 def _runs(

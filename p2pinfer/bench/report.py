@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from p2pinfer.bench import beside
+
 PARTS = ("compute_ms", "exchange_ms", "wait_ms", "python_ms")
 
 
@@ -48,6 +50,8 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
             f"  {row['requests']} requests at once: {_with_spread(row, 'tokens_per_s')} tokens/s, "
             f"{_with_spread(row, 'times_one')} times one"
         )
+    if "beside" in result:
+        lines += beside.lines(result["beside"])
     return lines
 
 

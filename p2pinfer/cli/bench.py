@@ -104,6 +104,13 @@ def run_bench(
     metavar="N",
     help="Requests at once, measured too; 0 leaves that out.",
 )
+@click.option(
+    "--beside",
+    type=click.IntRange(0),
+    default=0,
+    metavar="N",
+    help="Read a prompt of N tokens while a reply decodes, and time that reply.",
+)
 @click.option("--reference/--no-reference", default=True, help="Measure transformers beside it.")
 def decode(report: Path | None, as_json: bool, **options: object) -> None:
     """Time to first token, prefill and decode speed, beside the unsplit model by transformers.
