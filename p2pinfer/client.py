@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from p2pinfer.client_link import ClientLink, client_sockets
 from p2pinfer.config import format_address, parse_address
+from p2pinfer.core.echoes import GRACE_S, RUN_S
 from p2pinfer.errors import ClusterError, InvalidRequestError, UsageError
 from p2pinfer.limits import MAX_TEXT_CHARS
 from p2pinfer.retries import RETRY_FOR_S, Retries
@@ -31,6 +32,7 @@ from p2pinfer.wire.messages import (
     Drain,
     Failed,
     Finished,
+    MeasureLink,
     Pause,
     PlanRequest,
     StatusReply,
@@ -47,6 +49,9 @@ RECONNECT_S: Final = 1.0
 SILENCE_S: Final = 5.0
 """A node that serves us speaks at least every second, if only by an empty CHUNK. It is dead to the
 others sooner; to leave one that is only late costs a moment, and no token."""
+
+MEASURE_S: Final = RUN_S + 2 * GRACE_S
+"""A node answers a MEASURE_LINK when the run is over, which takes no longer."""
 
 DRAIN_S: Final = 60.0
 """A node answers a DRAIN when it is done with it, or after its own time-out."""
@@ -251,6 +256,22 @@ class Client:
         plan: dict[str, Any] = json.loads(answer.body)
         return plan
 
+    def measure_link(self, name: str, *, there: int, back: int, count: int) -> dict[str, Any]:
+        """How long frames take from the first node that answers to the member `name` and back.
+
+        `count` echoes, one after the other, on the link that steps use, with `there` and `back`
+        bytes of filler. Returns `from`, `to`, `round_trips_ms` (a list) and how many echoes were
+        `disturbed` by a step or `lost`. Raises `ClusterError`: `overloaded` (ask again) where links
+        are being measured already.
+        """
+        question = MeasureLink(
+            request_id=new_request_id(), name=name, there=there, back=back, count=count
+        )
+        answer = self._ask(question, MEASURE_S)
+        assert isinstance(answer, StatusReply)
+        measured: dict[str, Any] = json.loads(answer.body)
+        return measured
+
     def drain(self, name: str) -> None:
         """Let the node `name` hand over what it holds and leave; returns when it has left.
 
@@ -272,7 +293,7 @@ class Client:
         self._ask(Pause(request_id=new_request_id(), name=name, resume=True), DRAIN_S)
 
     def _ask(
-        self, question: StatusRequest | PlanRequest | Drain | Pause, within: float
+        self, question: StatusRequest | PlanRequest | MeasureLink | Drain | Pause, within: float
     ) -> ControlMessage:
         """The answer to a question; raises `ClusterError` where that is FAILED."""
         with client_sockets() as pair:

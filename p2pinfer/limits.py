@@ -72,4 +72,15 @@ MAX_GB_S = 1_000_000
 """GB (1e9 bytes) per second that a node says it can multiply, or read: a thousand accelerators."""
 
 MAX_ROUND_TRIP_MS = 1_000_000
+
+MAX_ECHO_BYTES = 1 << 20
+"""Filler of one echo, each way: enough to measure bandwidth, and sent in 10 ms at 1 Gbit/s,
+for which a step that begins meanwhile may have to wait."""
+
+MAX_ECHOES = 256
+"""Echoes of one run: the median of so many is good to a few percent."""
+
+MAX_ECHO_RUN_BYTES = 32 << 20
+"""Filler of all echoes of one run, there and back together."""
+
 MAX_PENDING_CLIENTS = 1024

@@ -32,6 +32,7 @@ from p2pinfer.model.sampling import (
     penalise,
     unit_candidates,
 )
+from p2pinfer.model.stopwatch import ATTENTION, PRODUCTS
 from p2pinfer.replicator import Replicator
 from p2pinfer.step_links import StepBroken, StepLinks, from_wire, is_finite, to_wire
 from p2pinfer.types import UnitKind
@@ -56,9 +57,14 @@ DECODE_STEPS = 32
 
 @dataclass
 class Clock:
-    """Where a node's time went, in seconds, since the plan was adopted."""
+    """Where a node's time went, in seconds, since the plan was adopted; names are those of
+    `WorkerStats`."""
 
     compute_s: float = 0.0
+    products_s: float = 0.0
+    """Of `compute_s`: products with weights."""
+    attention_s: float = 0.0
+    """Of `compute_s`: attention over the KV cache."""
     exchange_s: float = 0.0
     python_s: float = 0.0
     bulk_s: float = 0.0
@@ -138,7 +144,10 @@ class StepEngine:
         self._last = []
         if self._runner is not None and rows:
             computed = self.clock.compute_s
+            products, attention = PRODUCTS.seconds, ATTENTION.seconds
             self._run(self._runner, step, rows)
+            self.clock.products_s += PRODUCTS.seconds - products
+            self.clock.attention_s += ATTENTION.seconds - attention
             if rows <= DECODE_ROWS and self.topology.roles:
                 self._decoded.append(self.clock.compute_s - computed)
         self._logs.finish(step.slots)

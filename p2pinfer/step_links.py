@@ -21,6 +21,7 @@ import zmq
 from numpy.typing import NDArray
 from torch import Tensor
 
+from p2pinfer.core.echoes import Echoes
 from p2pinfer.core.step_checks import StepMessage
 from p2pinfer.core.step_gate import Drop, File, Gap, StepGate
 from p2pinfer.core.step_paths import Trouble, needed, trouble
@@ -33,6 +34,8 @@ from p2pinfer.wire.messages import (
     Candidates,
     ControlMessage,
     DataFrame,
+    EchoReply,
+    EchoRequest,
     Hidden,
     LinkOpen,
     Logits,
@@ -187,6 +190,9 @@ class StepLinks:
         """Members without units that can no longer be reached, on the leader."""
         self.on_ack: Callable[[int, int], None] | None = None
         """Called with (member, step) for each STEP_ACK; may raise `RemoteProtocolError`."""
+        self.echoes = Echoes()
+        self._idle = False
+        """No step is in hand, and the links are waited on."""
         self._gate = StepGate(me)
         self._identity = me
         self._interrupt = interrupt
@@ -257,6 +263,7 @@ class StepLinks:
     def close(self) -> None:
         """Stop obeying any plan; links stay connected."""
         self._gate.close()
+        self.echoes.close(time.monotonic())
         self.inbox = Inbox()
         self.deaf = set()
         self.on_ack = None
@@ -292,6 +299,7 @@ class StepLinks:
     def begin(self, step: int, limit_s: float) -> None:
         """A step is being computed: all of it must be there within `limit_s`."""
         self._gate.began(step)
+        self.echoes.disturb()
         self.inbox.forget_before(step)
         self._deadline = time.monotonic() + limit_s
 
@@ -318,12 +326,15 @@ class StepLinks:
 
     def idle(self, timeout_s: float, also: zmq.Socket[bytes] | None = None) -> None:
         """Wait for a frame or an order, or until `also` has something to read, at most
-        `timeout_s`."""
+        `timeout_s`. Only now are echoes sent and answered."""
         if also is not None:
             self._poller.register(also, zmq.POLLIN)
+        self._idle = True
         try:
+            self._echo()
             self._poll(time.monotonic() + timeout_s)
         finally:
+            self._idle = False
             if also is not None:
                 self._poller.unregister(also)
 
@@ -387,12 +398,46 @@ class StepLinks:
         except RemoteProtocolError:
             self.traffic.dropped += 1
             return
+        if isinstance(message, EchoRequest | EchoReply):
+            self._echoed(route, message)
+            return
         if isinstance(message, LinkOpen):
             member = self._gate.opened(route, message)
             if member is not None and self._gate.active is not None:
                 self._trouble(self._gate.active, member, "broke and came back")
             return
         self._accept(route, len(frame), message)
+
+    def _echoed(self, route: bytes, message: EchoRequest | EchoReply) -> None:
+        now = time.monotonic()
+        member = self._gate.whose(route)
+        if member is None:
+            self.traffic.dropped += 1
+        elif isinstance(message, EchoReply):
+            self.traffic.dropped += not self.echoes.replied(member, message, now)
+        else:
+            self.echoes.asked(member, message, late=not self._idle)
+            if self._idle:
+                self._echo()
+
+    def _echo(self) -> None:
+        """Answer echoes, and send the next of one's own. They are no part of a step: a link that
+        takes none is no trouble."""
+        if self._gate.active is None:
+            return
+        for member, reply in self.echoes.due():
+            self._send_echo(member, reply)
+        if (following := self.echoes.next()) is not None:
+            self.echoes.sent(*self._send_echo(*following))
+
+    def _send_echo(self, member: int, message: EchoRequest | EchoReply) -> tuple[bool, float]:
+        """Whether the link took it, and when it was given to it (seconds)."""
+        active = self._gate.active
+        assert active is not None, "echoes end with their plan"
+        address, frame = self._address(active.plan.members[member]), encode(message)
+        began = time.monotonic()
+        ready = address in self._opened or self._introduce(address)
+        return ready and self.pair.send(address, frame), began
 
     def _accept(self, route: bytes, nbytes: int, message: ControlMessage | DataFrame) -> None:
         match self._gate.arrived(route, nbytes, message):

@@ -15,6 +15,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 
@@ -41,6 +42,7 @@ from p2pinfer.core.events import (
     WorkerStats,
 )
 from p2pinfer.core.inputs import input_spans
+from p2pinfer.core.orders import MeasureEchoes
 from p2pinfer.core.recompute import recompute
 from p2pinfer.core.replication import computed_units, fed_units
 from p2pinfer.core.scheduler import capacity
@@ -56,7 +58,7 @@ from p2pinfer.measurement import introduction
 from p2pinfer.model.quantised_copies import remove_others
 from p2pinfer.pipe import PipeClosed, WorkerConfig, WorkerPipe, worker_side
 from p2pinfer.replicator import Replicator, partners
-from p2pinfer.step_engine import StepEngine
+from p2pinfer.step_engine import Clock, StepEngine
 from p2pinfer.step_links import LinkBroken, StepBroken, StepLinks, StepOverdue
 from p2pinfer.transport import PairLimits, SocketPair
 from p2pinfer.types import Fence
@@ -208,6 +210,8 @@ class Worker:
         while self._links.lost:
             self._pipe.send(LinkLost(node_id=self._links.lost.pop()))
         now = time.monotonic()
+        if (measured := self._links.echoes.done(now)) is not None:
+            self._pipe.send(measured)
         if now - self._stats_at < STATS_EVERY_S:
             return
         elapsed = now - self._stats_at if self._stats_at else STATS_EVERY_S
@@ -236,10 +240,10 @@ class Worker:
 
     def _stats(self) -> WorkerStats:
         engine, leader, traffic = self._engine, self._leader, self._links.traffic
-        clock, bulk, replicator = engine.clock if engine else None, self._bulk, self._replicator
+        clock, bulk, replicator = engine.clock if engine else Clock(), self._bulk, self._replicator
         ready, wanted = self._units.standby_ready
         return WorkerStats(
-            steps=clock.steps if clock else 0,
+            **asdict(clock),
             owes_step=engine.owes if engine else 0,
             hears_steps=self._links.heard_within(1.0),
             tokens_per_s=round(self._rate, 3),
@@ -250,12 +254,8 @@ class Worker:
             dropped_frames=traffic.dropped + bulk.traffic.dropped,
             messages_sent=traffic.messages,
             bytes_sent=traffic.bytes,
-            compute_s=clock.compute_s if clock else 0.0,
-            exchange_s=clock.exchange_s if clock else 0.0,
             wait_s=traffic.wait_s,
-            python_s=clock.python_s if clock else 0.0,
             compute_ms=engine.compute_ms if engine else 0.0,
-            bulk_s=clock.bulk_s if clock else 0.0,
             delta_bytes_sent=bulk.traffic.sent_bytes,
             delta_bytes_received=bulk.traffic.received_bytes,
             kv_standby_bytes=self._units.kv_standby_bytes,
@@ -289,6 +289,8 @@ class Worker:
             case CancelRequest():
                 if self._leader is not None:
                     self._leader.cancel(order.request_id)
+            case MeasureEchoes():
+                self._links.echoes.begin(order, time.monotonic())
             case StopWorker():
                 self._stopping = True
 

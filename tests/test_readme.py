@@ -52,6 +52,7 @@ EXPECTED = {
     "bin/p2pinfer model make": r"/models/tiny: tiny",
     "bin/p2pinfer model inspect": r"LlamaForCausalLM",
     "bin/p2pinfer doctor": r"model .*ok.* tiny: 4 layers",
+    "bin/p2pinfer bench net": r'"expected_ms": \d',
     "python": r"\w+[\s\S]*\[(length|stop)\]",
 }
 """What the output of each command of the README must match, by how the command begins."""

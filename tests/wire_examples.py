@@ -291,6 +291,7 @@ EXAMPLES: dict[str, m.Message] = {
     "resume of the asked node": m.Pause(request_id=1, name="", resume=True),
     "done": m.Done(request_id=1),
     "plan request": m.PlanRequest(request_id=1, without="bert é"),
+    "measure link": m.MeasureLink(request_id=1, name="anna", there=8256, back=0, count=32),
     "link open": m.LinkOpen(node_id=ANNA, boot_id=BOOT, fence=FENCE),
     "step": m.Step(
         fence=FENCE,
@@ -350,6 +351,8 @@ EXAMPLES: dict[str, m.Message] = {
         tensor=tensor(WireDType.FLOAT16, 1, 7),
     ),
     "step ack": m.StepAck(fence=FENCE, step=1, link_seq=0),
+    "echo request": m.EchoRequest(number=3, back=1 << 20, filler=b"\0\1\2"),
+    "echo reply": m.EchoReply(number=3, late=True, filler=b""),
     "kv delta": m.KvDelta(
         fence=FENCE,
         step=9,

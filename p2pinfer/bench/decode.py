@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import statistics
-import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from p2pinfer.bench.asking import Timing, ask, ask_together
 from p2pinfer.bench.beside import beside, figures
+from p2pinfer.bench.budget import percentages, token_budget
 from p2pinfer.bench.inputs import (
     Inputs,
     Tell,
@@ -32,19 +32,12 @@ from p2pinfer.bench.inputs import (
 from p2pinfer.bench.reference import Reference
 from p2pinfer.client import Client
 from p2pinfer.core.units import unit_count, unit_read_bytes
-from p2pinfer.errors import ClusterError, UsageError
+from p2pinfer.errors import UsageError
 from p2pinfer.model.speed import read_bandwidth
-from p2pinfer.types import ModelSpec, SamplingParams, UnitKind
-from p2pinfer.wire.messages import Chunk
+from p2pinfer.types import ModelSpec, UnitKind
 
 BANDWIDTH_READS = 2
 """Before the runs, and as many after."""
-
-COUNTERS_S = 10.0
-"""How long nodes may take to agree on how many steps are over."""
-
-REPORTED_S = 0.5
-"""A worker reports its counters several times in that time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,112 +50,6 @@ class Settings(Inputs):
     concurrent: int = 0
     beside: int = 0
     reference: bool = True
-
-
-@dataclass
-class Timing:
-    """One reply as its client saw it, in seconds since the submission."""
-
-    arrivals: list[float] = field(default_factory=list)
-
-    @property
-    def ttft_s(self) -> float:
-        """To the first token."""
-        return self.arrivals[0]
-
-    @property
-    def decode_tokens_per_s(self) -> float:
-        """After the first token."""
-        return (len(self.arrivals) - 1) / (self.arrivals[-1] - self.arrivals[0])
-
-
-def ask(client: Client, prompt: Sequence[int], tokens: int) -> Timing:
-    """One greedy reply of exactly `tokens` tokens."""
-    timing = Timing()
-    began = time.perf_counter()
-    for event in client.submit(prompt, SamplingParams(max_tokens=tokens, ignore_eos=True)):
-        if isinstance(event, Chunk):
-            now = time.perf_counter() - began
-            timing.arrivals += [now] * len(event.tokens)
-    if len(timing.arrivals) != tokens:
-        raise ClusterError("internal", f"{len(timing.arrivals)} tokens came, {tokens} were asked")
-    return timing
-
-
-def ask_together(addresses: Sequence[str], vocab: int, settings: Settings) -> float:
-    """Tokens per second of `settings.concurrent` requests at once, from the moment all decode."""
-    timings: list[Timing | BaseException] = []
-
-    def one(index: int) -> None:
-        try:
-            client = Client([addresses[index % len(addresses)]], retry_for=0)
-            prompt = prompt_of(vocab, settings.prompt_tokens, index)
-            timings.append(ask(client, prompt, settings.max_tokens))
-        except BaseException as error:  # whatever it is, the caller's thread raises it
-            timings.append(error)
-
-    threads = [threading.Thread(target=one, args=(i,)) for i in range(settings.concurrent)]
-    began = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    elapsed = time.perf_counter() - began
-    for timing in timings:
-        if isinstance(timing, BaseException):
-            raise timing
-    good = [t for t in timings if isinstance(t, Timing)]
-    together = max(t.arrivals[0] for t in good)
-    last = min(max(t.arrivals[-1] for t in good), elapsed)
-    after = sum(sum(1 for a in t.arrivals if a > together) for t in good)
-    return after / (last - together)
-
-
-def counters(addresses: Sequence[str]) -> list[dict[str, Any]]:
-    """Each node's counters, once all have done the same steps and none does more."""
-    deadline = time.monotonic() + COUNTERS_S
-    before: list[dict[str, Any]] = []
-    while True:
-        found = [Client([address]).status()["counters"] for address in addresses]
-        steps = {row["steps"] for row in found}
-        if len(steps) == 1 and [row["steps"] for row in before] == [row["steps"] for row in found]:
-            return found
-        if time.monotonic() > deadline:
-            raise ClusterError("internal", f"nodes report different steps: {sorted(steps)}")
-        before = found
-        time.sleep(REPORTED_S)
-
-
-def token_budget(
-    addresses: Sequence[str], client: Client, prompt: Sequence[int], tokens: int
-) -> list[dict[str, float]]:
-    """Per node, where the time of one decoded token went: figures per token.
-
-    The prefill's share is taken out by the counters of a reply of one token.
-    """
-    start = counters(addresses)
-    ask(client, prompt, 1)
-    first = counters(addresses)
-    timing = ask(client, prompt, tokens + 1)
-    last = counters(addresses)
-    wall = 1000 * (timing.arrivals[-1] - timing.arrivals[0]) / tokens
-    rows = []
-    for a, b, c in zip(start, first, last, strict=True):
-
-        def per_token(name: str) -> float:
-            return float((c[name] - b[name]) - (b[name] - a[name])) / tokens  # noqa: B023
-
-        parts = {f"{n}_ms": 1000 * per_token(f"{n}_s") for n in ("compute", "exchange", "python")}
-        # What is neither is waiting: for peers within a step, or for the leader's next step.
-        parts["wait_ms"] = max(0.0, wall - sum(parts.values()))
-        rows.append(
-            {
-                **{name: round(value, 4) for name, value in parts.items()},
-                "messages": round(per_token("messages_sent"), 3),
-                "bytes": round(per_token("bytes_sent"), 1),
-            }
-        )
-    return rows
 
 
 def bytes_per_token(model: ModelSpec) -> int:
@@ -223,7 +110,11 @@ def _measure_cluster(
         together = []
         for number in range(settings.runs if settings.concurrent else 0):
             tell(f"{settings.concurrent} requests at once, run {number + 1}")
-            together.append(ask_together(addresses, spec.vocab_size, settings))
+            prompts = [
+                prompt_of(spec.vocab_size, settings.prompt_tokens, index)
+                for index in range(settings.concurrent)
+            ]
+            together.append(ask_together(addresses, prompts, settings.max_tokens).tokens_per_s)
         disturbed = _beside(addresses, spec, settings, tell)
         rss = [_rss(node.pid) for node in cluster.nodes]
     result: dict[str, Any] = {
@@ -234,10 +125,9 @@ def _measure_cluster(
         "max_tokens": settings.max_tokens,
         "runs": settings.runs,
         **_figures(replies, settings.prompt_tokens),
-        "per_token": {
-            name: round(statistics.mean(row[name] for row in budget), 4) for name in budget[0]
-        },
-        "per_token_by_node": budget,
+        "per_token": budget.decode,
+        "per_token_percent": percentages(budget.decode),
+        "per_token_by_node": budget.decode_by_node,
         "load_s": round(load_s, 2),
         "rss_bytes": rss,
         "reference": {},

@@ -51,6 +51,11 @@ def title(result: dict[str, Any]) -> str:
     )
 
 
+def summary(result: dict[str, Any]) -> str:
+    """What a terminal shows."""
+    return "\n".join(summary_lines(result))
+
+
 def summary_lines(result: dict[str, Any]) -> list[str]:
     """The result in a few lines for people."""
     lines = [title(result)]

@@ -7,8 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from p2pinfer.bench import beside
+from p2pinfer.bench.budget import PARTS
 
-PARTS = ("compute_ms", "exchange_ms", "wait_ms", "python_ms")
+COLOURS = ("tab:blue", "tab:cyan", "tab:green", "tab:orange", "tab:gray", "tab:red")
+"""Of the parts, in their order."""
+
+LEAST_SHARE = 3.0
+"""Percent of a token from which a part has room for its number."""
+
+
+def summary(result: dict[str, Any]) -> str:
+    """What a terminal shows."""
+    return "\n".join(summary_lines(result))
 
 
 def write_report(result: dict[str, Any], folder: Path) -> Path:
@@ -38,6 +48,8 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
         f"  limit {result['limit_tokens_per_s']} tokens/s at {result['read_bandwidth_gb_s']} GB/s: "
         f"fraction {result['fraction_of_limit']}"
     )
+    shares = result["per_token_percent"]
+    lines.append("  a token: " + ", ".join(f"{name} {share} %" for name, share in shares.items()))
     for name, row in result["reference"].items():
         lines.append(
             f"  {name}: decode {_with_spread(row, 'decode_tokens_per_s')} tokens/s, prefill "
@@ -75,7 +87,7 @@ def _plot(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (speed, budget) = pyplot.subplots(1, 2, figsize=(10, 4))
+    figure, (speed, budget) = pyplot.subplots(1, 2, figsize=(11, 4.5))
     bars = [("p2pinfer", result)]
     bars += [(name, row) for name, row in result["reference"].items()]
     for place, (_name, row) in enumerate(bars):
@@ -89,12 +101,19 @@ def _plot(result: dict[str, Any], path: Path) -> None:
     speed.set_ylabel("decode, tokens/s (median, least, greatest)")
     names = [f"node{i}" for i in range(1, len(result["per_token_by_node"]) + 1)]
     bottom = [0.0] * len(names)
-    for part in PARTS:
+    wholes = [sum(row[part] for part in PARTS) for row in result["per_token_by_node"]]
+    for part, colour in zip(PARTS, COLOURS, strict=True):
         values = [row[part] for row in result["per_token_by_node"]]
-        budget.bar(names, values, bottom=bottom, label=part.removesuffix("_ms"))
+        bars_ = budget.bar(
+            names, values, bottom=bottom, label=part.removesuffix("_ms"), color=colour
+        )
+        shares = [100 * value / whole for value, whole in zip(values, wholes, strict=True)]
+        texts = [f"{share:.0f} %" if share >= LEAST_SHARE else "" for share in shares]
+        budget.bar_label(bars_, texts, label_type="center", fontsize=8, color="white")
         bottom = [a + b for a, b in zip(bottom, values, strict=True)]
     budget.set_ylabel("one token, ms")
-    budget.legend()
+    handles, labels = budget.get_legend_handles_labels()
+    budget.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle(f"{result['shape']} {result['dtype']}, {result['layout']}")
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from p2pinfer.cli.interrupt import sigterm_is_ctrl_c
-from p2pinfer.cli.options import json_option, together
+from p2pinfer.cli.options import check_address, json_option, together
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from p2pinfer.bench.inputs import Inputs, Tell
 
 Measured = TypeVar("Measured", bound="Inputs")
@@ -72,7 +74,7 @@ def result_options(command: Command) -> Command:
 def run_bench(
     settings: Measured,
     measure: Callable[[Measured, Tell], Result],
-    show: Callable[[Result], list[str]],
+    show: Callable[[Result], RenderableType],
     write: Callable[[Result, Path], Path],
     *,
     report: Path | None,
@@ -81,6 +83,8 @@ def run_bench(
     """Check, measure with progress on stderr, write the report, and print the result."""
     import json
 
+    from rich.console import Console
+
     from p2pinfer.cli.progress import telling
 
     settings.check()  # what is wrong is told before minutes pass
@@ -88,7 +92,10 @@ def run_bench(
         result = measure(settings, tell)
     if report is not None:
         click.echo(f"report: {write(result, report)}", err=True)
-    click.echo(json.dumps(result) if as_json else "\n".join(show(result)))
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        Console(highlight=False, markup=False).print(show(result))
 
 
 @bench.command()
@@ -119,10 +126,90 @@ def decode(report: Path | None, as_json: bool, **options: object) -> None:
     the shape is made with random weights once and kept.
     """
     from p2pinfer.bench.decode import Settings, measure
-    from p2pinfer.bench.report import summary_lines, write_report
+    from p2pinfer.bench.report import summary, write_report
 
     settings = Settings(**options)  # type: ignore[arg-type]
-    run_bench(settings, measure, summary_lines, write_report, report=report, as_json=as_json)
+    run_bench(settings, measure, summary, write_report, report=report, as_json=as_json)
+
+
+@bench.command()
+@click.option(
+    "--to",
+    multiple=True,
+    metavar="ADDR",
+    callback=check_address,
+    help="A node of the cluster to measure; default: start one here, by the options below.",
+)
+@cluster_options(nodes=2, least=2)
+@click.option(
+    "--echoes",
+    type=click.IntRange(1, 256),
+    default=32,
+    show_default=True,
+    help="Of each kind over each link, in each round.",
+)
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--prompt-tokens", type=click.IntRange(1, 1024), default=128, show_default=True)
+@click.option("--max-tokens", type=click.IntRange(2), default=32, show_default=True)
+def net(report: Path | None, as_json: bool, **options: object) -> None:
+    """Latency and bandwidth between nodes, and what exchanges should cost and do.
+
+    Echoes go over the links that steps use, between any two nodes, and never while a node has a
+    step in hand. What they take, and what the plan exchanges, is what the network should add to a
+    token and to a prompt; beside it is what the nodes' own counters say.
+    """
+    from p2pinfer.bench.net import Settings, measure
+    from p2pinfer.bench.net_report import tables, write_report
+
+    settings = Settings(**options)  # type: ignore[arg-type]
+    run_bench(settings, measure, tables, write_report, report=report, as_json=as_json)
+
+
+@bench.command()
+@click.option("--shape", default="llama-3.2-1b", show_default=True, metavar="NAME")
+@click.option("--nodes", default="1,2,4", show_default=True, metavar="LIST")
+@click.option(
+    "--contexts", default="128,1024,8192", show_default=True, metavar="LIST", help="Prompt tokens."
+)
+@click.option(
+    "--requests", default="1,4,16", show_default=True, metavar="LIST", help="Requests at once."
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Of all nodes together; default: the machine's cores.",
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(3),
+    default=64,
+    show_default=True,
+    help="That are measured of each reply.",
+)
+@click.option("--runs", type=click.IntRange(1), default=3, show_default=True, help="Of each point.")
+@model_options
+@result_options
+def scaling(
+    report: Path | None, as_json: bool, threads: int | None, nodes: str, **options: Any
+) -> None:
+    """Decode and prefill speed over numbers of nodes, contexts, and requests at once.
+
+    One axis at a time from a base, the first value of each list; a list of one value leaves its
+    axis out. All nodes together use the machine's cores, whatever their number.
+    """
+    from p2pinfer.bench.scaling import Settings, measure, parse_axis
+    from p2pinfer.bench.scaling_report import tables, write_report
+    from p2pinfer.limits import MAX_NODES, MAX_POSITIONS, MAX_STEP_SLOTS
+
+    settings = Settings(
+        nodes_axis=parse_axis("--nodes", nodes, MAX_NODES),
+        contexts=parse_axis("--contexts", options.pop("contexts"), MAX_POSITIONS),
+        requests=parse_axis("--requests", options.pop("requests"), MAX_STEP_SLOTS),
+        threads=threads or 0,
+        **options,
+    )
+    run_bench(settings, measure, tables, write_report, report=report, as_json=as_json)
 
 
 @bench.command()
@@ -166,8 +253,8 @@ def failover(report: Path | None, as_json: bool, rungs: str | None, **options: o
     lost heads only, replica has it. And: what keeping replicas costs while nothing fails.
     """
     from p2pinfer.bench.failover import Settings, available_rungs, measure, parse_rungs
-    from p2pinfer.bench.failover_report import summary_lines, write_report
+    from p2pinfer.bench.failover_report import summary, write_report
 
     chosen = parse_rungs(rungs) if rungs else available_rungs()
     settings = Settings(rungs=chosen, **options)  # type: ignore[arg-type]
-    run_bench(settings, measure, summary_lines, write_report, report=report, as_json=as_json)
+    run_bench(settings, measure, summary, write_report, report=report, as_json=as_json)

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from p2pinfer.core.departure import Departure
 from p2pinfer.core.durable import Durable
+from p2pinfer.core.echoes import EchoDesk
 from p2pinfer.core.election import Election, ElectionView
 from p2pinfer.core.events import (
     ClientCancelled,
@@ -53,6 +54,7 @@ from p2pinfer.core.leadership import Leadership
 from p2pinfer.core.links import Links
 from p2pinfer.core.membership import Peer
 from p2pinfer.core.neighbours import Neighbours
+from p2pinfer.core.orders import EchoesMeasured
 from p2pinfer.core.outbox import Outbox
 from p2pinfer.core.outlook import Outlook
 from p2pinfer.core.plan_holder import PlanHolder
@@ -70,6 +72,7 @@ from p2pinfer.wire.messages import (
     Leave,
     LogEntry,
     LogRequest,
+    MeasureLink,
     MemberState,
     Nack,
     Pause,
@@ -104,6 +107,7 @@ class Node:
         self._holder = PlanHolder(me, config.model, self._durable, self._box)
         self._serving = Serving(config, self._box, self._near.table.contacts)
         self._departure = Departure(config, self._near, self._box)
+        self._echoes = EchoDesk(me, self._near, self._holder, self._box)
         self._outlook = Outlook(
             config, self._near, self._election, self._holder, self._departure.pausing
         )
@@ -330,15 +334,7 @@ class Node:
 
     def known_addresses(self) -> tuple[str, ...]:
         """Where members that are not there may come back: hints, no more."""
-        plan, table = self._durable.plan, self._near.table
-        gone = (p.member.address for p in table.everybody() if p.state is MemberState.DEAD)
-        planned = (m.address for m in plan.members if m.node_id != self._me) if plan else ()
-        # Others that have no plan either know no more than this node: who let it in may.
-        lost = not table.living() or (plan is None and not self._election.leader_id)
-        before = () if self._durable.state.active else self._durable.state.addresses
-        return tuple(
-            dict.fromkeys((*gone, *planned, *before, *(self._config.join if lost else ())))
-        )
+        return self._outlook.known_addresses(self._durable)
 
     # --- joining, leaving, losing -----------------------------------------------------------------
 
@@ -388,6 +384,8 @@ class Node:
             case LinkLost() as report:
                 if peer := self._near.table.get(report.node_id):
                     self._near.doubt(peer, "its step link broke")
+            case EchoesMeasured() as report:
+                self._echoes.measured(report, now)
             case report:
                 self._stats = report
 
@@ -438,6 +436,8 @@ class Node:
                 self._serving.cancelled(ClientCancelled(request_id=message.request_id), now)
             case Drain() | Pause() as message if event.route and not sender:
                 self._departure.asked(message, event.route, now)
+            case MeasureLink() as message if event.route and not sender:
+                self._echoes.asked(message, event.route, now)
             case message if sender:
                 self._member_said(message, sender, now)
             case message:

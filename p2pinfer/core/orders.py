@@ -86,6 +86,17 @@ class CancelRequest(Order, frozen=True, kw_only=True):
     request_id: int
 
 
+class MeasureEchoes(Order, frozen=True, kw_only=True):
+    """Send `count` echoes to `members[member]` of the plan in force, with `there` bytes of filler
+    and `back` bytes in the answer. Answered by `EchoesMeasured` of the same `run`."""
+
+    run: int
+    member: int
+    there: int
+    back: int
+    count: int
+
+
 class StopWorker(Order, frozen=True, kw_only=True):
     """Close the links and exit."""
 
@@ -220,6 +231,16 @@ class LinkLost(Report, frozen=True, kw_only=True):
     node_id: str
 
 
+class EchoesMeasured(Report, frozen=True, kw_only=True):
+    """How long echoes took there and back. `disturbed` ones met a step and do not count; `lost`
+    ones did not come back in time."""
+
+    run: int
+    round_trips_s: tuple[float, ...]
+    disturbed: int
+    lost: int
+
+
 class WorkerStats(Report, frozen=True, kw_only=True):
     """Counters for heartbeats and `status`; sent several times a second, busy or not.
 
@@ -232,7 +253,8 @@ class WorkerStats(Report, frozen=True, kw_only=True):
     all requests and head units, and `standby_behind` those of one of them at most. All this
     goes by the plan of `fence`, which is in force here; (0, 0) while there is none.
     `replicas_held`: replication is held on this node, so that its cost can be measured.
-    `kv_inputs_bytes` are those of the inputs that KV can be made of again.
+    `kv_inputs_bytes` are those of the inputs that KV can be made of again. `products_s` and
+    `attention_s` are parts of `compute_s`.
     """
 
     steps: int = 0
@@ -247,6 +269,8 @@ class WorkerStats(Report, frozen=True, kw_only=True):
     messages_sent: int = 0
     bytes_sent: int = 0
     compute_s: float = 0.0
+    products_s: float = 0.0
+    attention_s: float = 0.0
     exchange_s: float = 0.0
     wait_s: float = 0.0
     python_s: float = 0.0
@@ -267,7 +291,9 @@ class WorkerStats(Report, frozen=True, kw_only=True):
     fence: Fence = Fence()
 
 
-AnyOrder = LoadPlan | ActivatePlan | Halt | StartRequest | CancelRequest | StopWorker
+AnyOrder = (
+    LoadPlan | ActivatePlan | Halt | StartRequest | CancelRequest | MeasureEchoes | StopWorker
+)
 AnyReport = (
     WorkerReady
     | WorkerFailed
@@ -279,5 +305,6 @@ AnyReport = (
     | RequestEnded
     | StepFailed
     | LinkLost
+    | EchoesMeasured
     | WorkerStats
 )

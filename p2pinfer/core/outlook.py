@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from p2pinfer.core.agreement import RUNGS
+from p2pinfer.core.durable import Durable
 from p2pinfer.core.election import Election
 from p2pinfer.core.events import NodeConfig, WorkerStats
 from p2pinfer.core.leadership import Leadership
@@ -15,7 +16,7 @@ from p2pinfer.core.preview import plan_object, preview
 from p2pinfer.core.proposal import owners
 from p2pinfer.core.status import make_status
 from p2pinfer.errors import ClusterError
-from p2pinfer.wire.messages import Heartbeat
+from p2pinfer.wire.messages import Heartbeat, MemberState
 
 _NEVER = dict.fromkeys(RUNGS, 0)
 
@@ -82,6 +83,18 @@ class Outlook:
             own=own,
             stats=stats,
             restored=leadership.maker.resumption.restored if leadership else _NEVER,
+        )
+
+    def known_addresses(self, durable: Durable) -> tuple[str, ...]:
+        """Where members that are not there may come back; `durable` is what this node remembers."""
+        plan, table, me = durable.plan, self._near.table, self._config.member.node_id
+        gone = (p.member.address for p in table.everybody() if p.state is MemberState.DEAD)
+        planned = (m.address for m in plan.members if m.node_id != me) if plan else ()
+        # Others that have no plan either know no more than this node: who let it in may.
+        lost = not table.living() or (plan is None and not self._election.leader_id)
+        before = () if durable.state.active else durable.state.addresses
+        return tuple(
+            dict.fromkeys((*gone, *planned, *before, *(self._config.join if lost else ())))
         )
 
     def plan_object(self, without: str, leadership: Leadership | None) -> dict[str, Any]:

@@ -37,6 +37,7 @@ def make_status(
 
     Fields: as the README lists them; `rtt_ms` is null where none was measured, `waiting` is null
     when the cluster is ready. Members that are gone are listed with their state, and own nothing.
+    `model` has the fields of `ModelSpec`, and how many units of each kind there are.
     `counters` are those of the answering node's worker: `steps` and the times but `wait_s` since
     the plan in force was adopted, the rest since it started; and `restored`: how often, by rung,
     requests went on under a new plan since this node leads.
@@ -79,14 +80,8 @@ def _counters(stats: WorkerStats) -> Json:
 
 
 def _model(model: ModelSpec) -> Json:
-    return {
-        "name": model.name,
-        "model_id": model.model_id,
-        "dtype": model.dtype.value,
-        "quant": model.quant,
-        "num_layers": model.num_layers,
-        "num_units": {kind.value: unit_count(model, kind) for kind in UnitKind},
-    }
+    fields: Json = msgspec.to_builtins(model)
+    return fields | {"num_units": {kind.value: unit_count(model, kind) for kind in UnitKind}}
 
 
 def _member(member: Member, peer: Peer | None, plan: Plan | None, own: Heartbeat) -> Json:

@@ -135,7 +135,13 @@ class StepGate:
 
         Returns whose it was, if a member's (index) of the plan in force.
         """
-        opening = self._routes.pop(route, None)
+        member = self.whose(route)
+        self._routes.pop(route, None)
+        return member
+
+    def whose(self, route: bytes) -> int | None:
+        """The member (index) of the plan in force that opened this route; None: nobody of it."""
+        opening = self._routes.get(route)
         if opening is None or self._active is None:
             return None
         return _index(self._active.plan, _life(opening))

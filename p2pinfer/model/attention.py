@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from p2pinfer.core.blocks import BLOCK_POSITIONS
+from p2pinfer.model.stopwatch import ATTENTION
 
 ROW_MULTIPLE = 8
 
@@ -102,6 +103,7 @@ def _one_thread(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+@ATTENTION
 def attend(
     q: Tensor, k: Tensor, v: Tensor, rows_of_step: Rows, store_of: Callable[[int], Tensor]
 ) -> Tensor:

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from p2pinfer.model.stopwatch import PRODUCTS
+
 MIN_ROWS = 4
 """Fewest rows that a product runs with; fewer are padded by zeros."""
 
 
 class Linear(Protocol):
-    """`x` [rows, in] to [rows, out], in the weight's dtype."""
+    """`x` [rows, in] to [rows, out], in the weight's dtype; its time counts as `PRODUCTS`."""
 
     def __call__(self, x: Tensor, /) -> Tensor: ...
 
@@ -52,6 +54,7 @@ class PrepackedLinear:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), MIN_ROWS)
         self._product = torch.ops.mkldnn._linear_pointwise.default
 
+    @PRODUCTS
     def __call__(self, x: Tensor, /) -> Tensor:
         rows = x.shape[0]
         if rows < MIN_ROWS:
@@ -67,6 +70,7 @@ class PlainLinear:
         self._weight = weight.contiguous()
         self._bias = bias
 
+    @PRODUCTS
     def __call__(self, x: Tensor, /) -> Tensor:
         rows = x.shape[0]
         if rows < MIN_ROWS:

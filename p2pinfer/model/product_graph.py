@@ -21,6 +21,7 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, num
 from torch import Tensor
 
 from p2pinfer.model.quantise import QuantisedWeight
+from p2pinfer.model.stopwatch import PRODUCTS
 
 OPSET, CONTRIB_OPSET, IR_VERSION = 21, 1, 10
 """Of ONNX and of `com.microsoft`: what onnxruntime 1.20 and later understand."""
@@ -153,6 +154,7 @@ class Session:
         self._outputs = dict(outputs)
         self._bound: dict[int, _Bound] = {}
 
+    @PRODUCTS
     def run(self, x: Tensor) -> tuple[Tensor, ...]:
         """Compute the outputs, each [rows, its width], of `x`: all inputs, [inputs, rows, width] or
         of one [rows, width], float32. They are good until the next call."""

@@ -8,6 +8,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from p2pinfer.limits import (
+    MAX_ECHO_BYTES,
     MAX_NAME_CHARS,
     MAX_REASON_CHARS,
     MAX_STAGES,
@@ -25,6 +26,7 @@ Label = Annotated[str, Meta(max_length=MAX_NAME_CHARS, pattern=r"\A[^\x00-\x1f\x
 MaybeIdentity = Annotated[str, Meta(pattern=r"\A([0-9a-f]{16})?\Z")]
 Rate = Annotated[float, Meta(ge=0.0, le=1e9)]
 Unit = Annotated[int, Meta(ge=0, lt=MAX_UNITS)]
+EchoBytes = Annotated[int, Meta(ge=0, le=MAX_ECHO_BYTES)]
 StageIndex = Annotated[int, Meta(ge=0, lt=MAX_STAGES)]
 
 

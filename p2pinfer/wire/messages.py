@@ -3,8 +3,9 @@
 Control bodies (MessagePack maps with the field names below) and data frames (a fixed header, then
 raw tensor bytes) are told apart by their base class. Ids are append-only: a retired id is never
 used again. `proto_spec.md` says what each message means; `tests/test_spec.py` compares the two.
-Those of elections and plans are in `plan_messages.py`, those of steps and bulk in
-`step_messages.py`; readers import all of them from here.
+Those of elections and plans are in `plan_messages.py`, those of operators in
+`operator_messages.py`, those of steps and bulk in `step_messages.py`; readers import all of them
+from here.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from p2pinfer.limits import (
     MAX_FAILOVERS,
     MAX_NODES,
     MAX_STANDBY_LAG,
-    MAX_STATUS_BYTES,
     MAX_STEP_SLOTS,
 )
 from p2pinfer.types import (
@@ -49,6 +49,15 @@ from p2pinfer.wire.fields import (
     Reason,
     Text,
 )
+from p2pinfer.wire.operator_messages import (
+    Done,
+    Drain,
+    MeasureLink,
+    Pause,
+    PlanRequest,
+    StatusReply,
+    StatusRequest,
+)
 from p2pinfer.wire.plan_messages import (
     Ack,
     Activate,
@@ -68,6 +77,8 @@ from p2pinfer.wire.plan_messages import (
 from p2pinfer.wire.step_messages import (
     Candidates,
     Credit,
+    EchoReply,
+    EchoRequest,
     FinalToken,
     Hidden,
     KvDelta,
@@ -312,56 +323,6 @@ class Ended(ControlMessage, frozen=True, kw_only=True):
     retryable: bool = False
 
 
-class StatusRequest(ControlMessage, frozen=True, kw_only=True):
-    """A client asks for the node's view of the cluster."""
-
-    request_id: U63
-
-
-class StatusReply(ControlMessage, frozen=True, kw_only=True):
-    """The `status --json` object as UTF-8 JSON."""
-
-    request_id: U63
-    body: Annotated[bytes, Meta(max_length=MAX_STATUS_BYTES)]
-
-
-class Drain(ControlMessage, frozen=True, kw_only=True):
-    """An operator asks that a member's units be handed over, and that it leave.
-
-    An empty name is the asked node's, which is to leave for good; another one's node is told by the
-    asked one. Answered by DONE when the member has left, or by FAILED.
-    """
-
-    request_id: U63
-    name: Label
-
-
-class Pause(ControlMessage, frozen=True, kw_only=True):
-    """An operator asks that a member own no units until it is resumed, or started again.
-
-    An empty name is the asked node's; another one's node is told by the asked one. Answered by DONE
-    when the plan in force gives it none (or, with `resume`, when it says that it may own some), or
-    by FAILED.
-    """
-
-    request_id: U63
-    name: Label
-    resume: bool = False
-
-
-class Done(ControlMessage, frozen=True, kw_only=True):
-    """What a command of a client asked for is done."""
-
-    request_id: U63
-
-
-class PlanRequest(ControlMessage, frozen=True, kw_only=True):
-    """A client asks who holds what, or would if `without` were gone; answered by STATUS_REPLY."""
-
-    request_id: U63
-    without: Label = ""
-
-
 Message = ControlMessage | DataFrame
 
 
@@ -413,6 +374,7 @@ MESSAGES: tuple[MessageType, ...] = (
     MessageType(44, "DONE", _C, "node to client", Done),
     MessageType(45, "PLAN_REQUEST", _C, "client to node", PlanRequest),
     MessageType(46, "PAUSE", _C, "client to node, node to node", Pause),
+    MessageType(47, "MEASURE_LINK", _C, "client to node", MeasureLink),
     MessageType(64, "LINK_OPEN", _S, "node to node", LinkOpen),
     MessageType(65, "STEP", _S, "leader to node", Step),
     MessageType(66, "PARTIAL", _S, "node to node", Partial),
@@ -421,6 +383,8 @@ MESSAGES: tuple[MessageType, ...] = (
     MessageType(69, "LOGITS_REQUEST", _S, "leader to node", LogitsRequest),
     MessageType(70, "LOGITS", _S, "node to leader", Logits),
     MessageType(71, "STEP_ACK", _S, "node to leader", StepAck),
+    MessageType(72, "ECHO_REQUEST", _S, "node to node", EchoRequest),
+    MessageType(73, "ECHO_REPLY", _S, "node to node", EchoReply),
     MessageType(96, "KV_DELTA", _B, "owner to standby", KvDelta),
     MessageType(97, "KV_REQUEST", _B, "standby to owner", KvRequest),
     MessageType(98, "CREDIT", _B, "receiver to sender", Credit),
@@ -450,6 +414,8 @@ __all__ = [
     "Drain",
     "Drawn",
     "DrawnToken",
+    "EchoReply",
+    "EchoRequest",
     "Ended",
     "Failed",
     "FinalToken",
@@ -469,6 +435,7 @@ __all__ = [
     "LogRequest",
     "Logits",
     "LogitsRequest",
+    "MeasureLink",
     "MemberState",
     "Message",
     "MessageType",

@@ -10,6 +10,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from p2pinfer.limits import (
+    MAX_ECHO_BYTES,
     MAX_LAYERS,
     MAX_PARTS,
     MAX_POSITIONS,
@@ -19,7 +20,7 @@ from p2pinfer.limits import (
     MAX_UNITS,
 )
 from p2pinfer.types import U16, U32, U63, Digest, Fence, Identity, Length, SamplingParams, TokenId
-from p2pinfer.wire.fields import ControlMessage, DataFrame, StageIndex, Unit
+from p2pinfer.wire.fields import ControlMessage, DataFrame, EchoBytes, StageIndex, Unit
 from p2pinfer.wire.tensors import Tensor
 
 # --- steps --------------------------------------------------------------------------------------
@@ -79,6 +80,25 @@ class StepAck(ControlMessage, frozen=True, kw_only=True):
     fence: Fence
     step: U63
     link_seq: U63
+
+
+Filler = Annotated[bytes, Meta(max_length=MAX_ECHO_BYTES)]
+
+
+class EchoRequest(ControlMessage, frozen=True, kw_only=True):
+    """Send so many bytes `back`, so that I see how long it takes; of no plan, and not numbered."""
+
+    number: U32
+    back: EchoBytes
+    filler: Filler
+
+
+class EchoReply(ControlMessage, frozen=True, kw_only=True):
+    """Answer to the ECHO_REQUEST of that number; `late` where a step had to end before."""
+
+    number: U32
+    late: bool
+    filler: Filler
 
 
 class Partial(DataFrame, frozen=True, kw_only=True):
