@@ -159,7 +159,8 @@ def row(
     found: dict[str, Any] = {**point._asdict(), "threads_per_node": threads}
     for name, values in figures(point, runs).items():
         found |= spread(name, values, 3)
-        ratios = [a / b for a, b in zip(values, base[name], strict=True)]
+        # On a busy machine tokens may reach a client in bunches, with no time between two.
+        ratios = [a / b if b else 0.0 for a, b in zip(values, base[name], strict=True)]
         found |= spread(f"{name}_ratio", ratios)
     return found
 
