@@ -17,9 +17,9 @@ from p2pinfer.core.neighbours import Neighbours
 from p2pinfer.core.orders import EchoesMeasured, MeasureEchoes
 from p2pinfer.core.outbox import Outbox
 from p2pinfer.core.plan_holder import PlanHolder
-from p2pinfer.limits import MAX_ECHO_RUN_BYTES, MAX_REASON_CHARS
+from p2pinfer.limits import MAX_ECHO_RUN_BYTES
 from p2pinfer.types import Member
-from p2pinfer.wire.messages import EchoReply, EchoRequest, Failed, MeasureLink, StatusReply
+from p2pinfer.wire.messages import EchoReply, EchoRequest, MeasureLink, StatusReply
 
 ECHO_S = 2.0
 """An echo that is not back by then is lost: a frame that is never sent again, or a long step."""
@@ -54,7 +54,7 @@ class EchoDesk:
         plan = self._holder.active
         if plan is None or self._holder.obeyed != plan.fence:
             reason = "no plan is in force: there are no step links"
-            self._refuse(message, route, "not_ready", reason)
+            self._box.refuse(route, message.request_id, "not_ready", reason)
             return
         others = {
             member.name: index
@@ -65,13 +65,13 @@ class EchoDesk:
         if message.name not in others:
             names = ", ".join(sorted(others)) or "none"
             reason = f"{self._me.name} has no link to {message.name}; it has to: {names}"
-            self._refuse(message, route, "invalid_request", reason)
+            self._box.refuse(route, message.request_id, "invalid_request", reason)
         elif filler > MAX_ECHO_RUN_BYTES:
             reason = f"{filler} bytes are more than the {MAX_ECHO_RUN_BYTES} of one run"
-            self._refuse(message, route, "invalid_request", reason)
+            self._box.refuse(route, message.request_id, "invalid_request", reason)
         elif self._busy(now):
             reason = "links are being measured, or were just now; ask again"
-            self._refuse(message, route, "overloaded", reason)
+            self._box.refuse(route, message.request_id, "overloaded", reason)
         else:
             self._asked = _Asked(message, route, now)
             self._box.order(
@@ -108,15 +108,6 @@ class EchoDesk:
         if self._asked is not None:
             return now < self._asked.began + RUN_S + GRACE_S
         return now < self._free_at
-
-    def _refuse(self, message: MeasureLink, route: bytes, code: str, reason: str) -> None:
-        failed = Failed(
-            request_id=message.request_id,
-            code=code,
-            message=reason[:MAX_REASON_CHARS],
-            retryable=code != "invalid_request",
-        )
-        self._box.add(ReplyTo(route=route, message=failed))
 
 
 @dataclass

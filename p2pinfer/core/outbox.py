@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from p2pinfer.core.events import AnyOrder, Output, Send, TellWorker
-from p2pinfer.wire.messages import ControlMessage
+from p2pinfer.core.events import AnyOrder, Output, ReplyTo, Send, TellWorker
+from p2pinfer.limits import MAX_REASON_CHARS
+from p2pinfer.wire.messages import ControlMessage, Failed
 
 
 class Outbox:
@@ -39,6 +40,16 @@ class Outbox:
             self.to_self.append(message)
         elif address := self._address_of(node_id):
             self.add(Send(address=address, message=message))
+
+    def refuse(self, route: bytes, request_id: int, code: str, reason: str) -> None:
+        """Answer a client that its request is not done; all but a wrong one it may repeat."""
+        failed = Failed(
+            request_id=request_id,
+            code=code,
+            message=reason[:MAX_REASON_CHARS],
+            retryable=code != "invalid_request",
+        )
+        self.add(ReplyTo(route=route, message=failed))
 
     def take(self) -> list[Output]:
         """All outputs since the last call."""

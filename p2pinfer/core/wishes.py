@@ -9,8 +9,7 @@ from typing import Generic, TypeVar
 
 from p2pinfer.core.events import ReplyTo
 from p2pinfer.core.outbox import Outbox
-from p2pinfer.limits import MAX_REASON_CHARS
-from p2pinfer.wire.messages import Done, Drain, Failed, Pause
+from p2pinfer.wire.messages import Done, Drain, Pause
 
 GRACE_S = 2.0
 """How much longer than `drain_timeout` the asked node waits for another one to hand over."""
@@ -85,10 +84,4 @@ class Wishes(Generic[Asked]):
 
     def refuse(self, message: Asked, route: bytes, code: str, reason: str) -> None:
         """Answer a client that does not begin to wait."""
-        failed = Failed(
-            request_id=message.request_id,
-            code=code,
-            message=reason[:MAX_REASON_CHARS],
-            retryable=code != "invalid_request",
-        )
-        self._box.add(ReplyTo(route=route, message=failed))
+        self._box.refuse(route, message.request_id, code, reason)
