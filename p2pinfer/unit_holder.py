@@ -39,7 +39,7 @@ from p2pinfer.model.llama import Trunk, compute_dtype
 from p2pinfer.model.page_cache import PageReader
 from p2pinfer.model.part import Part, Unit, empty_cache, holding_of, units_of
 from p2pinfer.model.runner import StageRunner
-from p2pinfer.model.stage_loader import StageLoader
+from p2pinfer.model.stage_loader import StageLoader, packer_of
 from p2pinfer.model.weights import Weights
 from p2pinfer.standby_loader import StandbyLoader
 from p2pinfer.types import ModelSpec, Plan, UnitKind
@@ -326,7 +326,8 @@ class UnitHolder:
 
         def loader() -> StageLoader:
             weights = Weights(Checkpoint.open(folder, config))
-            return StageLoader(weights, config, model, self._device, self._copies)
+            packer = packer_of(weights, model, self._device, self._copies)
+            return StageLoader(weights, config, model, self._device, packer)
 
         return loader
 

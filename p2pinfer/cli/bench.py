@@ -258,3 +258,27 @@ def failover(report: Path | None, as_json: bool, rungs: str | None, **options: o
     chosen = parse_rungs(rungs) if rungs else available_rungs()
     settings = Settings(rungs=chosen, **options)  # type: ignore[arg-type]
     run_bench(settings, measure, summary, write_report, report=report, as_json=as_json)
+
+
+@bench.command()
+@click.option("--model", default="demo", show_default=True, metavar="DIR|demo")
+@click.option("--sequences", type=click.IntRange(1, 64), default=16, show_default=True)
+@click.option("--tokens", type=click.IntRange(2), default=128, show_default=True, help="Of each.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@json_option
+def quant(as_json: bool, **options: object) -> None:
+    """How far quantised weights are from the model that they are made of, by block size.
+
+    The unquantised model writes sequences in float32, and every format says what it holds of
+    each of their tokens; with the model as it is, and with a few inputs of each layer a thousand
+    times larger than the others.
+    """
+    import json
+
+    from p2pinfer.bench.quantisation import Settings, measure, summary_lines
+    from p2pinfer.cli.progress import telling
+
+    settings = Settings(**options)  # type: ignore[arg-type]
+    with sigterm_is_ctrl_c(), telling() as tell:
+        result = measure(settings, tell)
+    click.echo(json.dumps(result) if as_json else "\n".join(summary_lines(result)))

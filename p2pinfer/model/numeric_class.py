@@ -17,8 +17,7 @@ from p2pinfer.core.planner import Holding
 from p2pinfer.core.units import Slice
 from p2pinfer.model.config import LlamaConfig, model_spec
 from p2pinfer.model.part import Part, empty_cache
-from p2pinfer.model.reduction import whole_sum
-from p2pinfer.model.runner import NeedSum, StageRunner
+from p2pinfer.model.runner import StageRunner, run_alone
 from p2pinfer.model.stage_loader import StageLoader
 from p2pinfer.types import DType
 from p2pinfer.wire.messages import Slot
@@ -103,13 +102,6 @@ def numeric_class(dtype: DType, device: torch.device, quant: str = "none") -> st
     for request_id, rows in enumerate(ROW_COUNTS):
         tokens = tuple((7 * i + rows) % _VOCAB for i in range(rows))
         slot = Slot(request_id=request_id, start=0, tokens=tokens, sample=True, capacity=rows)
-        run = runner.run((slot,))
-        need = next(run)
-        try:
-            while True:
-                assert isinstance(need, NeedSum)
-                need = run.send(whole_sum(need.partials, len(need.partials)))
-        except StopIteration as done:
-            for logits in done.value:
-                digest.update(logits.cpu().numpy().tobytes())
+        for logits in run_alone(runner, (slot,)):
+            digest.update(logits.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

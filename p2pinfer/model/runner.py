@@ -24,6 +24,7 @@ from p2pinfer.model.input_store import InputStore
 from p2pinfer.model.linear import padded_rows
 from p2pinfer.model.llama import TORCH_DTYPES, Batch, Trunk
 from p2pinfer.model.part import Part, units_of
+from p2pinfer.model.reduction import whole_sum
 from p2pinfer.model.rope import Rope
 from p2pinfer.types import ModelSpec
 from p2pinfer.wire.messages import Slot
@@ -322,3 +323,16 @@ class StageRunner:
         assert trunk.final_norm is not None
         logits = owned.logits(trunk.normed(picked, trunk.final_norm))
         return [logits[unit][:count] for unit in owned.vocab_units]
+
+
+def run_alone(runner: StageRunner, slots: Sequence[Slot]) -> list[Tensor]:
+    """Compute `slots` on a node that owns all units of the model: see `StageRunner.run`."""
+    run = runner.run(slots)
+    try:
+        need = next(run)
+        while True:
+            assert isinstance(need, NeedSum), "who has all units needs no hidden states"
+            need = run.send(whole_sum(need.partials, len(need.partials)))
+    except StopIteration as done:
+        logits: list[Tensor] = done.value
+        return logits

@@ -43,7 +43,7 @@ class StageLoader:
     """Reads units and trunk of a stage from the checkpoint, slice by slice, and packs them.
 
     Temporary memory is one product's weight at most, of quantised weights those of half a layer.
-    Quantised ones are kept in the folder `copies`, and read from there, where one is given.
+    `packer` multiplies them, by default the one that `packer_of` chooses.
     """
 
     def __init__(
@@ -52,14 +52,14 @@ class StageLoader:
         config: LlamaConfig,
         model: ModelSpec,
         device: torch.device,
-        copies: Path | None = None,
+        packer: Packer[Any, Any] | None = None,
     ) -> None:
         self._weights = weights
         self._config = config
         self._model = model
         self._device = device
         self._dtype = compute_dtype(model)
-        self._packer = _packer(weights, model, device, copies)
+        self._packer = packer or packer_of(weights, model, device)
 
     def load(self, holding: Holding) -> StageModel:
         """Load everything that `holding` names."""
@@ -241,10 +241,11 @@ def _bias(read: Rows) -> Rows:
     return read._replace(name=f"{read.name.removesuffix('.weight')}.bias")
 
 
-def _packer(
-    weights: TensorSource, model: ModelSpec, device: torch.device, copies: Path | None
+def packer_of(
+    weights: TensorSource, model: ModelSpec, device: torch.device, copies: Path | None = None
 ) -> Packer[Any, Any]:
-    """The one place where it is chosen what multiplies."""
+    """The one place where it is chosen what multiplies. Quantised weights are kept in the folder
+    `copies`, and read from there, where one is given."""
     if model.quant == "none":
         return FloatPacker(weights, device, TORCH_DTYPES[model.dtype])
     # Only who quantises pays for the import.

@@ -14,7 +14,7 @@ from p2pinfer.model.checkpoint import Checkpoint
 from p2pinfer.model.config import load_config, model_spec
 from p2pinfer.model.quantise import QuantisedWeight, dequantise, quantise
 from p2pinfer.model.quantised_copies import UNFINISHED, QuantisedCopies, remove_others
-from p2pinfer.model.stage_loader import StageLoader
+from p2pinfer.model.stage_loader import StageLoader, packer_of
 from p2pinfer.model.unit_products import Columns, Rows
 from p2pinfer.model.weights import Weights
 from tests.lockstep import CPU, Lockstep
@@ -124,7 +124,8 @@ def test_the_second_load_reads_copies_only(tmp_path: Path, quant: str) -> None:
 
     def load() -> tuple[int, np.ndarray]:
         weights = Weights(Checkpoint.open(folder, config))
-        stage = StageLoader(weights, config, spec, CPU, root).load(held)
+        packer = packer_of(weights, spec, CPU, root)
+        stage = StageLoader(weights, config, spec, CPU, packer).load(held)
         assert stage.vocab is not None
         h = torch.linspace(-1, 1, 2 * spec.hidden_size).view(2, -1)
         logits = stage.vocab.logits(h, frozenset(held.vocab_units))
@@ -151,7 +152,8 @@ def test_what_is_prepared_is_loaded_from_copies(tmp_path: Path) -> None:
     spec = model_spec(config, name="m", model_id="ab" * 32, quant="int4")
     held = Lockstep(folder, quant="int4").topologies[0].holdings[0]
     weights = Weights(Checkpoint.open(folder, config))
-    loader = StageLoader(weights, config, spec, CPU, tmp_path / "copies")
+    packer = packer_of(weights, spec, CPU, tmp_path / "copies")
+    loader = StageLoader(weights, config, spec, CPU, packer)
     sizes = list(loader.prepare(held))
     prepared = weights.bytes_taken
     stage = loader.load(held)
