@@ -41,6 +41,8 @@ QUORUMS = ("majority", "last-man")
 TIMINGS = ("lan", "test")
 SPEEDS = ("auto", "measure", "off")
 STANDBYS = ("auto", "hot", "warm")
+SWITCHES = ("local_links",)
+"""Settings that are on unless they are switched off by `--no-...`."""
 
 LEAST_GB_S = 0.0001
 """Of `--speed`: slower than any machine that computes at all."""
@@ -114,7 +116,8 @@ class NodeSettings:
     is free). `replicas` is how many other nodes keep a copy of each unit's weights and KV; that of
     the leader counts. `standby`: how those that this node keeps have their weights ready, in its
     memory (`hot`) or in the page cache (`warm`). `keep_inputs`: keep what lost KV can be made of
-    (`core/inputs`). `quorum` counts for the whole cluster, and is its founder's. Raises
+    (`core/inputs`). `local_links`: frames of steps for nodes on this machine go over Unix sockets
+    (`local_links.py`). `quorum` counts for the whole cluster, and is its founder's. Raises
     `UsageError` for a value that is out of range.
     """
 
@@ -133,6 +136,7 @@ class NodeSettings:
     replicas: int = 1
     standby: str = "auto"
     keep_inputs: bool = False
+    local_links: bool = True
     weight: float | None = None
     speed: str = "auto"
     kv_memory: int = 0
@@ -315,7 +319,7 @@ _FILE_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
         ("layout", "cpus", "kv_memory", "quorum", "timing", "standby", "speed"),
         (_TEXT, "a text in quotes"),
     ),
-    **dict.fromkeys(("witness", "keep_inputs"), ((bool,), "true or false")),
+    **dict.fromkeys(("witness", "keep_inputs", "local_links"), ((bool,), "true or false")),
     **dict.fromkeys(("threads", "min_nodes", "replicas"), (_WHOLE, "a whole number")),
     **dict.fromkeys(
         ("weight", "join_timeout", "wait_for_nodes", "orphan_timeout", "drain_timeout"),
@@ -386,7 +390,7 @@ def as_flags(values: Mapping[str, Any]) -> list[str]:
     for key, value in values.items():
         flag = f"--{key.replace('_', '-')}"
         if isinstance(value, bool):
-            flags += [flag] if value else []
+            flags += [flag] if value else [f"--no-{flag[2:]}"] if key in SWITCHES else []
         elif value is not None:
             for item in value if isinstance(value, tuple) else (value,):
                 flags += [flag, str(item)]

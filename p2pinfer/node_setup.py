@@ -112,6 +112,7 @@ def worker_config(
         standby=settings.standby,
         copies=str(settings.state_dir.resolve() / COPIES_FOLDER) if spec else "",
         speed=settings.speed,
+        local_links=settings.local_links,
     )
 
 

@@ -34,7 +34,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     `model` is None for a witness, which holds no model. `cpus` are the CPU numbers to pin to; empty
     means no pinning. Quantised weights are kept in the folder `copies`. `standby` is how weights
     are kept for others (`UnitHolder`). No step is overdue before `least_step_s` seconds. `speed`
-    says whether the machine's is to be measured (`measurement.machine_speed`).
+    says whether the machine's is to be measured (`measurement.machine_speed`). `local_links`:
+    frames for nodes on this machine go over Unix sockets.
     """
 
     node_id: Identity
@@ -51,6 +52,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     standby: str = "auto"
     copies: str = ""
     speed: str = "off"
+    local_links: bool = True
     least_step_s: float = LEAST_S
 
 

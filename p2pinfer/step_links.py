@@ -1,5 +1,8 @@
 """The step links of one node: frames of the plan in force go out, and are filed as they come in.
 
+Frames for peers on this machine go by `local_links`, where a connection is there when a plan comes
+into force; the link over TCP stays, and takes over with the next plan when the local one breaks.
+
 What becomes of a frame is decided by `core/step_gate.py`. A link that breaks or comes back, and a
 gap in its numbers, mean that frames were lost: nothing of ours sends again, so the step is broken,
 and a new epoch is the cure. Only links that carry what a step needs count: a member without units
@@ -27,6 +30,7 @@ from p2pinfer.core.step_gate import Drop, File, Gap, StepGate
 from p2pinfer.core.step_paths import Trouble, needed, trouble
 from p2pinfer.core.topology import Topology
 from p2pinfer.errors import P2pinferError, RemoteProtocolError
+from p2pinfer.local_links import LocalLinks
 from p2pinfer.transport import LinkEvent, LinkKind, SocketPair
 from p2pinfer.types import Member
 from p2pinfer.wire.codec import decode, encode
@@ -92,6 +96,7 @@ class Traffic:
     """What this node sent and dropped, and how long it waited for others, in seconds."""
 
     messages: int = 0
+    local_messages: int = 0
     bytes: int = 0
     dropped: int = 0
     wait_s: float = 0.0
@@ -202,6 +207,9 @@ class StepLinks:
         self._poller = zmq.Poller()
         self._poller.register(pipe_fd, zmq.POLLIN)
         self._poller.register(pair.router, zmq.POLLIN)
+        self.local = LocalLinks(self._poller)
+        self._near: set[int] = set()
+        """Members to whom all frames of the plan in force go over a local link."""
         self._events_at = 0.0
         self._opening = b""
         self._opened: set[str] = set()
@@ -223,6 +231,7 @@ class StepLinks:
                 self.pair.close(address)
         for address in sorted(wanted):
             self.pair.open(address)
+        self.local.reach(mine.plan.members[i].boot_id for i in mine.others)
 
     def open(self, mine: Topology) -> None:
         """Say to every other member of a plan, after `reach`, whose link this is.
@@ -239,6 +248,7 @@ class StepLinks:
         deadline = time.monotonic() + LINK_TIMEOUT_S
         for index in mine.others:
             member = plan.members[index]
+            self.local.send(member.boot_id, self._opening)
             address = self._address(member)
             while not self._introduce(address) and index in waited_for:
                 if time.monotonic() > deadline:
@@ -257,6 +267,8 @@ class StepLinks:
     def activate(self, mine: Topology) -> None:
         """The plan given to `open` is in force: number frames from 0 and file those held."""
         self._sequence_out.clear()
+        members = mine.plan.members
+        self._near = {i for i in mine.others if self.local.reaches(members[i].boot_id)}
         for route, message in self._gate.activate(mine):
             self._accept(route, 0, message)
 
@@ -286,13 +298,18 @@ class StepLinks:
         active = self._gate.active
         assert active is not None
         frame = encode(message)
-        address = self._address(active.plan.members[member])
-        ready = address in self._opened or self._introduce(address)
-        if not (ready and self.pair.send(address, frame)):
+        peer, near = active.plan.members[member], member in self._near
+        if not (self.local.send(peer.boot_id, frame) if near else self._send_far(peer, frame)):
             self._trouble(active, member, "takes no frame")
             return
         self.traffic.messages += 1
+        self.traffic.local_messages += near
         self.traffic.bytes += len(frame)
+
+    def _send_far(self, peer: Member, frame: bytes) -> bool:
+        address = self._address(peer)
+        ready = address in self._opened or self._introduce(address)
+        return ready and self.pair.send(address, frame)
 
     # --- receiving --------------------------------------------------------------------------------
 
@@ -346,14 +363,25 @@ class StepLinks:
 
     def _poll(self, deadline: float) -> None:
         left = min(EVENTS_EVERY_S, max(0.0, deadline - time.monotonic()))
-        for socket, _ in self._poller.poll(int(left * 1000)):
-            if socket == self._pipe_fd:
-                self._interrupt()
-        self.pump()
+        ready = dict(self._poller.poll(int(left * 1000)))
+        if self._pipe_fd in ready:
+            self._interrupt()
+        self.local.read(ready)
+        self._take(far=self.pair.router in ready)
 
     def pump(self) -> None:
         """File everything that has arrived; now and then look at the links and pause."""
-        while (received := self.pair.receive()) is not None:
+        self.local.read()
+        self._take(far=True)
+
+    def _take(self, *, far: bool) -> None:
+        while (arrival := self.local.receive()) is not None:
+            route, frame = arrival
+            if frame is None:
+                self._ended(route)
+            else:
+                self._file(route, frame, local=True)
+        while far and (received := self.pair.receive()) is not None:
             self._file(*received)
         now = time.monotonic()
         if now - self._events_at >= EVENTS_EVERY_S:
@@ -377,6 +405,16 @@ class StepLinks:
         for member in broken:
             self._trouble(active, member, "broke")
 
+    def _ended(self, route: bytes) -> None:
+        """A peer's local connection is closed, by its end or by its choice: what it had not sent is
+        lost. With this boot of the peer all goes over TCP from now on."""
+        active, member = self._gate.active, self._gate.lost(route)
+        if active is not None and member is not None:
+            peer = active.plan.members[member]
+            self.local.give_up(peer.boot_id)
+            self.lost.append(peer.node_id)
+            self._trouble(active, member, "broke")
+
     def _trouble(self, active: Topology, member: int, what: str) -> None:
         """A link to or from a member may have lost frames: does a step need them?"""
         match trouble(active, member):
@@ -392,7 +430,7 @@ class StepLinks:
         self._heard = {n: at for n, at in self._heard.items() if now - at <= seconds}
         return tuple(self._heard)
 
-    def _file(self, route: bytes, frame: bytes) -> None:
+    def _file(self, route: bytes, frame: bytes | memoryview, *, local: bool = False) -> None:
         try:
             message = decode(frame, Plane.STEPS)
         except RemoteProtocolError:
@@ -402,7 +440,7 @@ class StepLinks:
             self._echoed(route, message)
             return
         if isinstance(message, LinkOpen):
-            member = self._gate.opened(route, message)
+            member = self._gate.opened(route, message, local=local)
             if member is not None and self._gate.active is not None:
                 self._trouble(self._gate.active, member, "broke and came back")
             return

@@ -137,6 +137,8 @@ class Worker:
         config = self._config
         self._steps.bind(config.listen_host, config.step_port)
         self._bulk.pair.bind(config.listen_host, config.bulk_port)
+        if config.local_links:
+            self._links.local.listen(config.boot_id)
         # So that the collection after loading walks what was loaded, and not all of torch.
         gc.collect()
         gc.freeze()
@@ -163,6 +165,7 @@ class Worker:
     def close(self) -> None:
         """Close every socket at once, and load nothing more."""
         self._units.close()
+        self._links.local.shutdown()
         self._steps.shutdown()
         self._bulk.pair.shutdown()
         self._context.destroy(linger=0)
@@ -253,6 +256,7 @@ class Worker:
             waiting=leader.waiting if leader else 0,
             dropped_frames=traffic.dropped + bulk.traffic.dropped,
             messages_sent=traffic.messages,
+            messages_local=traffic.local_messages,
             bytes_sent=traffic.bytes,
             wait_s=traffic.wait_s,
             compute_ms=engine.compute_ms if engine else 0.0,

@@ -34,6 +34,7 @@ class Inputs:
     layout: str = "auto"
     dtype: str = "auto"
     quant: str = "none"
+    local_links: bool = True
     base_port: int = 7820
 
     def check(self) -> None:
@@ -48,6 +49,7 @@ class Inputs:
             "nodes": self.nodes,
             "threads_per_node": self.threads,
             "layout": self.layout,
+            "local_links": self.local_links,
         }
 
 
@@ -92,6 +94,7 @@ def local_cluster(inputs: Inputs, folder: Path, tell: Tell, **options: Any) -> L
             "layout": inputs.layout,
             "dtype": inputs.dtype,
             "quant": inputs.quant,
+            "local_links": inputs.local_links,
             **options,
         },
         on_progress=tell,

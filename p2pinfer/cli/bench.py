@@ -54,6 +54,11 @@ def model_options(command: Command) -> Command:
         click.option(
             "--quant", default="none", show_default=True, metavar="NAME", help="Of weights."
         ),
+        click.option(
+            "--local-links/--no-local-links",
+            default=True,
+            help="Exchange over Unix sockets, or over TCP.",
+        ),
         click.option("--base-port", type=click.IntRange(1, 65000), default=7820, show_default=True),
     )(command)
 

@@ -80,6 +80,11 @@ def shared_node_options(command: Command) -> Command:
         click.option("--layout", metavar="auto|heads|layers|SxH", help="How to split the model."),
         _replica_options,
         click.option(
+            "--local-links/--no-local-links",
+            default=None,
+            help="Exchange with nodes on this machine over Unix sockets (default), or over TCP.",
+        ),
+        click.option(
             "--weight",
             type=float,
             metavar="F",

@@ -245,8 +245,9 @@ class WorkerStats(Report, frozen=True, kw_only=True):
     """Counters for heartbeats and `status`; sent several times a second, busy or not.
 
     A worker that sends none for a while hangs. `compute_ms` is how long it computed lately for a
-    decoding step, without waiting for others. Frames of delta KV (`delta_bytes_...`) are not
-    counted among messages and bytes, but `bulk_s` is all time that they took between steps.
+    decoding step, without waiting for others. `messages_local` are those of `messages_sent` that
+    went over Unix sockets, to nodes on the same machine. Frames of delta KV (`delta_bytes_...`) are
+    not counted among messages and bytes, but `bulk_s` is all time that they took between steps.
     `standby_units_ready` of `..._wanted` have their weights here, `standby_weight_bytes`, but for
     `standby_units_warm` of them, which have them in the page cache (`standby_error` says why others
     have them nowhere); `standby_lacks` counts the positions whose KV they have not got yet, over
@@ -267,6 +268,7 @@ class WorkerStats(Report, frozen=True, kw_only=True):
     waiting: int = 0
     dropped_frames: int = 0
     messages_sent: int = 0
+    messages_local: int = 0
     bytes_sent: int = 0
     compute_s: float = 0.0
     products_s: float = 0.0

@@ -62,6 +62,7 @@ class StepGate:
     def __init__(self, identity: Life) -> None:
         self._identity = identity
         self._routes: dict[bytes, LinkOpen] = {}
+        self._local: set[bytes] = set()
         self._pending: Topology | None = None
         self._active: Topology | None = None
         self._held: list[tuple[bytes, StepMessage]] = []
@@ -113,17 +114,25 @@ class StepGate:
 
     # --- links ------------------------------------------------------------------------------------
 
-    def opened(self, route: bytes, message: LinkOpen) -> int | None:
+    def opened(self, route: bytes, message: LinkOpen, *, local: bool = False) -> int | None:
         """A node says that this route is its link; a new one takes the place of what it had.
 
-        Returns the member (index) of the plan in force whose link broke and came back: what the old
-        one still held may be lost.
+        A node may have one link over the network and one that is `local`, within this machine. It
+        sends all frames of a fence on one of them, or their numbers would tell. Returns the member
+        (index) of the plan in force whose link broke and came back: what the old one still held may
+        be lost.
         """
         life = (message.node_id, message.boot_id)
-        others = [r for r, m in self._routes.items() if r != route and _life(m) == life]
+        others = [
+            other
+            for other, opening in self._routes.items()
+            if other != route and _life(opening) == life and (other in self._local) == local
+        ]
         for other in others:
-            del self._routes[other]
+            self._forget(other)
         self._routes[route] = message
+        if local:
+            self._local.add(route)
         self._forget_strangers()
         active = self._active
         if not others or active is None or message.fence != active.plan.fence:
@@ -136,7 +145,7 @@ class StepGate:
         Returns whose it was, if a member's (index) of the plan in force.
         """
         member = self.whose(route)
-        self._routes.pop(route, None)
+        self._forget(route)
         return member
 
     def whose(self, route: bytes) -> int | None:
@@ -152,7 +161,11 @@ class StepGate:
         members = {(m.node_id, m.boot_id) for plan in known for m in plan.members}
         strangers = [route for route, m in self._routes.items() if _life(m) not in members]
         for route in strangers[: max(0, len(strangers) - MAX_STRANGERS)]:
-            del self._routes[route]
+            self._forget(route)
+
+    def _forget(self, route: bytes) -> None:
+        self._routes.pop(route, None)
+        self._local.discard(route)
 
     # --- frames -----------------------------------------------------------------------------------
 

@@ -102,8 +102,24 @@ def decode(frame: bytes | memoryview, plane: Plane | None = None) -> Message:
         raise RemoteProtocolError(f"{row.name}: {cause}") from cause
 
 
-def _check_frame_header(view: memoryview) -> MessageType:
-    """The row of the message table, once magic, version, lengths and reserved bits are right."""
+def frame_length(start: bytes | memoryview) -> int:
+    """The bytes of the frame, header included, that begins with these (at least a header).
+
+    For frames that follow each other in a stream, before there is memory for the rest. Raises
+    `RemoteProtocolError` where that is above the limit, and where no frame begins so. Of a type
+    that is not known here it may be the longest of any.
+    """
+    type_id, length = _read_header(start)
+    row = BY_ID.get(type_id)
+    limit = max_frame_bytes(row) if row else MAX_STEP_BYTES
+    if HEADER.size + length > limit:
+        raise RemoteProtocolError(f"a frame of {HEADER.size + length} bytes is above {limit}")
+    return HEADER.size + length
+
+
+def _read_header(view: bytes | memoryview) -> tuple[int, int]:
+    """Type and length of body of a frame header, once magic, version and reserved bits are
+    right."""
     if len(view) < HEADER.size:
         raise RemoteProtocolError(f"{len(view)} bytes are too few for a frame header")
     magic, major, minor, type_id, length, reserved = HEADER.unpack_from(view)
@@ -115,6 +131,12 @@ def _check_frame_header(view: memoryview) -> MessageType:
         )
     if reserved:
         raise RemoteProtocolError("the reserved field of the header is not zero")
+    return type_id, length
+
+
+def _check_frame_header(view: memoryview) -> MessageType:
+    """The row of the message table, once the header and the lengths are right."""
+    type_id, length = _read_header(view)
     if length != len(view) - HEADER.size:
         raise RemoteProtocolError(
             f"the header announces {length} bytes of body, but {len(view) - HEADER.size} follow"

@@ -236,7 +236,9 @@ class ProxiedCluster(LocalCluster):
     def __init__(self, nodes: int, *, folder: Path, **options: Any) -> None:
         # All in one piece: none of them is bound yet, so each must know of the others.
         self._base = free_base_port(2 * nodes)
-        super().__init__(nodes, base_port=self._base, folder=folder, **options)
+        # What does not pass the proxy cannot be cut there.
+        settings = {**(options.pop("options", None) or {}), "local_links": False}
+        super().__init__(nodes, base_port=self._base, folder=folder, options=settings, **options)
         self._place = folder
         self._ids: dict[str, str] = {}
         self._fronts: dict[int, int] = {}
