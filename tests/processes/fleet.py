@@ -53,6 +53,7 @@ class Fleet(StartStop):
         replicas: int = 0,
         keep_inputs: bool = False,
         least_step_s: float = 20.0,
+        local_links: bool = True,
     ) -> None:
         config = load_config(folder)
         self.model = model_spec(
@@ -91,6 +92,7 @@ class Fleet(StartStop):
                     device="cpu",
                     threads=1,
                     least_step_s=least_step_s,
+                    local_links=local_links,
                 )
             )
 

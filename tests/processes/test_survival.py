@@ -94,6 +94,11 @@ def worker_of(node: LocalNode) -> psutil.Process:
     return worker
 
 
+def local_messages(node: LocalNode) -> int:
+    """How many frames of steps a node has sent over Unix sockets."""
+    return int(Client([node.address]).status()["counters"]["messages_local"])
+
+
 def check(
     readings: list[Reading],
     undisturbed: Callable[[SamplingParams], list[int]],
@@ -119,8 +124,11 @@ def test_replies_survive_the_death_of_a_node(
         undisturbed(params)
     victim = pick(trio, kind)
     readings = read(others(trio, victim), GREEDY, SAMPLED)
+    before = [local_messages(node) for node in others(trio, victim)]
     kill(victim)
     check(readings, undisturbed)
+    after = [local_messages(node) for node in others(trio, victim)]
+    assert all(0 < old < new for old, new in zip(before, after, strict=True))
     for reading in readings:
         assert reading.errors == []
         assert reading.lost() == {victim.name}

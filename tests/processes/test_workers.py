@@ -111,7 +111,22 @@ def test_the_messages_and_bytes_of_a_request_are_exactly_these(
             else:
                 messages += steps
                 assert 0 < stats.bytes_sent - data_bytes < 80 * steps
-            assert stats.messages_sent == messages
+            assert stats.messages_sent == stats.messages_local == messages
+
+
+def test_tokens_and_frames_are_the_same_over_tcp(folder: Path) -> None:
+    """Local links change the way of frames and nothing else."""
+    new = 9
+    params = SamplingParams(max_tokens=new, ignore_eos=True)
+    sent = []
+    for local_links in (True, False):
+        with Fleet(folder, 3, local_links=local_links) as fleet:
+            fleet.submit(1, PROMPT, params)
+            assert fleet.reply(1) == greedy(folder, new, DType.FLOAT32)
+            stats = fleet.stats(1, new + 2)
+            sent.append((stats.messages_sent, stats.bytes_sent))
+            assert stats.messages_local == (stats.messages_sent if local_links else 0)
+    assert sent[0] == sent[1]
 
 
 def _padded(size: int) -> int:

@@ -11,15 +11,17 @@ import pytest
 
 from p2pinfer.errors import LocalProtocolError, RemoteProtocolError
 from p2pinfer.limits import (
+    MAX_BULK_BYTES,
     MAX_CONTROL_BYTES,
     MAX_POSITIONS,
+    MAX_STEP_BYTES,
     MAX_STOP_CHARS,
     MAX_STOP_STRINGS,
     MAX_TEXT_CHARS,
 )
 from p2pinfer.types import Fence, SamplingParams
 from p2pinfer.wire import codec
-from p2pinfer.wire.codec import HEADER, MAGIC, decode, encode, max_frame_bytes
+from p2pinfer.wire.codec import HEADER, MAGIC, decode, encode, frame_length, max_frame_bytes
 from p2pinfer.wire.messages import (
     BY_KIND,
     MESSAGES,
@@ -129,6 +131,40 @@ def test_a_bad_field_is_named_by_its_path() -> None:
     frame = HEADER.pack(MAGIC, 1, 0, 41, len(body), 0) + body
     with pytest.raises(RemoteProtocolError, match=r"STATUS_REQUEST: .*\$\.request_id"):
         decode(frame)
+
+
+@pytest.mark.parametrize("label", EXAMPLES)
+def test_a_frame_says_in_its_header_how_long_it_is(label: str) -> None:
+    """So frames can follow each other in a stream."""
+    frame = encode(EXAMPLES[label])
+    assert frame_length(frame[: HEADER.size]) == frame_length(frame) == len(frame)
+
+
+@pytest.mark.parametrize(
+    ("kind", "most"),
+    [(65, MAX_CONTROL_BYTES), (66, MAX_STEP_BYTES), (96, MAX_BULK_BYTES), (999, MAX_STEP_BYTES)],
+)
+def test_no_frame_of_a_stream_is_longer_than_its_kind_may_be(kind: int, most: int) -> None:
+    """Of a kind that is not known, than any."""
+    body = most - HEADER.size
+    assert frame_length(HEADER.pack(MAGIC, 1, 0, kind, body, 0)) == most
+    with pytest.raises(RemoteProtocolError, match=f"{most + 1} bytes is above {most}"):
+        frame_length(HEADER.pack(MAGIC, 1, 0, kind, body + 1, 0))
+
+
+@pytest.mark.parametrize(
+    ("start", "complaint"),
+    [
+        (bytes(15), "too few"),
+        (b"HTTP" + bytes(12), "does not begin with P2PI"),
+        (HEADER.pack(MAGIC, 2, 3, 66, 1, 0), "version 2.3"),
+        (HEADER.pack(MAGIC, 1, 0, 66, 1, 1), "reserved field"),
+    ],
+)
+def test_what_begins_no_frame_has_no_length(start: bytes, complaint: str) -> None:
+    """Nothing after it could be understood."""
+    with pytest.raises(RemoteProtocolError, match=complaint):
+        frame_length(start)
 
 
 def test_nesting_without_end_is_refused() -> None:

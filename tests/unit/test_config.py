@@ -252,4 +252,5 @@ def test_flags_can_be_written_again() -> None:
         "--drain-timeout",
         "2.5",
     ]
-    assert as_flags({"witness": False}) == []
+    assert as_flags({"witness": False, "local_links": True}) == ["--local-links"]
+    assert as_flags({"local_links": False}) == ["--no-local-links"]

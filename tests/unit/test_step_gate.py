@@ -112,6 +112,20 @@ def test_frames_of_a_foreign_fence_are_dropped() -> None:
     assert isinstance(work.arrived(ROUTE, 10, step(0)), Drop)
 
 
+def test_a_node_may_have_a_link_of_each_kind() -> None:
+    """Frames count on both, by one row of numbers; only of one kind the last one counts."""
+    work = gate()
+    for route in (OTHER, b"r3"):
+        assert work.opened(route, opening(0), local=True) == (None if route == OTHER else 0)
+    assert work.arrived(b"r3", 10, step(0)) == File(0)
+    assert work.arrived(ROUTE, 10, partial(1, 0)) == File(0)
+    assert isinstance(work.arrived(OTHER, 10, step(2)), Drop)
+    assert isinstance(work.arrived(b"r3", 10, step(1)), Gap)
+    assert work.lost(b"r3") == 0
+    assert work.opened(OTHER, opening(0), local=True) is None
+    assert work.arrived(ROUTE, 10, partial(2, 0)) == File(0)
+
+
 def test_frames_of_strangers_are_dropped() -> None:
     """A node outside the plan may open a link, and another boot of a member is a stranger."""
     work = gate()
