@@ -255,6 +255,12 @@ class LocalLinks:
         if self._listener and (ready is None or self._listener.fileno() in ready):
             self._accept(self._listener)
 
+    def glance(self) -> bool:
+        """Take in what has come, without waiting; returns whether there was anything. Most often
+        that is one system call where a poll and a read are two."""
+        self.read(self._incoming)
+        return bool(self._arrived)
+
     def receive(self) -> Arrival | None:
         """The next frame that `read` took in, or the end of a connection after its last one."""
         return self._arrived.popleft() if self._arrived else None

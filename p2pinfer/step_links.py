@@ -362,7 +362,11 @@ class StepLinks:
             self.pump()
 
     def _poll(self, deadline: float) -> None:
-        left = min(EVENTS_EVERY_S, max(0.0, deadline - time.monotonic()))
+        now = time.monotonic()
+        if now - self._events_at < EVENTS_EVERY_S and self.local.glance():
+            self._take(far=False)
+            return
+        left = min(EVENTS_EVERY_S, max(0.0, deadline - now))
         ready = dict(self._poller.poll(int(left * 1000)))
         if self._pipe_fd in ready:
             self._interrupt()

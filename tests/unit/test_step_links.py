@@ -43,7 +43,8 @@ class Pair:
         ]
         self.plan = msgspec.structs.replace(plan, members=tuple(members))
         self.context = zmq.Context()
-        self.silence, self._other_end = os.pipe()
+        self.silence, self.order = os.pipe()
+        self.interrupted = 0
         self.nodes = [self._node(index, on=on) for index, on in enumerate(local)]
 
     def _node(self, index: int, *, on: bool) -> StepLinks:
@@ -55,12 +56,15 @@ class Pair:
             pair,
             (member.node_id, member.boot_id),
             pipe_fd=self.silence,
-            interrupt=lambda: None,
+            interrupt=self._interrupt,
             on_pause=lambda: None,
         )
         if on:
             links.local.listen(member.boot_id)
         return links
+
+    def _interrupt(self) -> None:
+        self.interrupted += 1
 
     def adopt(self, epoch: int) -> Plan:
         """Put the plan in force on both, under this epoch."""
@@ -107,7 +111,7 @@ class Pair:
             each.pair.shutdown()
         self.context.term()
         os.close(self.silence)
-        os.close(self._other_end)
+        os.close(self.order)
 
 
 @pytest.fixture
@@ -155,6 +159,21 @@ def test_a_link_that_breaks_breaks_the_step_and_the_next_plan_goes_over_tcp(pair
     for epoch in (2, 3):
         pair.step(pair.adopt(epoch))
     assert pair.local_messages == [1, 1]
+
+
+def test_orders_are_looked_for_while_frames_come(pair: Pair) -> None:
+    """However many there are, and none of them is waited for."""
+    plan = pair.adopt(1)
+    leader, follower = pair.nodes
+    leader.pump()
+    os.write(pair.order, b"!")
+    ack = StepAck(fence=plan.fence, step=1, link_seq=0)
+    deadline = time.monotonic() + DEADLINE_S
+    while not pair.interrupted:
+        assert time.monotonic() < deadline
+        number = follower.next_sequence(0)
+        follower.send(0, msgspec.structs.replace(ack, link_seq=number))
+        leader.idle(DEADLINE_S)
 
 
 def speak(pair: Pair, to: int, *frames: bytes) -> socket.socket:
