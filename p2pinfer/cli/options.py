@@ -68,6 +68,14 @@ def _replica_options(command: Command) -> Command:
     )(command)
 
 
+def _local_links_option(command: Command) -> Command:
+    return click.option(
+        "--local-links/--no-local-links",
+        default=None,
+        help="Exchange with nodes on this machine over Unix sockets (default), or over TCP.",
+    )(command)
+
+
 def shared_node_options(command: Command) -> Command:
     """The options that all nodes of one machine may have in common. No default is given here:
     what was not said stays None, so that a configuration file can say it."""
@@ -79,11 +87,7 @@ def shared_node_options(command: Command) -> Command:
         click.option("--quant", metavar="none|int8|int4", help="Quantise weights, on CPUs."),
         click.option("--layout", metavar="auto|heads|layers|SxH", help="How to split the model."),
         _replica_options,
-        click.option(
-            "--local-links/--no-local-links",
-            default=None,
-            help="Exchange with nodes on this machine over Unix sockets (default), or over TCP.",
-        ),
+        _local_links_option,
         click.option(
             "--weight",
             type=float,
