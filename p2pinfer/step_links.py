@@ -217,6 +217,17 @@ class StepLinks:
         self._sequence_out: dict[int, int] = defaultdict(int)
         self._heard: dict[str, float] = {}
 
+    def bind(self, host: str, port: int, *, local: bool) -> None:
+        """Listen for peers, with `local` also for those on this machine; raises `UsageError`."""
+        self.pair.bind(host, port)
+        if local:
+            self.local.listen(self._identity[1])
+
+    def shutdown(self) -> None:
+        """Close every socket at once. Safe to call twice."""
+        self.local.shutdown()
+        self.pair.shutdown()
+
     # --- plans ------------------------------------------------------------------------------------
 
     def reach(self, mine: Topology) -> None:

@@ -97,15 +97,12 @@ class Worker:
             copies=_copies(config),
         )
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._steps = SocketPair(
-            self._context, limits=PairLimits(MAX_STEP_BYTES, STEP_HWM, STEP_HWM)
-        )
         self._bulk = BulkLinks(
             SocketPair(self._context, limits=PairLimits(MAX_BULK_BYTES, BULK_HWM, BULK_HWM)),
             (config.node_id, config.boot_id),
         )
         self._links = StepLinks(
-            self._steps,
+            SocketPair(self._context, limits=PairLimits(MAX_STEP_BYTES, STEP_HWM, STEP_HWM)),
             (config.node_id, config.boot_id),
             pipe_fd=pipe.fileno(),
             interrupt=self._interrupt,
@@ -135,10 +132,8 @@ class Worker:
     def run(self) -> None:
         """Obey until told to stop or the control plane is gone."""
         config = self._config
-        self._steps.bind(config.listen_host, config.step_port)
+        self._links.bind(config.listen_host, config.step_port, local=config.local_links)
         self._bulk.pair.bind(config.listen_host, config.bulk_port)
-        if config.local_links:
-            self._links.local.listen(config.boot_id)
         # So that the collection after loading walks what was loaded, and not all of torch.
         gc.collect()
         gc.freeze()
@@ -165,8 +160,7 @@ class Worker:
     def close(self) -> None:
         """Close every socket at once, and load nothing more."""
         self._units.close()
-        self._links.local.shutdown()
-        self._steps.shutdown()
+        self._links.shutdown()
         self._bulk.pair.shutdown()
         self._context.destroy(linger=0)
 

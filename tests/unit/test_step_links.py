@@ -51,7 +51,6 @@ class Pair:
         member = self.plan.members[index]
         pair = SocketPair(self.context, limits=LIMITS)
         port = int(member.address.rsplit(":", 1)[1])
-        pair.bind("127.0.0.1", port + STEP_PORT_OFFSET)
         links = StepLinks(
             pair,
             (member.node_id, member.boot_id),
@@ -59,8 +58,7 @@ class Pair:
             interrupt=self._interrupt,
             on_pause=lambda: None,
         )
-        if on:
-            links.local.listen(member.boot_id)
+        links.bind("127.0.0.1", port + STEP_PORT_OFFSET, local=on)
         return links
 
     def _interrupt(self) -> None:
@@ -107,8 +105,7 @@ class Pair:
     def close(self) -> None:
         """Close all sockets."""
         for each in self.nodes:
-            each.local.shutdown()
-            each.pair.shutdown()
+            each.shutdown()
         self.context.term()
         os.close(self.silence)
         os.close(self.order)
