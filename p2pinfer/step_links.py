@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -30,6 +30,7 @@ from p2pinfer.core.step_gate import Drop, File, Gap, StepGate
 from p2pinfer.core.step_paths import Trouble, needed, trouble
 from p2pinfer.core.topology import Topology
 from p2pinfer.errors import P2pinferError, RemoteProtocolError
+from p2pinfer.inbox import Inbox
 from p2pinfer.local_links import LocalLinks
 from p2pinfer.transport import LinkEvent, LinkKind, SocketPair
 from p2pinfer.types import Member
@@ -57,9 +58,6 @@ EVENTS_EVERY_S = 0.05
 """How often the monitors of the links are looked at: they stay off the path of a token."""
 
 STEP_PORT_OFFSET = 1
-
-MAX_FILED = 4096
-"""Frames of one kind filed and not yet used: a peer is one exchange ahead at most, by layers."""
 
 LINK_TIMEOUT_S = 5.0
 """How long the links that a new plan's steps need may take to connect: a connect that is lost is
@@ -100,45 +98,6 @@ class Traffic:
     bytes: int = 0
     dropped: int = 0
     wait_s: float = 0.0
-
-
-@dataclass
-class Inbox:
-    """Frames of the active plan by what they are for, then by who sent them (logits: by unit)."""
-
-    steps: deque[Step] = field(default_factory=deque)
-    requests: deque[LogitsRequest] = field(default_factory=deque)
-    partials: dict[tuple[int, int, int], dict[int, Partial]] = field(default_factory=dict)
-    wholes: dict[tuple[int, int, int], dict[int, Partial]] = field(default_factory=dict)
-    """Shares of rows that their senders have added for all."""
-    hidden: dict[tuple[int, int], dict[int, Hidden]] = field(default_factory=dict)
-    candidates: dict[int, dict[int, Candidates]] = field(default_factory=dict)
-    logits: dict[int, dict[int, Logits]] = field(default_factory=dict)
-
-    def forget_before(self, step: int) -> None:
-        """Drop what came for steps that are over (a duplicate, or a frame nobody waited for)."""
-        for box in (self.partials, self.wholes):
-            for key in [key for key in box if key[0] < step]:
-                del box[key]
-        for place in [place for place in self.hidden if place[0] < step]:
-            del self.hidden[place]
-        for number in [number for number in self.candidates if number < step]:
-            del self.candidates[number]
-        for number in [number for number in self.logits if number < step]:
-            del self.logits[number]
-
-    def full(self) -> bool:
-        """Whether a peer has sent more than any plan has use for."""
-        sizes = (
-            len(self.steps),
-            len(self.requests),
-            len(self.partials),
-            len(self.wholes),
-            len(self.hidden),
-            len(self.candidates),
-            len(self.logits),
-        )
-        return max(sizes) >= MAX_FILED
 
 
 def port_shifted(address: str, offset: int) -> str:
@@ -309,15 +268,18 @@ class StepLinks:
         active = self._gate.active
         assert active is not None
         frame = encode(message)
-        peer, near = active.plan.members[member], member in self._near
-        if not (self.local.send(peer.boot_id, frame) if near else self._send_far(peer, frame)):
+        if not self._put_out(active, member, frame):
             self._trouble(active, member, "takes no frame")
             return
         self.traffic.messages += 1
-        self.traffic.local_messages += near
+        self.traffic.local_messages += member in self._near
         self.traffic.bytes += len(frame)
 
-    def _send_far(self, peer: Member, frame: bytes) -> bool:
+    def _put_out(self, active: Topology, member: int, frame: bytes) -> bool:
+        """Send by the way that is the member's while the plan is in force; whether it is taken."""
+        peer = active.plan.members[member]
+        if member in self._near:
+            return self.local.send(peer.boot_id, frame)
         address = self._address(peer)
         ready = address in self._opened or self._introduce(address)
         return ready and self.pair.send(address, frame)
@@ -487,10 +449,9 @@ class StepLinks:
         """Whether the link took it, and when it was given to it (seconds)."""
         active = self._gate.active
         assert active is not None, "echoes end with their plan"
-        address, frame = self._address(active.plan.members[member]), encode(message)
+        frame = encode(message)
         began = time.monotonic()
-        ready = address in self._opened or self._introduce(address)
-        return ready and self.pair.send(address, frame), began
+        return self._put_out(active, member, frame), began
 
     def _accept(self, route: bytes, nbytes: int, message: ControlMessage | DataFrame) -> None:
         match self._gate.arrived(route, nbytes, message):
