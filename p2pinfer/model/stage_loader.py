@@ -6,9 +6,10 @@ Names are those of `transformers`' checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,11 @@ from p2pinfer.model.llama import (
 from p2pinfer.model.rope import Rope
 from p2pinfer.model.unit_products import Columns, FloatPacker, Packer, Rows, TensorSource, slice_of
 from p2pinfer.types import ModelSpec, UnitKind
+
+PAUSE_S = 0.05
+"""Between two looks at what is made aside."""
+
+Made = TypeVar("Made")
 
 
 class Read(NamedTuple):
@@ -123,11 +129,12 @@ class StageLoader:
         for read in self._out_columns(layer, units):
             own.append(self._packer.alone(read))
             yield own[-1].nbytes
+        packer = self._packer
         return AttentionHalf(
             model=self._model,
             units=tuple(units),
-            qkv=self._packer.linear(qkv),
-            out=self._packer.separate(own),
+            qkv=(yield from _aside(lambda: packer.linear(qkv))),
+            out=(yield from _aside(lambda: packer.separate(own))),
         )
 
     def _qkv_rows(self, layer: int, units: Sequence[int]) -> list[Rows]:
@@ -167,7 +174,8 @@ class StageLoader:
             down.append(self._packer.alone(read))
             yield down[-1].nbytes
         widths = [each.height for each in rows[: len(units)]]
-        return MlpHalf(tuple(units), self._packer.gated(gate_up, down, widths))
+        products = yield from _aside(lambda: self._packer.gated(gate_up, down, widths))
+        return MlpHalf(tuple(units), products)
 
     def _gate_up_rows(self, layer: int, units: Sequence[int]) -> list[Rows]:
         """Those of `gate_proj` by unit, then those of `up_proj`."""
@@ -193,7 +201,7 @@ class StageLoader:
         for read in self._vocab_rows(units):
             heads.append(self._packer.alone(read))
             yield heads[-1].nbytes
-        return VocabHead(tuple(units), self._packer.fanned(heads))
+        return VocabHead(tuple(units), (yield from _aside(lambda: self._packer.fanned(heads))))
 
     def _vocab_rows(self, units: Sequence[int]) -> list[Rows]:
         tied = self._config.tie_word_embeddings
@@ -234,6 +242,18 @@ class StageLoader:
         of each slice. Of quantised weights there are copies on the disk then, in the page cache."""
         for read in self._slices(holding):
             yield self._packer.alone(read).nbytes
+
+
+def _aside(make: Callable[[], Made]) -> Generator[int, None, Made]:
+    """What `make` makes, in a thread of its own: yields 0 now and then meanwhile. A product library
+    may take a second to pack a large graph, in which others would believe that this node hangs."""
+    with ThreadPoolExecutor(1) as thread:
+        made = thread.submit(make)
+        while True:
+            try:
+                return made.result(PAUSE_S)
+            except TimeoutError:
+                yield 0
 
 
 def _bias(read: Rows) -> Rows:
