@@ -178,6 +178,8 @@ class LocalCluster(StartStop):
         self._cpus = _allowed_cpus()
         shared = {
             "min_nodes": nodes,
+            # Whoever starts several on one machine wants to see them work together.
+            "use_nodes": "all",
             "threads": max(1, len(self._cpus) // nodes),
             # All nodes see the same free memory: KV may have half of it, in equal shares.
             "kv_memory": psutil.virtual_memory().available // (2 * nodes),

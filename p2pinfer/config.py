@@ -39,6 +39,7 @@ QUANTS = ("none", "int8", "int4")
 LAYOUTS = ("auto", "heads", "layers")
 QUORUMS = ("majority", "last-man")
 TIMINGS = ("lan", "test")
+USE_NODES = ("auto", "all")
 SPEEDS = ("auto", "measure", "off")
 STANDBYS = ("auto", "hot", "warm")
 SWITCHES = ("local_links",)
@@ -117,7 +118,8 @@ class NodeSettings:
     the leader counts. `standby`: how those that this node keeps have their weights ready, in its
     memory (`hot`) or in the page cache (`warm`). `keep_inputs`: keep what lost KV can be made of
     (`core/inputs`). `local_links`: frames of steps for nodes on this machine go over Unix sockets
-    (`local_links.py`). `quorum` counts for the whole cluster, and is its founder's. Raises
+    (`local_links.py`). `quorum`, `layout` and `use_nodes` (whether nodes that make the whole slower
+    are left out) count for the whole cluster, and are its founder's. Raises
     `UsageError` for a value that is out of range.
     """
 
@@ -133,6 +135,7 @@ class NodeSettings:
     dtype: str = "auto"
     quant: str = "none"
     layout: str = "auto"
+    use_nodes: str = "auto"
     replicas: int = 1
     standby: str = "auto"
     keep_inputs: bool = False
@@ -167,6 +170,7 @@ class NodeSettings:
                 "cpu, or --quant none"
             )
         _check_layout(self.layout)
+        _check("--use-nodes", self.use_nodes, self.use_nodes in USE_NODES, ", ".join(USE_NODES))
         _check_range("--threads", self.threads, 1, MAX_THREADS)
         _check_range("--replicas", self.replicas, 0, MAX_NODES - 1)
         _check("--standby", self.standby, self.standby in STANDBYS, ", ".join(STANDBYS))
@@ -316,7 +320,7 @@ _FILE_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
         (_TEXT, "a text in quotes"),
     ),
     **dict.fromkeys(
-        ("layout", "cpus", "kv_memory", "quorum", "timing", "standby", "speed"),
+        ("layout", "use_nodes", "cpus", "kv_memory", "quorum", "timing", "standby", "speed"),
         (_TEXT, "a text in quotes"),
     ),
     **dict.fromkeys(("witness", "keep_inputs", "local_links"), ((bool,), "true or false")),

@@ -212,6 +212,11 @@ class Plan(Struct, frozen=True, kw_only=True):
     model: ModelSpec
     stages: Annotated[tuple[Stage, ...], Meta(min_length=1, max_length=MAX_STAGES)]
     layout: Annotated[str, Meta(max_length=16)] = "heads"
+    layout_auto: bool = False
+    """The layout was chosen by prediction, and may be chosen anew."""
+
+    use_nodes: Annotated[str, Meta(pattern=r"\A(auto|all)\Z")] = "all"
+    """`auto`: members that would make the whole slower own nothing."""
 
 
 class SamplingParams(Struct, frozen=True, kw_only=True):

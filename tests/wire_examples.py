@@ -128,6 +128,8 @@ PLAN = Plan(
         Stage(start=1, end=4, head_owners=(1, 1), mlp_owners=(1, 1, 1), vocab_owners=(1,) * 3),
     ),
     layout="2x1",
+    layout_auto=True,
+    use_nodes="auto",
 )
 PARAMS = SamplingParams(
     max_tokens=64,

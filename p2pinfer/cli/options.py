@@ -86,6 +86,12 @@ def shared_node_options(command: Command) -> Command:
         click.option("--dtype", metavar="auto|float32|bfloat16|float16", help="Number format."),
         click.option("--quant", metavar="none|int8|int4", help="Quantise weights, on CPUs."),
         click.option("--layout", metavar="auto|heads|layers|SxH", help="How to split the model."),
+        click.option(
+            "--use-nodes",
+            metavar="auto|all",
+            help="Whether nodes that would make the whole slower own nothing (auto, but by "
+            "`cluster start`), or all own a part. The founder's counts.",
+        ),
         _replica_options,
         _local_links_option,
         click.option(

@@ -17,14 +17,14 @@ KINDS = {"head": "heads", "mlp": "MLP units", "vocab": "vocabulary units"}
 def plan_view(found: Mapping[str, Any]) -> RenderableType:
     """The object of `plan --json`, or of `plan --without NAME --json`, for people."""
     if "without" not in found:
-        return Group(_header(found), _room(found), _table(found))
+        return Group(_header(found), _room(found), _speed(found), _table(found))
     parts: list[RenderableType] = [_verdict(found)]
     if found["moved"] is not None:
         parts.append(Text(f"other nodes would take over: {_moved(found['moved'])}"))
     if found["exact"] is False:
         parts.append(Text("some of it in another numeric class: tokens may differ", style="yellow"))
     if found["plan"] is not None:
-        parts += [_room(found["plan"]), _table(found["plan"])]
+        parts += [_room(found["plan"]), _speed(found["plan"]), _table(found["plan"])]
     return Group(*parts)
 
 
@@ -39,6 +39,20 @@ def _header(plan: Mapping[str, Any]) -> Text:
 
 def _room(plan: Mapping[str, Any]) -> Text:
     return Text(f"room for {plan['kv_positions']} positions of KV, over all requests")
+
+
+def _speed(plan: Mapping[str, Any]) -> Text:
+    """`2 of 4 nodes: 31 tok/s predicted; 4: 27, 1: 19`, and who is left out."""
+    found = plan["prediction"]
+    nodes = f"{found['nodes']} of {found['of']} node{'' if found['of'] == 1 else 's'}"
+    if found["tokens_per_s"] is None:
+        lacks = f"the speed of {', '.join(found['unknown'])}" if found["unknown"] else "round trips"
+        return Text(f"{nodes}: no speed predicted, {lacks} unknown", style="dim")
+    others = ", ".join(f"{o['nodes']}: {o['tokens_per_s']:.3g}" for o in found["alternatives"])
+    text = f"{nodes}: {found['tokens_per_s']:.3g} tok/s predicted{'; ' if others else ''}{others}"
+    if found["left_out"]:
+        text += f"   (owning nothing: {', '.join(found['left_out'])})"
+    return Text(text)
 
 
 def _verdict(found: Mapping[str, Any]) -> Text:
@@ -58,7 +72,7 @@ def _table(plan: Mapping[str, Any]) -> Table:
     table.add_column("node", style="bold", no_wrap=True)
     for title in ("votes", "layers", "heads", "keeps", "MLP", "vocab"):
         table.add_column(title)
-    for title in ("weights MiB", "offered MiB", "KV MiB"):
+    for title in ("weights MiB", "offered MiB", "KV MiB", "GB/s"):
         table.add_column(title, justify="right", no_wrap=True)
     staged = stages_of(plan["members"]) > 1
     for member in plan["members"]:
@@ -76,6 +90,7 @@ def _table(plan: Mapping[str, Any]) -> Table:
             owned_runs(member, "mlp_units"),
             owned_runs(member, "vocab_units"),
             *("-" if member["witness"] else _mib(size) for size in sizes),
+            "-" if member["product_gb_s"] is None else f"{member['product_gb_s']:.3g}",
         )
     return table
 

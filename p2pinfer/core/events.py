@@ -411,6 +411,7 @@ class NodeConfig(Struct, frozen=True, kw_only=True):
     join: tuple[str, ...] = ()
     stored: StoredState | None = None
     layout: str = "heads"
+    use_nodes: str = "all"
     replicas: int = 0
     weighed: bool = False
     quorum: str = "majority"

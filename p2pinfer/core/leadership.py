@@ -6,6 +6,7 @@ its members' words: who hears whom (`hearing`) and who is slow (`pace`).
 
 from __future__ import annotations
 
+from p2pinfer.core.choice import Chooser
 from p2pinfer.core.durable import Durable
 from p2pinfer.core.events import (
     FenceSettled,
@@ -22,7 +23,8 @@ from p2pinfer.core.neighbours import Neighbours
 from p2pinfer.core.outbox import Outbox
 from p2pinfer.core.pace import Pace
 from p2pinfer.core.plan_maker import PlanMaker
-from p2pinfer.core.plan_rules import View
+from p2pinfer.core.plan_rules import View, may_work
+from p2pinfer.core.planner import may_own
 from p2pinfer.core.request_log import RequestLog
 from p2pinfer.types import Fence, Plan
 from p2pinfer.wire.messages import (
@@ -61,6 +63,7 @@ class Leadership:
         self._log = RequestLog(config, box)
         self._hearing = Hearing(config.timing)
         self._pace = Pace(config.timing)
+        self._chooser = Chooser(config)
         self._outcasts: frozenset[str] = frozenset()
         self._slow: frozenset[str] = frozenset()
         self.maker = PlanMaker(
@@ -168,18 +171,25 @@ class Leadership:
         reached = [p.member.node_id for p in living if self._near.links.to(p.member.node_id)]
         others = [(p.member.node_id, p.heartbeat) for p in living if p.heartbeat]
         words = [*others, (self._me, own)]
+        draining = frozenset(node_id for node_id, word in words if word.draining)
+        paused = frozenset(node_id for node_id, word in words if word.paused)
+        hung = frozenset(node_id for node_id, word in others if word.hung)
+        out = hung | self._outcasts | self._slow | draining | paused
+        can = (m for m in table.members() if may_own(m) and may_work(m) and m.node_id not in out)
+        newest = self.maker.target or plan
         self.maker.look(
             View(
                 living=table.members(),
+                chosen=self._chooser.look(newest, can, table.me),
                 reached=frozenset((self._me, *reached)),
                 suspects=tuple(p.member.name for p in living if p.state is MemberState.SUSPECT),
                 lost=table.lost_ids(),
-                hung=frozenset(node_id for node_id, word in others if word.hung),
+                hung=hung,
                 outcasts=self._outcasts,
                 slow=self._slow,
                 deaf=self._pace.deaf(self._me, now),
-                draining=frozenset(node_id for node_id, word in words if word.draining),
-                paused=frozenset(node_id for node_id, word in words if word.paused),
+                draining=draining,
+                paused=paused,
                 standbys_ready={
                     node_id: word.standby_fence
                     for node_id, word in words

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from p2pinfer.core.agreement import RUNGS
 from p2pinfer.core.durable import Durable
 from p2pinfer.core.election import Election
@@ -107,6 +109,11 @@ class Outlook:
             waiting = self.waiting(leadership)
             message = f"no plan is in force; the cluster waits for {waiting}"
             raise ClusterError("not_ready", message, retryable=True)
+        living = self._near.table.members()
+        # What was measured since it was made, too.
+        now = {(member.node_id, member.boot_id): member for member in living}
+        known = (now.get((m.node_id, m.boot_id), m) for m in plan.members)
+        plan = msgspec.structs.replace(plan, members=tuple(known))
         if not without:
             return plan_object(plan, self._pausing.paused_ids())
-        return preview(plan, self._near.table.members(), without)
+        return preview(plan, living, without)

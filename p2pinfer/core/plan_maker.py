@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from math import inf
 
 from p2pinfer.core.agreement import same_bits
+from p2pinfer.core.choice import charter, faster
 from p2pinfer.core.events import NodeConfig, PlanFailed, PlanProposed, TokensCommitted
 from p2pinfer.core.left_out import LeftOut, Refusal
 from p2pinfer.core.lull import Lull
@@ -202,6 +203,7 @@ class PlanMaker:
             votes=change_of_votes(plan, voters, view.living) if current.activated else "",
             stragglers=_names(m for m in late if not self._out.is_left_alone(m, now)),
             loading=() if current.activated else _names(current.unanswered(here)),
+            faster=faster(plan, view.chosen),
             prepared=self._prepared(current, view, now),
             lull=not (current.activated and self._log.running) or self._lull.is_at(now),
         )
@@ -286,13 +288,12 @@ class PlanMaker:
             members=members,
             able=frozenset(member.node_id for member in able),
             model=self._model,
-            layout=previous.layout if previous else self._config.layout,
+            **charter(previous, self._config, view.chosen),
             fence=Fence(self._term, self._epoch + 1),
             cluster_id=self._cluster_id,
             leader_id=self._me,
             voters=voters,
             old_voters=old_voters,
-            quorum=previous.quorum if previous else self._config.quorum,
             replicas=self._config.replicas,
             rebalance=rebalance,
             ready=ready,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from p2pinfer.core.choice import Choice
 from p2pinfer.types import Fence, Member
 
 Boot = tuple[str, str]
@@ -52,6 +53,8 @@ class View:
     """When a member last came or went, in seconds."""
 
     paused: frozenset[str] = frozenset()
+    chosen: Choice | None = None
+    """Who of those that can own units is to own any, and in which layout; None: all of them."""
     deaf: frozenset[str] = frozenset()
     """Those that steps do not reach, though they take part."""
     standbys_ready: Mapping[str, Fence] = field(default_factory=dict)
@@ -65,7 +68,8 @@ class View:
     @property
     def resting(self) -> frozenset[str]:
         """Members that are to own nothing for now, and may keep replicas."""
-        return self.slow | self.paused
+        spare = self.chosen.spare if self.chosen else frozenset()
+        return self.slow | self.paused | spare
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +127,9 @@ class Situation:
 
     loading: Names = ()
     """Members that it waits for; none once it is in force."""
+
+    faster: str = ""
+    """The layout that is to take the place of its own, with what is predicted, or empty."""
 
     prepared: str = ""
     """What standbys that are ready allow to do next, or empty."""
@@ -226,6 +233,10 @@ def _astray(s: Situation) -> Decision | None:
     return Decision(propose=True, why=f"{_names(s.astray)} obeyed the plan no more")
 
 
+def _faster(s: Situation) -> Decision | None:
+    return Decision(propose=True, why=s.faster, rebalance=True) if s.faster else None
+
+
 def _newcomers(s: Situation) -> Decision | None:
     if not s.newcomers:
         return None
@@ -287,6 +298,7 @@ _PATIENT_RULES: tuple[Callable[[Situation], Decision | None], ...] = (
     _fit_again,
     _votes,
     _stragglers,
+    _faster,
     _prepared,
 )
 """What can wait for a lull. A plan that is being loaded, which is one, is overtaken by what comes

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
+from p2pinfer.core.choice import prediction_object
 from p2pinfer.core.holdings import Holding, holdings, owners_of, standby_holdings, standbys_of
 from p2pinfer.core.planner import PlacementError, ordered_members
 from p2pinfer.core.quorum import tolerates, voter_ids
@@ -24,7 +25,8 @@ def plan_object(plan: Plan, paused: AbstractSet[str] = frozenset()) -> Json:
     all owners have room for, `exact` whether all owners are of one numeric class. Of each member:
     what it owns and keeps replicas of, the bytes of those weights (`weight_bytes` of what it owns),
     the bytes that it offers for weights and KV together, and those that are left of them for KV;
-    null where it does not say.
+    null where it does not say; and its measured speed, null where it is unknown. `prediction` is
+    that of `core/choice`.
     """
     voters = voter_ids(plan)
     classes = {
@@ -43,6 +45,7 @@ def plan_object(plan: Plan, paused: AbstractSet[str] = frozenset()) -> Json:
         "voters": [m.name for m in plan.members if m.node_id in voters],
         "exact": len(classes) == 1,
         "kv_positions": position_limit(plan),
+        "prediction": prediction_object(plan),
         "members": [
             _member(plan, index) | {"paused": member.node_id in paused}
             for index, member in enumerate(plan.members)
@@ -128,6 +131,8 @@ def _after(plan: Plan, living: Sequence[Member], gone: str) -> Plan:
         voters=voters or heirs[:1],
         old_voters=sorted(voter_ids(plan)),
         quorum=plan.quorum,
+        layout_auto=plan.layout_auto,
+        use_nodes=plan.use_nodes,
         replicas=max(map(len, named), default=0),
         rebalance=False,
     )
@@ -143,6 +148,8 @@ def _member(plan: Plan, index: int) -> Json:
         "voter": index in plan.voters,
         "witness": member.witness,
         "weight": member.weight,
+        "product_gb_s": member.product_gb_s or None,
+        "read_gb_s": member.read_gb_s or None,
         "owned": units_by_stage(owned),
         "standby": units_by_stage(kept),
         "weight_bytes": sum(weight_bytes(plan.model, held) for held in owned),

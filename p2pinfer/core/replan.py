@@ -48,6 +48,8 @@ def next_plan(
     voters: Sequence[str],
     old_voters: Sequence[str] = (),
     quorum: str = "majority",
+    layout_auto: bool = False,
+    use_nodes: str = "all",
     replicas: int = 0,
     rebalance: bool = True,
     ready: AbstractSet[str] = frozenset(),
@@ -103,6 +105,8 @@ def next_plan(
         model=model,
         stages=anew() if stages is None else stages,
         layout=layout,
+        layout_auto=layout_auto,
+        use_nodes=use_nodes,
     )
     return name_standbys(plan, able=able, replicas=replicas, previous=previous, positions=positions)
 
