@@ -164,7 +164,7 @@ class PlanMaker:
         situation = Situation(
             worker_ready=view.worker_ready,
             suspects=view.suspects,
-            able=_names(able),
+            able=_names(self._can_own(view)),
             unable=self._out.reasons(view),
             min_nodes=self._config.min_nodes,
             served=self._base is not None,
