@@ -31,6 +31,14 @@ PLAN: dict[str, Any] = {
     "epoch": 5,
     "quorum": "last-man",
     "kv_positions": 4096,
+    "prediction": {
+        "tokens_per_s": 31.25,
+        "nodes": 1,
+        "of": 2,
+        "left_out": ["b"],
+        "unknown": [],
+        "alternatives": [{"nodes": 2, "names": ["a", "b"], "tokens_per_s": 27.04}],
+    },
     "members": [
         {
             **member("a"),
@@ -40,6 +48,7 @@ PLAN: dict[str, Any] = {
             "standby_bytes": 1 << 20,
             "memory_bytes": None,
             "kv_room_bytes": 7 << 20,
+            "product_gb_s": 22.5,
         },
         {
             **member("w", owned=[]),
@@ -49,6 +58,7 @@ PLAN: dict[str, Any] = {
             "standby_bytes": 0,
             "memory_bytes": 9 << 20,
             "kv_room_bytes": 9 << 20,
+            "product_gb_s": None,
         },
     ],
 }

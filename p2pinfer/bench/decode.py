@@ -88,6 +88,8 @@ def measure(settings: Settings, tell: Tell) -> dict[str, Any]:
     result |= spread("read_bandwidth_gb_s", bandwidth, 2)
     result |= spread("limit_tokens_per_s", limits, 3)
     result |= {"fraction_of_limit": round(speed / result["limit_tokens_per_s"], 4)}
+    predicted = result["predicted_tokens_per_s"]
+    result |= {"predicted_over_measured": round(predicted / speed, 4) if predicted else None}
     return result
 
 
@@ -99,7 +101,7 @@ def _measure_cluster(
     tell: Tell,
 ) -> dict[str, Any]:
     began = time.perf_counter()
-    with local_cluster(settings, folder, tell) as cluster:
+    with local_cluster(settings, folder, tell, speed="measure") as cluster:
         load_s = time.perf_counter() - began
         addresses = [node.address for node in cluster.nodes]
         client = Client(addresses, retry_for=0)  # a reply that moved is no measurement
@@ -117,6 +119,7 @@ def _measure_cluster(
             together.append(ask_together(addresses, prompts, settings.max_tokens).tokens_per_s)
         disturbed = _beside(addresses, spec, settings, tell)
         rss = [_rss(node.pid) for node in cluster.nodes]
+        predicted = client.plan()["prediction"]["tokens_per_s"]
     result: dict[str, Any] = {
         **settings.fields(),
         "quant": spec.quant,
@@ -125,6 +128,7 @@ def _measure_cluster(
         "max_tokens": settings.max_tokens,
         "runs": settings.runs,
         **_figures(replies, settings.prompt_tokens),
+        "predicted_tokens_per_s": predicted,
         "per_token": budget.decode,
         "per_token_percent": percentages(budget.decode),
         "per_token_by_node": budget.decode_by_node,

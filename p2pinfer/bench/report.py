@@ -50,6 +50,11 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
     )
     shares = result["per_token_percent"]
     lines.append("  a token: " + ", ".join(f"{name} {share} %" for name, share in shares.items()))
+    if result["predicted_tokens_per_s"] is not None:
+        lines.append(
+            f"  predicted {result['predicted_tokens_per_s']} tokens/s: "
+            f"{result['predicted_over_measured']} times what was measured"
+        )
     for name, row in result["reference"].items():
         lines.append(
             f"  {name}: decode {_with_spread(row, 'decode_tokens_per_s')} tokens/s, prefill "

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from p2pinfer.core import tree
 from p2pinfer.core.holdings import owners_of, sender_of_hidden, stage_members
-from p2pinfer.core.units import unit_count, unit_weight_bytes
+from p2pinfer.core.units import unit_count, unit_read_bytes
 from p2pinfer.types import Member, ModelSpec, Plan, UnitKind
 
 HALF_LAYER_S = 0.0002
@@ -132,7 +132,7 @@ def _slowest_s(
     the last stage has any of the vocabulary."""
     held: defaultdict[int, int] = defaultdict(int)
     for unit, owner in enumerate(owners):
-        held[owner] += unit_weight_bytes(plan.model, kind, unit)
+        held[owner] += unit_read_bytes(plan.model, kind, unit)
     times = (nbytes / speeds[plan.members[i].node_id] for i, nbytes in held.items())
     return max(times, default=0.0)
 

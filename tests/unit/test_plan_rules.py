@@ -55,6 +55,10 @@ RULES: tuple[tuple[dict[str, Any], Decision], ...] = (
     ({"fit_again": ("b",)}, Decision(PROPOSE, "b fit again", rebalance=True)),
     ({"votes": "b to vote"}, Decision(PROPOSE, "b to vote")),
     ({"stragglers": ("b",)}, Decision(PROPOSE, "b ready at last")),
+    (
+        {"faster": "layers instead of heads"},
+        Decision(PROPOSE, "layers instead of heads", rebalance=True),
+    ),
     ({"prepared": "c ready"}, Decision(PROPOSE, "c ready", rebalance=True)),
 )
 URGENT = [rule for rule in RULES if rule[0].keys() & {"lost", "unfit", "step_failed", "astray"}]
