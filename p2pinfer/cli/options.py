@@ -76,24 +76,15 @@ def _local_links_option(command: Command) -> Command:
     )(command)
 
 
-def shared_node_options(command: Command) -> Command:
-    """The options that all nodes of one machine may have in common. No default is given here:
-    what was not said stays None, so that a configuration file can say it."""
+def _speed_options(command: Command) -> Command:
+    """How work is shared out among nodes of different speed."""
     return together(
-        click.option("--model", metavar="DIR|demo", help="Model folder, or the bundled model."),
-        click.option("--device", metavar="auto|cpu|cuda[:N]", help="Where to compute."),
-        click.option("--threads", type=int, metavar="N", help="Compute threads of a node."),
-        click.option("--dtype", metavar="auto|float32|bfloat16|float16", help="Number format."),
-        click.option("--quant", metavar="none|int8|int4", help="Quantise weights, on CPUs."),
-        click.option("--layout", metavar="auto|heads|layers|SxH", help="How to split the model."),
         click.option(
             "--use-nodes",
             metavar="auto|all",
             help="Whether nodes that would make the whole slower own nothing (auto, but by "
             "`cluster start`), or all own a part. The founder's counts.",
         ),
-        _replica_options,
-        _local_links_option,
         click.option(
             "--weight",
             type=float,
@@ -106,6 +97,22 @@ def shared_node_options(command: Command) -> Command:
             help="GB of weights per second: as remembered or measured, measured anew, unknown, or "
             "as told.",
         ),
+    )(command)
+
+
+def shared_node_options(command: Command) -> Command:
+    """The options that all nodes of one machine may have in common. No default is given here:
+    what was not said stays None, so that a configuration file can say it."""
+    return together(
+        click.option("--model", metavar="DIR|demo", help="Model folder, or the bundled model."),
+        click.option("--device", metavar="auto|cpu|cuda[:N]", help="Where to compute."),
+        click.option("--threads", type=int, metavar="N", help="Compute threads of a node."),
+        click.option("--dtype", metavar="auto|float32|bfloat16|float16", help="Number format."),
+        click.option("--quant", metavar="none|int8|int4", help="Quantise weights, on CPUs."),
+        click.option("--layout", metavar="auto|heads|layers|SxH", help="How to split the model."),
+        _speed_options,
+        _replica_options,
+        _local_links_option,
         click.option("--kv-memory", metavar="SIZE", help="Limit of the KV cache, for example 2G."),
         click.option("--min-nodes", type=int, metavar="N", help=MIN_NODES_HELP),
         click.option(

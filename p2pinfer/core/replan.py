@@ -67,11 +67,7 @@ def next_plan(
     """
     ordered = ordered_members(members)
     index = {member.node_id: i for i, member in enumerate(ordered)}
-    if not index.keys() >= {leader_id, *voters} or len(index) > MAX_NODES:
-        raise LocalProtocolError(
-            f"leader {leader_id} and voters {sorted(voters)} of a plan are among its members, of "
-            f"which there are at most {MAX_NODES}"
-        )
+    _check_named(index, leader_id, voters)
     layout = normal_layout(layout)
     if previous is not None and not _same(previous.model, model):
         previous = None
@@ -109,6 +105,14 @@ def next_plan(
         use_nodes=use_nodes,
     )
     return name_standbys(plan, able=able, replicas=replicas, previous=previous, positions=positions)
+
+
+def _check_named(index: Mapping[str, int], leader_id: str, voters: Sequence[str]) -> None:
+    if not index.keys() >= {leader_id, *voters} or len(index) > MAX_NODES:
+        raise LocalProtocolError(
+            f"leader {leader_id} and voters {sorted(voters)} of a plan are among its members, of "
+            f"which there are at most {MAX_NODES}"
+        )
 
 
 def _same(one: ModelSpec, other: ModelSpec) -> bool:

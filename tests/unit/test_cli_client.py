@@ -11,6 +11,7 @@ import pytest
 from msgspec.structs import replace
 
 from p2pinfer.cli import main
+from p2pinfer.cli.plan_view import _speed
 from p2pinfer.client import Event, Moved
 from p2pinfer.errors import ClusterError
 from p2pinfer.limits import MAX_TEXT_CHARS
@@ -249,14 +250,24 @@ def test_plan_shows_who_holds_what(
     """`plan` prints a line per member; `--json` prints what the node said, unchanged."""
     monkeypatch.setenv("COLUMNS", "120")
     ask("plan")
-    head, room, titles, first, second = capsys.readouterr().out.splitlines()
+    head, room, speed, titles, first, second = capsys.readouterr().out.splitlines()
     assert " ".join(head.split()) == "m heads leader a term 2 epoch 5 quorum last-man"
     assert "4096 positions" in room and titles.split()[:2] == ["node", "votes"]
-    assert first.split()[:2] == ["a", "yes"] and first.split()[-3:] == ["3", "-", "7"]
-    assert titles.split()[4] == "keeps" and first.split()[-6] == "-"
-    assert second.split() == ["w", "yes", *"--------"]
+    assert speed == "1 of 2 nodes: 31.2 tok/s predicted; 2: 27   (owning nothing: b)"
+    assert first.split()[:2] == ["a", "yes"] and first.split()[-4:] == ["3", "-", "7", "22.5"]
+    assert titles.split()[4] == "keeps" and first.split()[-7] == "-"
+    assert second.split() == ["w", "yes", *"---------"]
     ask("plan", "--json")
     assert json.loads(capsys.readouterr().out) == PLAN
+
+
+@pytest.mark.parametrize(
+    ("unknown", "said"), [(["b"], "the speed of b unknown"), ([], "round trips unknown")]
+)
+def test_plan_says_what_no_speed_is_predicted_for_want_of(unknown: list[str], said: str) -> None:
+    """No figure is made up."""
+    found = PLAN["prediction"] | {"tokens_per_s": None, "nodes": 2, "unknown": unknown}
+    assert _speed({"prediction": found}).plain == f"2 of 2 nodes: no speed predicted, {said}"
 
 
 def test_plan_without_a_node_says_what_would_become_of_it(
