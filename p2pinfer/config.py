@@ -36,6 +36,7 @@ MAX_WAIT_S = 86_400.0
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTS = ("none", "int8", "int4")
+WIRE_DTYPES = ("float32", "bfloat16")
 LAYOUTS = ("auto", "heads", "layers")
 QUORUMS = ("majority", "last-man")
 TIMINGS = ("lan", "test")
@@ -134,6 +135,7 @@ class NodeSettings:
     cpus: tuple[int, ...] = ()
     dtype: str = "auto"
     quant: str = "none"
+    wire_dtype: str = "float32"
     layout: str = "auto"
     use_nodes: str = "auto"
     replicas: int = 1
@@ -169,6 +171,9 @@ class NodeSettings:
                 f"--quant {self.quant} is for CPUs, and --device is {self.device}: take --device "
                 "cpu, or --quant none"
             )
+        _check(
+            "--wire-dtype", self.wire_dtype, self.wire_dtype in WIRE_DTYPES, ", ".join(WIRE_DTYPES)
+        )
         _check_layout(self.layout)
         _check("--use-nodes", self.use_nodes, self.use_nodes in USE_NODES, ", ".join(USE_NODES))
         _check_range("--threads", self.threads, 1, MAX_THREADS)
@@ -320,7 +325,17 @@ _FILE_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
         (_TEXT, "a text in quotes"),
     ),
     **dict.fromkeys(
-        ("layout", "use_nodes", "cpus", "kv_memory", "quorum", "timing", "standby", "speed"),
+        (
+            "wire_dtype",
+            "layout",
+            "use_nodes",
+            "cpus",
+            "kv_memory",
+            "quorum",
+            "timing",
+            "standby",
+            "speed",
+        ),
         (_TEXT, "a text in quotes"),
     ),
     **dict.fromkeys(("witness", "keep_inputs", "local_links"), ((bool,), "true or false")),

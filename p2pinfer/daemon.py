@@ -150,7 +150,7 @@ class Daemon:
             # Started before the model is hashed: importing torch takes as long.
             self._worker = WorkerProcess(settings.threads)
             undo.callback(self._worker.stop)
-            spec = model.spec(settings.quant, self._hashing) if model else None
+            spec = model.spec(settings, self._hashing) if model else None
             self._serving = Serving(
                 send=self._reply,
                 wake=signals.wake,

@@ -50,12 +50,17 @@ class LocalModel:
         name = "demo" if settings.model == "demo" else folder.resolve().name
         return cls(folder, config, tokenizer, dtype, name)
 
-    def spec(self, quant: str, progress: Progress) -> ModelSpec:
+    def spec(self, settings: NodeSettings, progress: Progress) -> ModelSpec:
         """What the cluster must agree on; hashes all files, which takes a second per gigabyte
         the first time. `progress` gets (bytes done, bytes in all)."""
         model_id = content_id(self.folder, progress=progress)
         return model_spec(
-            self.config, name=self.name, model_id=model_id, dtype=self.dtype, quant=quant
+            self.config,
+            name=self.name,
+            model_id=model_id,
+            dtype=self.dtype,
+            quant=settings.quant,
+            wire_dtype=settings.wire_dtype,
         )
 
 

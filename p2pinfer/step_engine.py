@@ -34,7 +34,8 @@ from p2pinfer.model.sampling import (
 )
 from p2pinfer.model.stopwatch import ATTENTION, PRODUCTS
 from p2pinfer.replicator import Replicator
-from p2pinfer.step_links import StepBroken, StepLinks, from_wire, is_finite, to_wire
+from p2pinfer.step_links import StepBroken, StepLinks
+from p2pinfer.step_tensors import from_wire, is_finite, to_wire
 from p2pinfer.types import UnitKind
 from p2pinfer.wire.messages import (
     Candidates,

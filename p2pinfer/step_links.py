@@ -18,11 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-import numpy as np
-import torch
 import zmq
-from numpy.typing import NDArray
-from torch import Tensor
 
 from p2pinfer.core.echoes import Echoes
 from p2pinfer.core.step_checks import StepMessage
@@ -51,8 +47,6 @@ from p2pinfer.wire.messages import (
     Step,
     StepAck,
 )
-from p2pinfer.wire.tensors import Tensor as WireTensor
-from p2pinfer.wire.tensors import WireDType
 
 EVENTS_EVERY_S = 0.05
 """How often the monitors of the links are looked at: they stay off the path of a token."""
@@ -104,29 +98,6 @@ def port_shifted(address: str, offset: int) -> str:
     """`tcp://host:port` with `offset` added to the port."""
     host, port = address.rsplit(":", 1)
     return f"{host}:{int(port) + offset}"
-
-
-def to_wire(values: Tensor | NDArray[np.float32] | NDArray[np.int32]) -> WireTensor:
-    """A float32 or int32 tensor or array as it lies on the wire (no copy, if it is contiguous)."""
-    if isinstance(values, Tensor):
-        values = values.detach().cpu().numpy()
-    array = np.ascontiguousarray(values)
-    kind = WireDType.INT32 if array.dtype == np.int32 else WireDType.FLOAT32
-    return WireTensor(kind, tuple(array.shape), array.data.cast("B"))
-
-
-def from_wire(tensor: WireTensor) -> Tensor:
-    """A writable copy of a float32 wire tensor."""
-    out = torch.empty(tensor.shape, dtype=torch.float32)
-    np.copyto(out.numpy(), np.frombuffer(tensor.data, dtype=np.float32).reshape(tensor.shape))
-    return out
-
-
-def is_finite(tensor: WireTensor) -> bool:
-    """Whether a float32 wire tensor has no infinity and no NaN (its sum of squares keeps either,
-    as it would a number beyond 1e18, which no model that works has)."""
-    values = np.frombuffer(tensor.data, np.float32)
-    return math.isfinite(np.dot(values, values))
 
 
 class StepLinks:

@@ -94,8 +94,9 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     """What placing and computing need to know of a model, without its weights.
 
     `model_id` is the content hash of weights, config and tokenizer. The other names are those of
-    `config.json`; `max_positions` is its `max_position_embeddings`. `kv_dtype` is part of the
-    number format: equal on all nodes.
+    `config.json`; `max_positions` is its `max_position_embeddings`. `kv_dtype` and
+    `wire_dtype`, in which the sums of half layers are rounded and sent, are part of the number
+    format: equal on all nodes.
     """
 
     name: Annotated[str, Meta(max_length=256)]
@@ -111,6 +112,7 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     dtype: DType
     kv_dtype: DType
     quant: Annotated[str, Meta(pattern=r"\A(none|int8|int4)\Z")] = "none"
+    wire_dtype: Annotated[str, Meta(pattern=r"\A(float32|bfloat16)\Z")] = "float32"
     tied: bool = False
     eos_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=64)] = ()
 

@@ -64,6 +64,7 @@ class Lockstep:
         layout: str = "heads",
         dtype: DType | None = None,
         quant: str = "none",
+        wire_dtype: str = "float32",
         weights: Sequence[float] | None = None,
         device: torch.device = CPU,
         parts: int = 1,
@@ -77,6 +78,7 @@ class Lockstep:
             model_id="0" * 64,
             dtype=dtype or self.config.dtype,
             quant=quant,
+            wire_dtype=wire_dtype,
         )
         self.plan: Plan = change(
             make_plan(

@@ -151,6 +151,7 @@ def test_every_plan_says_what_transformers_says(case: Case, tmp_path: Path) -> N
     assert len(set(expected)) > 8, "a constant continuation would prove nothing"
 
 
+@pytest.mark.parametrize("wire_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("dtype", "quant"), FORMATS)
 @pytest.mark.parametrize(
     "shape",
@@ -168,9 +169,10 @@ def test_every_plan_says_what_transformers_says(case: Case, tmp_path: Path) -> N
     ],
 )
 def test_bits_depend_on_the_tokens_alone(
-    shape: dict[str, Any], dtype: DType, quant: str, tmp_path: Path
+    shape: dict[str, Any], dtype: DType, quant: str, wire_dtype: str, tmp_path: Path
 ) -> None:
-    """Plans, weights, parts, chunk sizes and replay as one prefill give the same logit bits."""
+    """Plans, weights, parts, chunk sizes and replay as one prefill give the same logit bits, also
+    where the sums of half layers are rounded."""
     folder = write_random_model(tmp_path / "model", seed=3, num_hidden_layers=2, **shape)
     prompt = prompt_of(300, 150)
     runs: tuple[tuple[int, str, tuple[float, ...] | None, int, int], ...] = (
@@ -191,6 +193,7 @@ def test_bits_depend_on_the_tokens_alone(
             layout=layout,
             dtype=dtype,
             quant=quant,
+            wire_dtype=wire_dtype,
             weights=weights,
             parts=parts,
         )
@@ -200,6 +203,20 @@ def test_bits_depend_on_the_tokens_alone(
         assert np.array_equal(rows, expected), (nodes, layout, chunk, parts)
         replay = lockstep.prefill(prompt + tokens[:-1], request_id=2, chunk=70)
         assert np.array_equal(replay[0], expected[-1]), "replayed as one prefill"
+
+
+def test_sums_in_bfloat16_are_rounded_everywhere(tmp_path: Path) -> None:
+    """One node alone rounds as several do, and comes close to what is not rounded."""
+    folder = write_random_model(tmp_path / "model", seed=9, num_hidden_layers=3)
+    prompt = prompt_of(300, 60)
+    whole = Lockstep(folder).prefill(prompt)
+    rounded = [
+        Lockstep(folder, nodes=nodes, layout=layout, wire_dtype="bfloat16").prefill(prompt)
+        for nodes, layout in ((1, "heads"), (2, "heads"), (3, "heads"), (2, "layers"), (4, "2x2"))
+    ]
+    assert all(np.array_equal(rounded[0], each) for each in rounded)
+    apart = np.abs(rounded[0] - whole).max() / np.abs(whole).max()
+    assert 1e-5 < apart < 0.05
 
 
 @pytest.mark.parametrize(("dtype", "quant"), FORMATS)

@@ -111,6 +111,7 @@ MODEL = ModelSpec(
     dtype=DType.BFLOAT16,
     kv_dtype=DType.BFLOAT16,
     quant="int8",
+    wire_dtype="bfloat16",
     tied=True,
     eos_token_ids=(2, 3),
 )
@@ -154,6 +155,7 @@ EXAMPLES: dict[str, m.Message] = {
         model_id=MODEL_ID,
         dtype="bfloat16",
         quant="none",
+        wire_dtype="bfloat16",
         layout="heads",
     ),
     "hello of a witness": m.Hello(versions=(1,), member=WITNESS, model_id="", dtype="", quant=""),

@@ -123,6 +123,7 @@ def _measure_cluster(
     result: dict[str, Any] = {
         **settings.fields(),
         "quant": spec.quant,
+        "wire_dtype": spec.wire_dtype,
         "dtype": str(spec.dtype),
         "prompt_tokens": settings.prompt_tokens,
         "max_tokens": settings.max_tokens,

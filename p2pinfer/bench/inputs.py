@@ -35,12 +35,22 @@ class Inputs:
     dtype: str = "auto"
     quant: str = "none"
     local_links: bool = True
+    wire_dtype: str = "float32"
     base_port: int = 7820
 
     def check(self) -> None:
         """Raise `UsageError` for settings that no node takes, and for a port that is taken."""
-        load_settings({"layout": self.layout, "dtype": self.dtype, "quant": self.quant})
+        load_settings(self.options())
         check_ports(self.base_port, self.nodes)
+
+    def options(self) -> dict[str, str]:
+        """The settings of its nodes."""
+        return {
+            "layout": self.layout,
+            "dtype": self.dtype,
+            "quant": self.quant,
+            "wire_dtype": self.wire_dtype,
+        }
 
     def fields(self) -> dict[str, Any]:
         """What every result says of the cluster."""
@@ -66,7 +76,12 @@ def open_model(inputs: Inputs, tell: Tell) -> tuple[Path, ModelSpec]:
     config = load_config(folder)
     dtype = config.dtype if inputs.dtype == "auto" else DType(inputs.dtype)
     return folder, model_spec(
-        config, name=inputs.shape, model_id="", dtype=dtype, quant=inputs.quant
+        config,
+        name=inputs.shape,
+        model_id="",
+        dtype=dtype,
+        quant=inputs.quant,
+        wire_dtype=inputs.wire_dtype,
     )
 
 
@@ -90,13 +105,7 @@ def local_cluster(inputs: Inputs, folder: Path, tell: Tell, **options: Any) -> L
         base_port=inputs.base_port,
         threads=inputs.threads,
         pin=inputs.nodes * inputs.threads <= (os.cpu_count() or 1),
-        options={
-            "layout": inputs.layout,
-            "dtype": inputs.dtype,
-            "quant": inputs.quant,
-            "local_links": inputs.local_links,
-            **options,
-        },
+        options={**inputs.options(), "local_links": inputs.local_links, **options},
         on_progress=tell,
     )
 

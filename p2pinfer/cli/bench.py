@@ -59,6 +59,13 @@ def model_options(command: Command) -> Command:
             default=True,
             help="Exchange over Unix sockets, or over TCP.",
         ),
+        click.option(
+            "--wire-dtype",
+            default="float32",
+            show_default=True,
+            metavar="NAME",
+            help="Format of sums that are sent.",
+        ),
         click.option("--base-port", type=click.IntRange(1, 65000), default=7820, show_default=True),
     )(command)
 

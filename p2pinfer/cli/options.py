@@ -68,6 +68,19 @@ def _replica_options(command: Command) -> Command:
     )(command)
 
 
+def _number_format_options(command: Command) -> Command:
+    """What bits depend on: all nodes must have the same."""
+    return together(
+        click.option("--dtype", metavar="auto|float32|bfloat16|float16", help="Number format."),
+        click.option("--quant", metavar="none|int8|int4", help="Quantise weights, on CPUs."),
+        click.option(
+            "--wire-dtype",
+            metavar="float32|bfloat16",
+            help="Format of sums that nodes exchange: bfloat16 halves what is sent, and rounds.",
+        ),
+    )(command)
+
+
 def _local_links_option(command: Command) -> Command:
     return click.option(
         "--local-links/--no-local-links",
@@ -107,8 +120,7 @@ def shared_node_options(command: Command) -> Command:
         click.option("--model", metavar="DIR|demo", help="Model folder, or the bundled model."),
         click.option("--device", metavar="auto|cpu|cuda[:N]", help="Where to compute."),
         click.option("--threads", type=int, metavar="N", help="Compute threads of a node."),
-        click.option("--dtype", metavar="auto|float32|bfloat16|float16", help="Number format."),
-        click.option("--quant", metavar="none|int8|int4", help="Quantise weights, on CPUs."),
+        _number_format_options,
         click.option("--layout", metavar="auto|heads|layers|SxH", help="How to split the model."),
         _speed_options,
         _replica_options,

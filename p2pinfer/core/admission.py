@@ -38,6 +38,7 @@ def make_hello(me: Member, model: ModelSpec | None, cluster_id: str, layout: str
         model_id=model.model_id if model else "",
         dtype=model.dtype.value if model else "",
         quant=model.quant if model else "",
+        wire_dtype=model.wire_dtype if model else "",
         layout=layout,
     )
 
@@ -126,15 +127,20 @@ def _model(hello: Hello, gate: Gate) -> Refused | None:
 def _settings(hello: Hello, gate: Gate) -> Refused | None:
     if gate.model is None or not hello.model_id:
         return None
-    ours = f"{gate.model.dtype.value}, quantisation {gate.model.quant}"
-    theirs = f"{hello.dtype}, quantisation {hello.quant}"
+    ours = _number_format(gate.model.dtype.value, gate.model.quant, gate.model.wire_dtype)
+    theirs = _number_format(hello.dtype, hello.quant, hello.wire_dtype)
     if ours == theirs:
         return None
     return Refused(
         code="wrong_settings",
         message=f"this cluster serves model {gate.model.name} (id {_short(gate.model.model_id)}) "
-        f"as {ours}; {hello.member.name} offered {theirs}",
+        f"as {ours}; {hello.member.name} offered {theirs}: start it with the same --dtype, "
+        f"--quant and --wire-dtype",
     )
+
+
+def _number_format(dtype: str, quant: str, wire_dtype: str) -> str:
+    return f"{dtype}, quantisation {quant}, sums in {wire_dtype}"
 
 
 def _cluster(hello: Hello, gate: Gate) -> Refused | None:

@@ -142,12 +142,13 @@ class PlanHolder:
         ours, theirs = self._model, plan.model
         if ours is None:
             return
-        mine = (ours.model_id, ours.dtype, ours.quant)
-        if mine != (theirs.model_id, theirs.dtype, theirs.quant):
+        mine = (ours.model_id, ours.dtype, ours.quant, ours.wire_dtype)
+        if mine != (theirs.model_id, theirs.dtype, theirs.quant, theirs.wire_dtype):
             raise RemoteProtocolError(
                 f"the plan is for model {theirs.name} (id {theirs.model_id[:12]}…) as "
-                f"{theirs.dtype}, {theirs.quant}; {self._me.name} has {ours.name} "
-                f"(id {ours.model_id[:12]}…) as {ours.dtype}, {ours.quant}"
+                f"{theirs.dtype}, {theirs.quant}, sums in {theirs.wire_dtype}; {self._me.name} "
+                f"has {ours.name} (id {ours.model_id[:12]}…) as {ours.dtype}, {ours.quant}, "
+                f"sums in {ours.wire_dtype}"
             )
 
     def worker_started(self) -> None:

@@ -168,6 +168,7 @@ def model_spec(
     model_id: str,
     dtype: DType | None = None,
     quant: str = "none",
+    wire_dtype: str = "float32",
 ) -> ModelSpec:
     """What the cluster agrees on of this model; `dtype` None means the configuration's own.
 
@@ -190,6 +191,7 @@ def model_spec(
         dtype=dtype,
         kv_dtype=DType.FLOAT32 if exact else DType.BFLOAT16,
         quant=quant,
+        wire_dtype=wire_dtype,
         tied=config.tie_word_embeddings,
         eos_token_ids=config.eos_token_ids,
     )

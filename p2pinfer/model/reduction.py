@@ -1,7 +1,10 @@
-"""Sums of unit partials in float32 along the fixed tree of `core/tree.py`.
+"""Sums of unit partials along the fixed tree of `core/tree.py`, in float32 or bfloat16.
 
 The additions, and so the bits, are the same however the units lie on nodes: a node adds what its
 own units allow, sends those subtree sums, and every node adds what it received the rest of the way.
+All of the tree is in one format, `ModelSpec.wire_dtype`. In bfloat16 each unit's partial is rounded
+before anything is added to it, and each sum as it is made, whether or not it is sent: so what
+crosses the wire loses nothing there, and the plan still does not matter.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ def _cover(owned: tuple[int, ...], units: int) -> tuple[int, ...]:
 
 
 def subtree_sums(partials: Mapping[int, Tensor], units: int) -> dict[int, Tensor]:
-    """Add one node's unit partials (by unit number, each [rows, hidden] float32) as far as they go.
+    """Add one node's unit partials (by unit number, each [rows, hidden]) as far as they go.
 
     Returns the sums of the maximal complete subtrees, by tree node, in ascending order.
     """
@@ -33,7 +36,7 @@ def subtree_sums(partials: Mapping[int, Tensor], units: int) -> dict[int, Tensor
 
 
 def whole_sum(parts: Mapping[int, Tensor], units: int) -> Tensor:
-    """Add subtree sums that cover all `units` up to the root: [rows, hidden] float32."""
+    """Add subtree sums that cover all `units` up to the root: [rows, hidden]."""
     root = tree.root(units)
     return _climb(dict(parts), units, (root,))[root]
 

@@ -26,7 +26,7 @@ from p2pinfer.model.llama import TORCH_DTYPES, Batch, Trunk
 from p2pinfer.model.part import Part, units_of
 from p2pinfer.model.reduction import whole_sum
 from p2pinfer.model.rope import Rope
-from p2pinfer.types import ModelSpec
+from p2pinfer.types import DType, ModelSpec
 from p2pinfer.wire.messages import Slot
 
 ATTENTION, MLP = 0, 1
@@ -42,8 +42,8 @@ class NeedHidden:
 
 @dataclass(frozen=True)
 class NeedSum:
-    """My unit partials of a half layer of a stage, each [rows, hidden] float32; send me the sum of
-    all."""
+    """My unit partials of a half layer of a stage, each [rows, hidden] in the `wire_dtype` of the
+    model; send me the sum of all."""
 
     stage: int
     layer: int
@@ -186,6 +186,7 @@ class StageRunner:
         self._group = group_size(model)
         self._quant = model.quant
         self._kv_dtype = TORCH_DTYPES[model.kv_dtype]
+        self._sum_dtype = TORCH_DTYPES[DType(model.wire_dtype)]
         self._device = device
         self._layers = model.num_layers
         self.rearrange(parts)
@@ -293,11 +294,11 @@ class StageRunner:
         ids = torch.tensor([token for slot in slots for token in slot.tokens], dtype=torch.int64)
         return embedding[ids].to(self._device, torch.float32)
 
-    @staticmethod
     def _need(
-        owned: _Owned, layer: int, half: int, partials: dict[int, Tensor], rows: int
+        self, owned: _Owned, layer: int, half: int, partials: dict[int, Tensor], rows: int
     ) -> NeedSum:
-        return NeedSum(owned.stage, layer, half, {unit: p[:rows] for unit, p in partials.items()})
+        leaves = {unit: p[:rows].to(self._sum_dtype) for unit, p in partials.items()}
+        return NeedSum(owned.stage, layer, half, leaves)
 
     @staticmethod
     def _add(x: Tensor, rows: int, total: Tensor | None, bias: Tensor | None) -> Tensor:

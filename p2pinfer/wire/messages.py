@@ -104,6 +104,7 @@ class Hello(ControlMessage, frozen=True, kw_only=True):
     model_id: Digest
     dtype: Annotated[str, Meta(max_length=16)]
     quant: Annotated[str, Meta(max_length=16)]
+    wire_dtype: Annotated[str, Meta(max_length=16)] = "float32"
     layout: Annotated[str, Meta(max_length=16)] = ""
 
 

@@ -46,6 +46,7 @@ GATE = Gate(member(1), SIX_LAYERS, "c" * 16, (member(2),))
         ({"model_id": ""}, "wrong_model"),
         ({"dtype": "float32"}, "wrong_settings"),
         ({"quant": "int8"}, "wrong_settings"),
+        ({"wire_dtype": "bfloat16"}, "wrong_settings"),
         ({"cluster_id": "d" * 16}, "wrong_cluster"),
         ({"cluster_id": ""}, ""),
         ({"member": replace(member(9), name="node1")}, "name_taken"),

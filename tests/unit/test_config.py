@@ -94,6 +94,7 @@ def test_long_host_names_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--dtype", {"dtype": "float8"}),
         ("--quant", {"quant": "int8", "device": "cuda:1"}),
         ("--quant", {"quant": "fp8"}),
+        ("--wire-dtype", {"wire_dtype": "float16"}),
         ("--layout", {"layout": "columns"}),
         ("--layout", {"layout": "5x4"}),
         ("--layout", {"layout": "0x4"}),

@@ -199,6 +199,14 @@ def test_a_plan_of_another_model_is_refused(node: Holding) -> None:
     assert "abababababab" in nack.message
 
 
+def test_a_plan_of_another_number_format_is_refused(node: Holding) -> None:
+    """Of weights or of sums."""
+    node.propose(replace(PLAN, model=replace(MODEL, wire_dtype="bfloat16")))
+    ((_, nack),) = node.sent(m.Nack)
+    assert "sums in bfloat16" in nack.message
+    assert "sums in float32" in nack.message
+
+
 def test_a_plan_that_cannot_be_loaded_is_refused(node: Holding) -> None:
     """The worker's error is the reason; the next proposal is taken as ever."""
     node.propose(PLAN)

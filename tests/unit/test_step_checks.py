@@ -127,6 +127,16 @@ def test_a_partial_has_the_parts_that_the_plan_says() -> None:
     assert not accepts(STAGES, 0, 1, partial())
 
 
+def test_sums_have_the_format_of_the_plan() -> None:
+    """Where the plan rounds them to bfloat16, that is what is sent, and nothing longer."""
+    plan = msgspec.structs.replace(
+        HEADS, model=msgspec.structs.replace(HEADS.model, wire_dtype="bfloat16")
+    )
+    rounded = floats(1, 3, SIX_LAYERS.hidden_size, dtype=WireDType.BFLOAT16)
+    assert accepts(plan, 0, 1, partial(tensor=rounded))
+    assert not accepts(plan, 0, 1, partial())
+
+
 def test_hidden_states_come_from_the_stage_before() -> None:
     """Only the sender that the plan names, and only of the model's width."""
     message = Hidden(**FRAME, sender=0, stage=0, tensor=floats(3, SIX_LAYERS.hidden_size))
