@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from p2pinfer.core.step_checks import SUM_DTYPES
 from p2pinfer.core.topology import Role, Topology, topology
 from p2pinfer.core.units import unit_count
 from p2pinfer.errors import ClusterError
@@ -15,8 +16,8 @@ from p2pinfer.types import Fence, Member, ModelSpec, Plan, Stage, UnitKind
 from p2pinfer.wire.tensors import ITEM_BYTES, WireDType
 
 HALVES = 2
-PARTIAL_ITEM_BYTES = ITEM_BYTES[WireDType.FLOAT32]
-"""Of one number of a partial sum, or of a hidden state."""
+HIDDEN_ITEM_BYTES = ITEM_BYTES[WireDType.FLOAT32]
+"""Of one number of a hidden state."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ def exchanges(mine: Topology, role: Role, half: int, rows: int) -> Sequence[Fram
     """What a member sends in one half layer: in each of its exchanges, one or two, to each peer."""
     if not role.peers:
         return ()
-    row = mine.plan.model.hidden_size * PARTIAL_ITEM_BYTES
+    model = mine.plan.model
+    row = model.hidden_size * ITEM_BYTES[SUM_DTYPES[model.wire_dtype]]
     parts = len(role.parts[half].get(mine.me, ()))
     shares = mine.shares(role, half, rows)
     if not shares:
@@ -128,7 +130,7 @@ def largest_frame(plan: Plan, rows: int) -> int:
     sizes = [0]
     for mine in topologies(plan):
         for role in mine.roles:
-            sizes += [rows * plan.model.hidden_size * PARTIAL_ITEM_BYTES] * len(role.hidden_to)
+            sizes += [rows * plan.model.hidden_size * HIDDEN_ITEM_BYTES] * len(role.hidden_to)
             for half in range(HALVES):
                 sizes += [n for frames in exchanges(mine, role, half, rows) for _, n in frames]
     return max(sizes)
@@ -149,7 +151,7 @@ def step_traffic(plan: Plan, me: int, rows: int) -> dict[str, int]:
             messages += layers * len(frames)
             sent += layers * sum(nbytes for _, nbytes in frames)
         messages += len(role.hidden_to)
-        sent += len(role.hidden_to) * rows * plan.model.hidden_size * PARTIAL_ITEM_BYTES
+        sent += len(role.hidden_to) * rows * plan.model.hidden_size * HIDDEN_ITEM_BYTES
     return {"messages": messages, "tensor_bytes": sent}
 
 
@@ -162,7 +164,7 @@ def expected_step_ms(plan: Plan, rows: int, links: Links) -> dict[str, Any]:
     step's announcement and the candidates are small.
     """
     everybody = topologies(plan)
-    hidden_bytes = rows * plan.model.hidden_size * PARTIAL_ITEM_BYTES
+    hidden_bytes = rows * plan.model.hidden_size * HIDDEN_ITEM_BYTES
     count, exchanges_ms, passed_ms = 0, 0.0, 0.0
     for number, stage in enumerate(plan.stages):
         layers = stage.end - stage.start

@@ -23,7 +23,7 @@ from p2pinfer.wire.messages import (
 )
 from p2pinfer.wire.tensors import WireDType
 
-_SUM_DTYPES = {"float32": WireDType.FLOAT32, "bfloat16": WireDType.BFLOAT16}
+SUM_DTYPES = {"float32": WireDType.FLOAT32, "bfloat16": WireDType.BFLOAT16}
 """By `ModelSpec.wire_dtype`."""
 
 StepMessage = Step | StepAck | Partial | Hidden | Candidates | LogitsRequest | Logits
@@ -59,7 +59,7 @@ def _fits(topology: Topology, sender: int, message: StepMessage) -> bool:
                 )
                 and tensor.shape[1] <= MAX_STEP_TOKENS
                 and tensor.shape[2] == hidden_size
-                and tensor.dtype == _SUM_DTYPES[plan.model.wire_dtype]
+                and tensor.dtype == SUM_DTYPES[plan.model.wire_dtype]
             )
         case Hidden(tensor=tensor):
             role = topology.role(message.stage + 1)

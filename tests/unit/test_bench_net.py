@@ -124,6 +124,16 @@ def test_long_sums_are_added_by_shares() -> None:
     assert largest_frame(plan, 400) < 400 * largest_frame(plan, 1)
 
 
+def test_sums_in_bfloat16_are_half_as_long() -> None:
+    """Hidden states are not."""
+    for layout, times in (("heads", 2), ("layers", 1)):
+        plan = planned(3, layout)
+        model = msgspec.structs.replace(plan.model, wire_dtype="bfloat16")
+        short = msgspec.structs.replace(plan, model=model)
+        sent = [step_traffic(each, 0, 5)["tensor_bytes"] for each in (plan, short)]
+        assert sent[0] == times * sent[1] > 0
+
+
 def test_one_node_sends_nothing() -> None:
     """And nothing is to be waited for."""
     plan = planned(1, "heads")
