@@ -202,8 +202,11 @@ def fields_of(value: Any) -> Any:
 def test_the_json_objects_have_the_fields_that_the_readme_shows(transcript: Transcript) -> None:
     """`submit prompt --json` and `status --json` print the very fields, at all depths."""
     shown = [json.loads(block) for block in blocks("json")]
+    # What comes before the object is progress, which goes to stderr.
     printed = [
-        json.loads(said[1]) for command, said in transcript.said.items() if "--json" in command
+        json.loads(said[said.index("{") :])
+        for command, (_, said) in transcript.said.items()
+        if "--json" in command
     ]
     assert [fields_of(value) for value in printed] == [fields_of(value) for value in shown]
 
