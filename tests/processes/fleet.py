@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import time
 from collections.abc import Callable, Sequence
@@ -36,6 +37,12 @@ NEAR = 16
 """Tokens that a standby may be behind: those of the last steps, which its owner did not send."""
 
 
+def boot_id(index: int) -> str:
+    """Of the worker of that number. No other on this machine has it, those of a test run beside
+    included: local links go by it."""
+    return f"{os.getpid() & 0xFFFFFFFF:08x}{index:08x}"
+
+
 class Fleet(StartStop):
     """`nodes` workers holding the model in `folder` by one plan; the last `witnesses` of them
     hold nothing, and of each unit `replicas` others keep a replica; all may keep inputs.
@@ -63,7 +70,7 @@ class Fleet(StartStop):
         self.members = [
             Member(
                 node_id=f"{i:016x}",
-                boot_id=f"{i:016x}",
+                boot_id=boot_id(i),
                 name=f"node{i + 1}",
                 address=f"tcp://127.0.0.1:{base + 10 * i}",
                 weight=weights[i] if weights else 1.0,
@@ -82,7 +89,7 @@ class Fleet(StartStop):
             worker.pipe.send(
                 WorkerConfig(
                     node_id=f"{i:016x}",
-                    boot_id=f"{i:016x}",
+                    boot_id=boot_id(i),
                     name=f"node{i + 1}",
                     model_folder="" if self.members[i].witness else str(folder),
                     model=None if self.members[i].witness else self.model,

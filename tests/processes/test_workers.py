@@ -32,7 +32,7 @@ from p2pinfer.wire.codec import encode
 from p2pinfer.wire.messages import LinkOpen, Partial
 from p2pinfer.wire.tensors import Tensor, WireDType
 from tests.lockstep import Lockstep
-from tests.processes.fleet import NEAR, Fleet, restart
+from tests.processes.fleet import NEAR, Fleet, boot_id, restart
 from tests.random_models import write_random_model
 
 PROMPT = [5, 9, 200, 31, 77, 8, 120]
@@ -383,7 +383,7 @@ def test_a_link_that_is_opened_again_breaks_the_step(folder: Path) -> None:
         dealer = context.socket(zmq.DEALER)
         try:
             dealer.connect(port_shifted(fleet.members[1].address, STEP_PORT_OFFSET))
-            again = LinkOpen(node_id="0" * 16, boot_id="0" * 16, fence=Fence(1, 1))
+            again = LinkOpen(node_id="0" * 16, boot_id=boot_id(0), fence=Fence(1, 1))
             dealer.send(encode(again))
             failed = fleet.failure(1)
             assert failed.node_id == "0" * 16
