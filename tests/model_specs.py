@@ -51,3 +51,19 @@ SIX_LAYERS = ModelSpec(
     kv_dtype=DType.BFLOAT16,
 )
 """Two query heads to a KV head, in bfloat16, with layers enough for every layout."""
+
+LLAMA_1B = ModelSpec(
+    name="llama",
+    model_id="",
+    num_layers=16,
+    hidden_size=2048,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=64,
+    intermediate_size=8192,
+    vocab_size=128256,
+    max_positions=131072,
+    dtype=DType.BFLOAT16,
+    kv_dtype=DType.BFLOAT16,
+)
+"""The shape of Llama-3.2-1B, but that its two tables are not tied."""

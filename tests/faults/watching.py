@@ -111,6 +111,18 @@ def all_own(cluster: Cluster) -> bool:
     return all(owners(node) == {each.name for each in running} for node in running)
 
 
+def await_whole(cluster: LocalCluster) -> LocalCluster:
+    """Start again what has ended of it, and wait until all have a vote and units, and all of these
+    a standby. Returns it."""
+    for index, node in enumerate(cluster.nodes):
+        if node.ending:
+            cluster.nodes[index] = cluster.start_node(index)
+    count = len(cluster.nodes)
+    until(lambda: all_vote(cluster, count) and all_own(cluster), what="the cluster with all nodes")
+    until(lambda: all_protected(cluster), what="a standby for every unit")
+    return cluster
+
+
 def all_protected(cluster: Cluster, behind: int = 0) -> bool:
     """Whether every unit has a standby, and every running node the weights of all units that it
     keeps for others, and lacks at most `behind` positions of each of their KV."""

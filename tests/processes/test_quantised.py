@@ -14,9 +14,7 @@ from p2pinfer.cluster import LocalCluster, free_base_port
 from p2pinfer.types import SamplingParams
 from tests.faults.watching import (
     Reading,
-    all_own,
-    all_protected,
-    all_vote,
+    await_whole,
     facts,
     kill,
     others,
@@ -51,12 +49,7 @@ def nodes(
 @pytest.fixture
 def trio(nodes: LocalCluster) -> LocalCluster:
     """Three nodes, all there, with a vote and units, and all of these with a standby."""
-    for index, node in enumerate(nodes.nodes):
-        if node.ending:
-            nodes.nodes[index] = nodes.start_node(index)
-    until(lambda: all_vote(nodes, 3) and all_own(nodes), what="the cluster with all three")
-    until(lambda: all_protected(nodes), what="a standby for every unit")
-    return nodes
+    return await_whole(nodes)
 
 
 @pytest.mark.parametrize("kind", ["follower", "leader"])

@@ -19,6 +19,7 @@ from tests.faults.watching import (
     all_own,
     all_protected,
     all_vote,
+    await_whole,
     facts,
     kill,
     others,
@@ -50,12 +51,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
 @pytest.fixture
 def quartet(nodes: LocalCluster) -> LocalCluster:
     """Four nodes, all there, with a vote and units, and all of these with a standby."""
-    for index, node in enumerate(nodes.nodes):
-        if node.ending:
-            nodes.nodes[index] = nodes.start_node(index)
-    until(lambda: all_vote(nodes, 4) and all_own(nodes), what="the cluster with all four")
-    until(lambda: all_protected(nodes), what="a standby for every unit")
-    return nodes
+    return await_whole(nodes)
 
 
 @pytest.fixture(scope="module")

@@ -18,22 +18,9 @@ from p2pinfer.core.planner import (
 )
 from p2pinfer.core.units import Slice
 from p2pinfer.errors import LocalProtocolError, RemoteProtocolError
-from p2pinfer.types import DType, Fence, Member, ModelSpec, Plan, UnitKind
+from p2pinfer.types import Fence, Member, ModelSpec, Plan, UnitKind
+from tests.model_specs import LLAMA_1B as MODEL
 
-MODEL = ModelSpec(
-    name="llama",
-    model_id="",
-    num_layers=16,
-    hidden_size=2048,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=64,
-    intermediate_size=8192,
-    vocab_size=128256,
-    max_positions=131072,
-    dtype=DType.BFLOAT16,
-    kv_dtype=DType.BFLOAT16,
-)
 GIB = 1 << 30
 
 

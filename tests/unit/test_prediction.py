@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import combinations
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,24 +22,11 @@ from p2pinfer.core.prediction import (
     round_trip_s,
 )
 from p2pinfer.core.topology import holdings, weight_bytes
-from p2pinfer.types import DType, Fence, Member, ModelSpec, RoundTrip
+from p2pinfer.types import Fence, Member, ModelSpec, RoundTrip
+from tests.model_specs import LLAMA_1B
 
 HERE = "a" * 16
-MODEL = ModelSpec(
-    name="1b",
-    model_id="",
-    num_layers=16,
-    hidden_size=2048,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=64,
-    intermediate_size=8192,
-    vocab_size=128256,
-    max_positions=131072,
-    dtype=DType.BFLOAT16,
-    kv_dtype=DType.BFLOAT16,
-    tied=True,
-)
+MODEL = msgspec.structs.replace(LLAMA_1B, tied=True)
 """The shape of Llama-3.2-1B."""
 
 
