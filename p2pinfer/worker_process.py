@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -70,6 +71,13 @@ class WorkerProcess:
         self._process.wait()
 
 
+def _tunables(given: str) -> str:
+    """The C library's settings: those `given`, and huge pages for large pieces of memory unless
+    these say something of it."""
+    kind = "glibc.malloc.hugetlb"
+    return given if kind in given else ":".join(filter(None, (given, f"{kind}=1")))
+
+
 def _environment(threads: int) -> dict[str, str]:
     """What must be said before torch is imported: OpenMP reads it when it is loaded."""
     count = str(threads)
@@ -78,10 +86,10 @@ def _environment(threads: int) -> dict[str, str]:
         MKL_NUM_THREADS=count,
         # Threads that spin while they wait take the cores from the node's other processes.
         OMP_WAIT_POLICY="passive",
-        # Weights on huge pages: fewer misses of the address cache while they are streamed.
+        # Weights on huge pages: fewer misses of the address cache while they are streamed. What
+        # torch allocates, and what other libraries do (glibc 2.35 and later).
         THP_MEM_ALLOC_ENABLE="1",
-        # The KV store on small ones: a request's room must cost nothing before it is written.
-        NUMPY_MADVISE_HUGEPAGE="0",
+        GLIBC_TUNABLES=_tunables(os.environ.get("GLIBC_TUNABLES", "")),
         # The tokenizer's thread pool is of no use beside torch's.
         TOKENIZERS_PARALLELISM="false",
     )

@@ -9,7 +9,7 @@ independent of the batch). Decode is a tile of one position: prefill and decode 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from p2pinfer.core.blocks import BLOCK_POSITIONS
+from p2pinfer.model.kv_cache import KvCache, Layers
 from p2pinfer.model.stopwatch import ATTENTION
 
 ROW_MULTIPLE = 8
@@ -103,40 +104,71 @@ def _one_thread(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-@ATTENTION
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, rows_of_step: Rows, store_of: Callable[[int], Tensor]
-) -> Tensor:
-    """Write the new keys and values by position, then attend.
+class _Tile(NamedTuple):
+    """A tile by the memory of one cache: where its queries are put together, [1, units, padded
+    query rows, head_dim] with zeros beyond them; the same by position and head; where its keys and
+    values lie; where its results go, [units, query rows, head_dim]."""
 
-    `q` [rows, units, group, head_dim], `k` and `v` [rows, units, head_dim], all in the cache's
-    dtype. `store_of(request)` is [units, 2, capacity, head_dim]: the cache of one layer. Returns
-    [units, rows, group * head_dim]; rows outside every tile are zero.
+    tile: Tile
+    query: Tensor
+    by_head: Tensor
+    past: Layers
+    into: Tensor
+
+
+class StepAttention:
+    """Attention of one step's rows over one cache, in which all of its requests are open.
+
+    What does not change from layer to layer is made once. Results are in `dtype`.
     """
-    rows, units, group, head_dim = q.shape
-    for run in rows_of_step.runs:
-        store = store_of(run.request_id)
-        last = run.row + run.end - run.start
-        store[:, 0, run.start : run.end] = k[run.row : last].transpose(0, 1)
-        store[:, 1, run.start : run.end] = v[run.row : last].transpose(0, 1)
-    out = torch.zeros((units, rows, group * head_dim), dtype=q.dtype, device=q.device)
-    with _one_thread(q.device):
-        for tile in rows_of_step.tiles:
-            store = store_of(tile.request_id)
-            query_rows = tile.length * group
-            mask = tile.mask
-            if mask is None:
-                mask = _tile_mask(tile.start, tile.length, group, q.dtype, q.device)
-            query = torch.zeros((1, units, mask.shape[2], head_dim), dtype=q.dtype, device=q.device)
-            mine = q[tile.row : tile.row + tile.length]
-            query[0, :, :query_rows] = mine.transpose(0, 1).reshape(units, query_rows, head_dim)
-            mixed = functional.scaled_dot_product_attention(
-                query,
-                store[None, :, 0, : tile.keys],
-                store[None, :, 1, : tile.keys],
-                attn_mask=mask,
+
+    def __init__(self, cache: KvCache, rows: int, of_step: Rows, group: int, dtype: torch.dtype):
+        shape = cache.shape
+        units, head_dim, self._device = shape.units, shape.head_dim, shape.device
+        self._group, self._kv_dtype = group, shape.dtype
+        self._written = []
+        for run in of_step.runs:
+            last = run.row + run.end - run.start
+            new = cache.layers(run.request_id, run.start, run.end)
+            self._written.append((run.row, last, *new))
+        self._out = torch.zeros((units, rows, group * head_dim), dtype=dtype, device=self._device)
+        into = self._out.view(units, rows * group, head_dim)
+        self._tiles = []
+        for tile in of_step.tiles:
+            count = tile.length * group
+            padded = -(-count // ROW_MULTIPLE) * ROW_MULTIPLE
+            query = torch.zeros(
+                (1, units, padded, head_dim), dtype=shape.dtype, device=self._device
             )
-            out[:, tile.row : tile.row + tile.length] = mixed[0, :, :query_rows].reshape(
-                units, tile.length, group * head_dim
-            )
-    return out
+            by_head = query[0, :, :count].view(units, tile.length, group, head_dim)
+            past = cache.layers(tile.request_id, 0, tile.keys)
+            first = tile.row * group
+            self._tiles.append(_Tile(tile, query, by_head, past, into[:, first : first + count]))
+
+    @ATTENTION
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Write the new keys and values of a layer (0 is the cache's first) by position, then
+        attend.
+
+        `q` [rows, units, group, head_dim], `k` and `v` [rows, units, head_dim]; they are rounded to
+        the cache's number format. Returns [units, rows, group * head_dim], good until the next
+        call; rows outside every tile are zero.
+        """
+        q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+        for row, last, keys, values in self._written:
+            keys[layer].copy_(k[:, row:last])
+            values[layer].copy_(v[:, row:last])
+        with _one_thread(self._device):
+            for tile, query, by_head, past, into in self._tiles:
+                by_head.copy_(q[:, tile.row : tile.row + tile.length])
+                mixed = functional.scaled_dot_product_attention(
+                    query,
+                    past.keys[layer][None],
+                    past.values[layer][None],
+                    attn_mask=tile.mask if tile.mask is not None else self._mask(tile),
+                )
+                into.copy_(mixed[0, :, : into.shape[1]])
+        return self._out
+
+    def _mask(self, tile: Tile) -> Tensor:
+        return _tile_mask(tile.start, tile.length, self._group, self._kv_dtype, self._device)

@@ -10,8 +10,12 @@ use is for `core/coverage.py` to say.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import mmap
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,14 +44,27 @@ class KvShape:
         return self.layers * 2 * blocks * BLOCK_POSITIONS * self.head_dim * self.dtype.itemsize
 
 
+class Layers(NamedTuple):
+    """Keys and values of some positions, by layer, each [units, positions, head_dim]."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+
 def unwritten_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros that cost no memory until written (attention reads to the end of a block, and what is
     masked there must be finite)."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    if dtype.itemsize == 2:
-        return torch.from_numpy(np.zeros(shape, dtype=np.int16)).view(dtype)
-    return torch.from_numpy(np.zeros(shape, dtype=np.float32)).view(dtype)
+    if not prod(shape):
+        return torch.empty(shape, dtype=dtype)
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = mmap.mmap(-1, prod(shape) * dtype.itemsize, flags=private)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        # A huge page would take memory for a request's whole room with the first position.
+        with suppress(OSError):  # the kernel has none at all
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 class KvCache:
@@ -86,10 +103,10 @@ class KvCache:
         """Positions reserved, by request."""
         return {request_id: store.shape[3] for request_id, store in self._store.items()}
 
-    def of_layer(self, layer: int) -> Callable[[int], Tensor]:
-        """A function that gives a request's KV of one layer of the span (0 is its first):
-        [units, 2, capacity, head_dim]."""
-        return lambda request_id: self._store[request_id][:, layer]
+    def layers(self, request_id: int, start: int, end: int) -> Layers:
+        """Positions `[start, end)` of an open request, in place."""
+        rows = self._store[request_id][:, :, :, start:end]
+        return Layers(rows[:, :, 0].unbind(1), rows[:, :, 1].unbind(1))
 
     def wrote(self, request_id: int, end: int) -> None:
         """Positions up to `end` were written, in every layer."""

@@ -34,11 +34,7 @@ class Linear(Protocol):
 
 def padded_rows(rows: int, quant: str = "none") -> int:
     """How many rows a batch of `rows` is computed with, by weights that are quantised so."""
-    if quant == "none":
-        return max(rows, MIN_ROWS)
-    # With 4 bits and blocks of 64 the last of an odd number of rows takes another kernel, with
-    # other bits; with 8 bits it does not.
-    return rows + rows % 2 if quant == "int4" else rows
+    return max(rows, MIN_ROWS) if quant == "none" else rows
 
 
 def _pad(x: Tensor) -> Tensor:

@@ -16,11 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from p2pinfer.core.units import Slice, group_size
-from p2pinfer.model.attention import Rows, attend
-from p2pinfer.model.linear import Linear
-from p2pinfer.model.rope import Rope, rotate
-from p2pinfer.model.unit_products import UnitProducts
+from p2pinfer.core.units import Slice
+from p2pinfer.model.rope import Angles, Rope
+from p2pinfer.model.unit_products import Projection, UnitProducts
 from p2pinfer.types import DType, ModelSpec
 
 TORCH_DTYPES = {
@@ -33,15 +31,6 @@ TORCH_DTYPES = {
 def compute_dtype(model: ModelSpec) -> torch.dtype:
     """In what products take their inputs: quantised ones quantise them themselves, of float32."""
     return TORCH_DTYPES[model.dtype] if model.quant == "none" else torch.float32
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The rows of one step: what they attend to, and their rotary angles."""
-
-    rows: Rows
-    cos: Tensor
-    sin: Tensor
 
 
 @dataclass(frozen=True)
@@ -61,19 +50,24 @@ class LayerTrunk:
 class Trunk:
     """What every node of a stage has whole, whichever units it owns.
 
-    `final_norm` is there in the last stage, `embedding` (a mapped table) in the first.
+    `final_norm` is there in the last stage, `embedding` (a mapped table) in the first. With
+    `norms_within` products norm what they are given themselves.
     """
 
     span: Slice
     dtype: torch.dtype
+    norms_within: bool
     eps: float
     rope: Rope
     layers: tuple[LayerTrunk, ...]
     final_norm: Tensor | None
     embedding: Tensor | None
 
-    def normed(self, x: Tensor, norm: Tensor) -> Tensor:
-        """`x` [rows, hidden] float32 by root mean square and `norm`, in the model's dtype."""
+    def prepared(self, x: Tensor, norm: Tensor) -> Tensor:
+        """What products take of the residual `x` [rows, hidden] float32: normed by root mean square
+        and `norm`, in the model's dtype, or `x` itself, where they do that."""
+        if self.norms_within:
+            return x
         return functional.rms_norm(x, (x.shape[1],), norm, self.eps).to(self.dtype)
 
 
@@ -81,46 +75,26 @@ class Trunk:
 class AttentionHalf:
     """Head units of one layer: q/k/v as one product, attention, `o_proj` per unit."""
 
-    model: ModelSpec
     units: tuple[int, ...]
-    qkv: Linear
+    qkv: Projection
     out: UnitProducts
 
     def partials(
         self,
         h: Tensor,
-        batch: Batch,
-        store_of: Callable[[int], Tensor],
+        angles: Angles,
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
         owned: AbstractSet[int],
     ) -> dict[int, Tensor]:
-        """[rows, hidden] float32 per unit that is `owned`, of `h` [rows, hidden], the normed input.
+        """[rows, hidden] float32 per unit that is `owned`, of `h` [rows, hidden], the prepared
+        input. `attend` is `StepAttention.attend` of this layer: it writes the KV of all units."""
+        return _by_unit(self.units, self.out, attend(*self.qkv(h, angles)), owned)
 
-        `store_of(request)` is the KV of this layer, [units, 2, capacity, head_dim]: that of all
-        units is written.
-        """
-        q, k, v = self._project(h, batch.cos, batch.sin)
-        mixed = attend(q, k, v, batch.rows, store_of).to(compute_dtype(self.model))
-        return _by_unit(self.units, self.out, mixed, owned)
-
-    def keys_values(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V, each [rows, units, head_dim] in the KV's number format, of `h` [rows, hidden]:
+    def keys_values(self, h: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
+        """K and V, each [rows, units, head_dim], of `h` [rows, hidden]: in the KV's number format
         the very bits that `partials` writes, since it is the same product."""
-        _, k, v = self._project(h, cos, sin)
+        _, k, v = self.qkv(h, angles)
         return k, v
-
-    def _project(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Q [rows, units, group, head_dim], K and V, in the KV's number format."""
-        kind = TORCH_DTYPES[self.model.kv_dtype]
-        rows, units, dim = h.shape[0], len(self.units), self.model.head_dim
-        group = group_size(self.model)
-        qkv = self.qkv(h)
-        values_at = units * (group + 1) * dim
-        turned = qkv[:, :values_at].view(rows, units * (group + 1), dim)
-        turned = rotate(turned, cos, sin).to(kind)
-        q = turned[:, : units * group].view(rows, units, group, dim)
-        k = turned[:, units * group :]
-        v = qkv[:, values_at:].view(rows, units, dim).to(kind)
-        return q, k, v
 
     @property
     def nbytes(self) -> int:
@@ -136,7 +110,7 @@ class MlpHalf:
     products: UnitProducts
 
     def partials(self, h: Tensor, owned: AbstractSet[int]) -> dict[int, Tensor]:
-        """[rows, hidden] float32 per unit that is `owned`, of `h` [rows, hidden], the normed
+        """[rows, hidden] float32 per unit that is `owned`, of `h` [rows, hidden], the prepared
         input."""
         return _by_unit(self.units, self.products, h, owned)
 
@@ -154,8 +128,8 @@ class VocabHead:
     products: UnitProducts
 
     def logits(self, h: Tensor, owned: AbstractSet[int]) -> dict[int, Tensor]:
-        """[rows, unit width] float32 per unit that is `owned`, of `h` [rows, hidden], the normed
-        output of the last layer."""
+        """[rows, unit width] float32 per unit that is `owned`, of `h` [rows, hidden], the
+        prepared output of the last layer."""
         return _by_unit(self.units, self.products, h, owned)
 
     @property

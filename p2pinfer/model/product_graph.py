@@ -11,7 +11,7 @@ pool for each, their threads keep one another from the cores.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from p2pinfer.model.quantise import QuantisedWeight
 from p2pinfer.model.stopwatch import PRODUCTS
+from p2pinfer.model.unit_products import Norm
 
 OPSET, CONTRIB_OPSET, IR_VERSION = 21, 1, 10
 """Of ONNX and of `com.microsoft`: what onnxruntime 1.20 and later understand."""
@@ -34,6 +35,13 @@ ACCURACY_LEVEL = 4
 
 KEPT_ROWS = 16
 """Buffers of steps of so few rows stay: those of a prefill would take hundreds of megabytes."""
+
+NUMPY_DTYPES = {torch.float32: np.float32, torch.int64: np.int64}
+ONNX_DTYPES = {
+    torch.float32: TensorProto.FLOAT,
+    torch.int64: TensorProto.INT64,
+    torch.uint8: TensorProto.UINT8,
+}
 
 ERRORS_ONLY = 3
 
@@ -60,7 +68,8 @@ def threads() -> int:
 
 
 class Graph:
-    """What is to be computed, node by node. Values are named; all are float32 [rows, width]."""
+    """What is to be computed, node by node. Values are named; nearly all are float32, with the rows
+    of a step in their last dimension but one."""
 
     def __init__(self) -> None:
         self.nodes: list[NodeProto] = []
@@ -92,14 +101,31 @@ class Graph:
             self.node("Add", [result, f"{out}.bias"], [out])
         return out
 
-    def split(self, x: str, widths: Sequence[int], outs: Sequence[str]) -> Sequence[str]:
-        """Cut `x` into pieces side by side."""
+    def norm(self, x: str, norm: Norm, out: str) -> str:
+        """`out` = `x` [..., width] by its root mean square and the norm's weight."""
+        self.constant(f"{out}.weight", norm.weight)
+        inputs = [x, f"{out}.weight"]
+        self.node("SimplifiedLayerNormalization", inputs, [out], axis=-1, epsilon=norm.eps)
+        return out
+
+    def split(
+        self, x: str, widths: Sequence[int], outs: Sequence[str], axis: int = -1
+    ) -> Sequence[str]:
+        """Cut `x` into pieces, side by side or along another axis."""
         if len(outs) == 1:
             self.node("Identity", [x], outs)
             return outs
         self.constant(f"{x}.widths", torch.tensor(widths))
-        self.node("Split", [x, f"{x}.widths"], outs, axis=1)
+        self.node("Split", [x, f"{x}.widths"], outs, axis=axis)
         return outs
+
+    def turned(self, x: str, heads: int, angles: Sequence[str], places: str, out: str) -> str:
+        """Rotary embedding of `heads` heads: `x` [1, rows, heads * head_dim], `angles` the names of
+        cosines and sines [rows, head_dim / 2], and `places` that of int64 [1, rows], which says
+        whose angles a row has."""
+        inputs = [x, places, *angles]
+        self.node("RotaryEmbedding", inputs, [out], domain=CONTRIB, num_heads=heads)
+        return out
 
     def silu_mul(self, gate: str, up: str, out: str) -> str:
         """`out` = silu(gate) * up."""
@@ -118,18 +144,31 @@ class Graph:
         self.nodes.append(helper.make_node(kind, inputs, outputs, **attributes))
 
 
+class Value(NamedTuple):
+    """An input or output of a graph: its shape, in which `ROWS` stands for the rows of a step."""
+
+    shape: tuple[int | str, ...]
+    dtype: torch.dtype = torch.float32
+
+    def of(self, rows: int) -> tuple[int, ...]:
+        """The shape for so many rows."""
+        return tuple(rows if isinstance(each, str) else each for each in self.shape)
+
+
 class _Bound(NamedTuple):
     """Buffers for one number of rows, and the binding of a graph to them."""
 
-    x: Tensor
+    inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     binding: onnxruntime.IOBinding
 
 
 class Session:
-    """A graph ready to compute: `inputs` inputs of one width, and outputs of the given widths."""
+    """A graph ready to compute, with inputs and outputs by their names."""
 
-    def __init__(self, graph: Graph, inputs: Sequence[str], width: int, outputs: dict[str, int]):
+    def __init__(
+        self, graph: Graph, inputs: Mapping[str, Value], outputs: Mapping[str, Value]
+    ) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = ERRORS_ONLY
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -143,61 +182,62 @@ class Session:
         held = {name: weight.numpy() for name, weight in graph.weights.items()}
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in held.values()]
         options.add_external_initializers(list(held), values)
-        described = [_float(name, width) for name in inputs]
-        results = [_float(name, wide) for name, wide in outputs.items()]
-        model = _model(graph, described, results)
         self._session = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            _model(graph, inputs, outputs).SerializeToString(),
+            options,
+            providers=["CPUExecutionProvider"],
         )
-        self._inputs = tuple(inputs)
-        self._width = width
+        self._inputs = dict(inputs)
         self._outputs = dict(outputs)
         self._bound: dict[int, _Bound] = {}
 
     @PRODUCTS
-    def run(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Compute the outputs, each [rows, its width], of `x`: all inputs, [inputs, rows, width] or
-        of one [rows, width], float32. They are good until the next call."""
-        rows = x.shape[-2]
+    def run(self, rows: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Compute the outputs, in their order and each [rows, width], of `inputs`, which have as
+        many elements as theirs. They are good until the next call."""
         if rows > KEPT_ROWS:
-            bound = self._bind(x.contiguous())
+            bound = self._bind(rows, tuple(each.contiguous() for each in inputs))
         else:
             if rows not in self._bound:
-                self._bound[rows] = self._bind(torch.empty(x.shape))
+                self._bound[rows] = self._bind(rows, _buffers(self._inputs, rows))
             bound = self._bound[rows]
-            bound.x.copy_(x)
+            for place, given in zip(bound.inputs, inputs, strict=True):
+                place.copy_(given)
         self._session.run_with_iobinding(bound.binding)
         return bound.outputs
 
-    def _bind(self, x: Tensor) -> _Bound:
-        rows = x.shape[-2]
-        binding = self._session.io_binding()
-        each = x.view(len(self._inputs), rows, self._width)
-        for place, name in enumerate(self._inputs):
-            shape = (rows, self._width)
-            binding.bind_input(name, "cpu", 0, np.float32, shape, each[place].data_ptr())
-        outputs = []
-        for name, width in self._outputs.items():
-            outputs.append(torch.empty(rows, width))
-            shape = (rows, width)
-            binding.bind_output(name, "cpu", 0, np.float32, shape, outputs[-1].data_ptr())
-        return _Bound(x, tuple(outputs), binding)
+    def _bind(self, rows: int, inputs: tuple[Tensor, ...]) -> _Bound:
+        binding, outputs = self._session.io_binding(), _buffers(self._outputs, rows)
+        for (name, value), place in zip(self._inputs.items(), inputs, strict=True):
+            kind = NUMPY_DTYPES[value.dtype]
+            binding.bind_input(name, "cpu", 0, kind, value.of(rows), place.data_ptr())
+        for (name, value), place in zip(self._outputs.items(), outputs, strict=True):
+            kind = NUMPY_DTYPES[value.dtype]
+            binding.bind_output(name, "cpu", 0, kind, value.of(rows), place.data_ptr())
+        return _Bound(inputs, tuple(place.view(rows, -1) for place in outputs), binding)
 
 
-def _float(name: str, width: int) -> ValueInfoProto:
-    return helper.make_tensor_value_info(name, TensorProto.FLOAT, [ROWS, width])
+def _buffers(values: Mapping[str, Value], rows: int) -> tuple[Tensor, ...]:
+    return tuple(torch.empty(each.of(rows), dtype=each.dtype) for each in values.values())
 
 
-def _model(
-    graph: Graph, inputs: Sequence[ValueInfoProto], outputs: Sequence[ValueInfoProto]
-) -> ModelProto:
+def _described(values: Mapping[str, Value]) -> list[ValueInfoProto]:
+    return [
+        helper.make_tensor_value_info(name, ONNX_DTYPES[value.dtype], list(value.shape))
+        for name, value in values.items()
+    ]
+
+
+def _model(graph: Graph, inputs: Mapping[str, Value], outputs: Mapping[str, Value]) -> ModelProto:
     initialisers = [*graph.constants]
     for name, weight in graph.weights.items():
-        kind = TensorProto.UINT8 if weight.dtype is torch.uint8 else TensorProto.FLOAT
+        kind = ONNX_DTYPES[weight.dtype]
         held = TensorProto(name=name, dims=list(weight.shape), data_type=kind)
         held.data_location = TensorProto.EXTERNAL
         held.external_data.add(key="location", value="memory")
         initialisers.append(held)
-    whole = helper.make_graph(graph.nodes, "products", inputs, outputs, initialisers)
+    whole = helper.make_graph(
+        graph.nodes, "products", _described(inputs), _described(outputs), initialisers
+    )
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, CONTRIB_OPSET)]
     return helper.make_model(whole, opset_imports=opsets, ir_version=IR_VERSION)

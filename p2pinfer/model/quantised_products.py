@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from p2pinfer.core.units import BlockFormat
-from p2pinfer.model.linear import Linear
-from p2pinfer.model.product_graph import Graph, Session
+from p2pinfer.model.product_graph import ROWS, Graph, Session, Value
 from p2pinfer.model.quantise import QuantisedWeight, quantise, stacked
 from p2pinfer.model.quantised_copies import QuantisedCopies
-from p2pinfer.model.unit_products import Columns, Rows, TensorSource, UnitProducts, slice_of
+from p2pinfer.model.rope import Angles
+from p2pinfer.model.unit_products import (
+    Columns,
+    Heads,
+    Norm,
+    Projection,
+    Rows,
+    TensorSource,
+    UnitProducts,
+    slice_of,
+)
 
 
 class QuantisedLinear:
@@ -21,10 +31,42 @@ class QuantisedLinear:
         graph = Graph()
         graph.product("x", weight, "y")
         self.nbytes = weight.nbytes
-        self._session = Session(graph, ["x"], weight.inputs, {"y": weight.rows})
+        self._session = Session(graph, {"x": _rows_of(weight.inputs)}, {"y": _rows_of(weight.rows)})
 
     def __call__(self, x: Tensor, /) -> Tensor:
-        return self._session.run(x)[0]
+        return self._session.run(x.shape[0], x)[0]
+
+
+class QuantisedProjection:
+    """See `Packer.projection`: norm, product and rotary embedding in one graph."""
+
+    def __init__(self, weight: QuantisedWeight, heads: Heads, norm: Norm) -> None:
+        units, group, dim = heads
+        widths = {"q": units * group * dim, "k": units * dim, "v": units * dim}
+        graph = Graph()
+        qkv = graph.product(graph.norm("x", norm, "normed"), weight, "qkv")
+        graph.split(qkv, [widths["q"] + widths["k"], widths["v"]], ["qk", "v"])
+        turned = graph.turned("qk", units * (group + 1), ("cos", "sin"), "places", "turned")
+        graph.split(turned, [widths["q"], widths["k"]], ["q", "k"])
+        angles = Value((ROWS, dim // 2))
+        self.nbytes = weight.nbytes
+        self._heads = heads
+        self._session = Session(
+            graph,
+            {
+                "x": Value((1, ROWS, weight.inputs)),
+                "cos": angles,
+                "sin": angles,
+                "places": Value((1, ROWS), torch.int64),
+            },
+            {name: Value((1, ROWS, width)) for name, width in widths.items()},
+        )
+
+    def __call__(self, x: Tensor, angles: Angles, /) -> tuple[Tensor, Tensor, Tensor]:
+        rows, (units, group, dim) = x.shape[0], self._heads
+        q, k, v = self._session.run(rows, x[None], *angles, torch.arange(rows)[None])
+        by_unit = (rows, units, dim)
+        return q.view(rows, units, group, dim), k.view(by_unit), v.view(by_unit)
 
 
 class QuantisedProducts:
@@ -35,13 +77,15 @@ class QuantisedProducts:
         self._session = session
 
     def __call__(self, x: Tensor, wanted: Iterable[int], /) -> dict[int, Tensor]:
-        outputs = self._session.run(x)
+        outputs = self._session.run(x.shape[-2], x)
         return {place: outputs[place] for place in wanted}
 
 
 class QuantisedPacker:
     """Weights quantised by block, from slices in the number format that they are stored in, or from
     `copies` of what was made of them before."""
+
+    norms_within = True
 
     def __init__(
         self, weights: TensorSource, form: BlockFormat, copies: QuantisedCopies | None = None
@@ -70,35 +114,47 @@ class QuantisedPacker:
             self._copies.keep(read, known)
         return known
 
-    def linear(self, weight: QuantisedWeight) -> Linear:
-        """See `Packer.linear`."""
-        return QuantisedLinear(weight)
+    def projection(self, weight: QuantisedWeight, heads: Heads, norm: Norm) -> Projection:
+        """See `Packer.projection`."""
+        return QuantisedProjection(weight, heads, norm)
 
     def separate(self, weights: Sequence[QuantisedWeight]) -> UnitProducts:
         """See `Packer.separate`."""
-        graph, outputs = Graph(), {}
+        graph, outputs, count = Graph(), {}, len(weights)
+        parts = graph.split("x", [1] * count, [f"x{place}" for place in range(count)], axis=0)
         for place, weight in enumerate(weights):
-            outputs[graph.product(f"x{place}", weight, f"y{place}")] = weight.rows
-        inputs = [f"x{place}" for place in range(len(weights))]
-        return QuantisedProducts(Session(graph, inputs, weights[0].inputs, outputs), weights)
+            name = graph.product(parts[place], weight, f"y{place}")
+            outputs[name] = Value((1, ROWS, weight.rows))
+        inputs = {"x": Value((count, ROWS, weights[0].inputs))}
+        return QuantisedProducts(Session(graph, inputs, outputs), weights)
 
-    def fanned(self, weights: Sequence[QuantisedWeight]) -> UnitProducts:
+    def fanned(self, weights: Sequence[QuantisedWeight], norm: Norm) -> UnitProducts:
         """See `Packer.fanned`."""
         graph, outputs = Graph(), {}
+        normed = graph.norm("x", norm, "normed")
         for place, weight in enumerate(weights):
-            outputs[graph.product("x", weight, f"y{place}")] = weight.rows
-        return QuantisedProducts(Session(graph, ["x"], weights[0].inputs, outputs), weights)
+            outputs[graph.product(normed, weight, f"y{place}")] = _rows_of(weight.rows)
+        inputs = {"x": _rows_of(weights[0].inputs)}
+        return QuantisedProducts(Session(graph, inputs, outputs), weights)
 
     def gated(
-        self, gate_up: QuantisedWeight, down: Sequence[QuantisedWeight], widths: Sequence[int]
+        self,
+        gate_up: QuantisedWeight,
+        down: Sequence[QuantisedWeight],
+        widths: Sequence[int],
+        norm: Norm,
     ) -> UnitProducts:
         """See `Packer.gated`."""
         graph, outputs, total = Graph(), {}, sum(widths)
-        both = graph.product("x", gate_up, "gate_up")
+        both = graph.product(graph.norm("x", norm, "normed"), gate_up, "gate_up")
         gate, up = graph.split(both, [total, total], ["gate", "up"])
         active = graph.silu_mul(gate, up, "active")
         parts = graph.split(active, widths, [f"active{place}" for place in range(len(down))])
         for place, weight in enumerate(down):
-            outputs[graph.product(parts[place], weight, f"y{place}")] = weight.rows
-        session = Session(graph, ["x"], gate_up.inputs, outputs)
+            outputs[graph.product(parts[place], weight, f"y{place}")] = _rows_of(weight.rows)
+        session = Session(graph, {"x": _rows_of(gate_up.inputs)}, outputs)
         return QuantisedProducts(session, (gate_up, *down))
+
+
+def _rows_of(width: int) -> Value:
+    return Value((ROWS, width))

@@ -7,6 +7,7 @@ cosines have the same bits however many positions run together.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +38,13 @@ def inverse_frequencies(config: LlamaConfig) -> NDArray[np.float32]:
     return np.asarray(np.where(between, blended, scaled), np.float32)
 
 
+class Angles(NamedTuple):
+    """Cosines and sines of a step's rows, each [rows, head_dim / 2] float32."""
+
+    cos: Tensor
+    sin: Tensor
+
+
 class Rope:
     """Cosines and sines by position, kept per block once computed."""
 
@@ -55,22 +63,23 @@ class Rope:
             block = self._blocks[number] = torch.from_numpy(both).to(self._device)
         return block
 
-    def rows(self, runs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, each [rows, 1, head_dim / 2], for runs `[start, end)` of positions."""
+    def rows(self, runs: list[tuple[int, int]]) -> Angles:
+        """The angles of runs `[start, end)` of positions."""
         pieces: list[Tensor] = []
         for start, end in runs:
             for number in range(start // BLOCK_POSITIONS, (end - 1) // BLOCK_POSITIONS + 1):
                 first = number * BLOCK_POSITIONS
                 pieces.append(self._block(number)[max(start - first, 0) : end - first])
         both = torch.cat(pieces)
-        return both[:, 0].unsqueeze(1), both[:, 1].unsqueeze(1)
+        return Angles(both[:, 0].contiguous(), both[:, 1].contiguous())
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, angles: Angles) -> Tensor:
     """Rotate `x` [rows, heads, head_dim] in float32, halves as in `transformers`.
 
     Products and sums are separate calls, each rounded: a fused one would round differently in a
     vector's tail.
     """
+    cos, sin = angles.cos.unsqueeze(1), angles.sin.unsqueeze(1)
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

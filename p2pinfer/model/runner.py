@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -19,13 +20,13 @@ from torch.nn import functional
 from p2pinfer.core.coverage import KvUnit
 from p2pinfer.core.holdings import Holding
 from p2pinfer.core.units import Slice, group_size
-from p2pinfer.model.attention import Run, make_rows
+from p2pinfer.model.attention import Rows, Run, StepAttention, make_rows
 from p2pinfer.model.input_store import InputStore
 from p2pinfer.model.linear import padded_rows
-from p2pinfer.model.llama import TORCH_DTYPES, Batch, Trunk
+from p2pinfer.model.llama import TORCH_DTYPES, Trunk
 from p2pinfer.model.part import Part, units_of
 from p2pinfer.model.reduction import whole_sum
-from p2pinfer.model.rope import Rope
+from p2pinfer.model.rope import Angles, Rope
 from p2pinfer.types import DType, ModelSpec
 from p2pinfer.wire.messages import Slot
 
@@ -105,11 +106,19 @@ class _Owned:
         ]
         self._vocab = [stage.vocab for _, stage in ready if stage.vocab]
 
-    def attend(self, index: int, h: Tensor, batch: Batch) -> dict[int, Tensor]:
+    def attention(self, rows: int, of_step: Rows, group: int) -> list[StepAttention]:
+        """What a step's rows attend to, by part."""
+        dtype = self.trunk.dtype
+        return [StepAttention(cache, rows, of_step, group, dtype) for cache, _ in self._attention]
+
+    def attend(
+        self, index: int, h: Tensor, angles: Angles, attention: Sequence[StepAttention]
+    ) -> dict[int, Tensor]:
         """Partials of the owned head units in one layer of the span."""
         partials: dict[int, Tensor] = {}
-        for cache, halves in self._attention:
-            partials |= halves[index].partials(h, batch, cache.of_layer(index), self._heads)
+        for of_part, (_, halves) in zip(attention, self._attention, strict=True):
+            attend = partial(of_part.attend, index)
+            partials |= halves[index].partials(h, angles, attend, self._heads)
         return partials
 
     def multiply(self, index: int, h: Tensor) -> dict[int, Tensor]:
@@ -120,7 +129,7 @@ class _Owned:
         return partials
 
     def logits(self, h: Tensor) -> dict[int, Tensor]:
-        """Logits by owned vocab unit, of normed hidden states."""
+        """Logits by owned vocab unit, of prepared hidden states."""
         logits: dict[int, Tensor] = {}
         for vocab in self._vocab:
             logits |= vocab.logits(h, frozenset(self.vocab_units))
@@ -143,18 +152,18 @@ class _Owned:
             raise LookupError("this node keeps no inputs")
         rows = end - start
         filler = padded_rows(rows, self._quant) - rows
-        cos, sin = self.trunk.rope.rows([(start, end), *([(0, filler)] if filler else [])])
+        angles = self.trunk.rope.rows([(start, end), *([(0, filler)] if filler else [])])
         for cache, halves in self._attention:
             places = [i for i, unit in enumerate(halves[0].units) if unit in units]
+            stored = cache.layers(request_id, start, end)
             for index, half in enumerate(halves if places else ()):
                 h = self.inputs.rows(request_id, index, start, end)
                 if filler:
                     h = functional.pad(h, (0, 0, 0, filler))
-                k, v = half.keys_values(h, cos, sin)
-                store = cache.of_layer(index)(request_id)
+                k, v = half.keys_values(h, angles)
                 for place in places:
-                    store[place, 0, start:end] = k[:rows, place]
-                    store[place, 1, start:end] = v[:rows, place]
+                    stored.keys[index][place] = k[:rows, place]
+                    stored.values[index][place] = v[:rows, place]
                 yield
             if places:
                 cache.wrote(request_id, end)
@@ -210,10 +219,10 @@ class StageRunner:
         if not self._owned:
             return []
         rows = sum(len(slot.tokens) for slot in slots)
-        batch = self._batch(self._owned[0].trunk.rope, runs, rows)
-        x = torch.zeros(
-            (padded_rows(rows, self._quant), self._hidden), dtype=torch.float32, device=self._device
-        )
+        padded = padded_rows(rows, self._quant)
+        of_step = make_rows(runs, self._group, self._kv_dtype, self._device)
+        angles = self._angles(self._owned[0].trunk.rope, runs, padded - rows)
+        x = torch.zeros((padded, self._hidden), dtype=torch.float32, device=self._device)
         reached = 0
         for owned in self._owned:
             trunk = owned.trunk
@@ -223,17 +232,18 @@ class StageRunner:
                 hidden = yield NeedHidden(owned.stage)
                 assert hidden is not None
                 x[:rows] = hidden
+            attention = owned.attention(padded, of_step, self._group)
             for index, layer in enumerate(trunk.layers):
                 number = trunk.span.start + index
-                h = trunk.normed(x, layer.attention_norm)
+                h = trunk.prepared(x, layer.attention_norm)
                 if owned.inputs is not None:
                     owned.inputs.write(index, runs, h)
-                partials = owned.attend(index, h, batch)
+                partials = owned.attend(index, h, angles, attention)
                 total = yield self._need(owned, number, ATTENTION, partials, rows)
-                x = self._add(x, rows, total, layer.attention_bias)
-                partials = owned.multiply(index, trunk.normed(x, layer.mlp_norm))
+                self._add(x[:rows], total, layer.attention_bias)
+                partials = owned.multiply(index, trunk.prepared(x, layer.mlp_norm))
                 total = yield self._need(owned, number, MLP, partials, rows)
-                x = self._add(x, rows, total, layer.mlp_bias)
+                self._add(x[:rows], total, layer.mlp_bias)
             owned.wrote(runs)
             reached = trunk.span.end
             if reached == self._layers:
@@ -280,14 +290,10 @@ class StageRunner:
             row += len(slot.tokens)
         return runs
 
-    def _batch(self, rope: Rope, runs: list[Run], rows: int) -> Batch:
+    @staticmethod
+    def _angles(rope: Rope, runs: list[Run], filler: int) -> Angles:
         spans = [(run.start, run.end) for run in runs]
-        filler = padded_rows(rows, self._quant) - rows
-        if filler:
-            spans.append((0, filler))
-        cos, sin = rope.rows(spans)
-        rows_of_step = make_rows(runs, self._group, self._kv_dtype, self._device)
-        return Batch(rows_of_step, cos, sin)
+        return rope.rows([*spans, (0, filler)] if filler else spans)
 
     def _embed(self, embedding: Tensor, slots: Sequence[Slot]) -> Tensor:
         """Rows of the mapped table: the table itself is never loaded."""
@@ -297,17 +303,17 @@ class StageRunner:
     def _need(
         self, owned: _Owned, layer: int, half: int, partials: dict[int, Tensor], rows: int
     ) -> NeedSum:
-        leaves = {unit: p[:rows].to(self._sum_dtype) for unit, p in partials.items()}
-        return NeedSum(owned.stage, layer, half, leaves)
+        if self._sum_dtype is not torch.float32 or padded_rows(rows, self._quant) != rows:
+            partials = {unit: p[:rows].to(self._sum_dtype) for unit, p in partials.items()}
+        return NeedSum(owned.stage, layer, half, partials)
 
     @staticmethod
-    def _add(x: Tensor, rows: int, total: Tensor | None, bias: Tensor | None) -> Tensor:
+    def _add(x: Tensor, total: Tensor | None, bias: Tensor | None) -> None:
         """Add a half layer's sum in place; a row-parallel bias is added once, after it."""
         assert total is not None
-        x[:rows] += total.to(x.device)
+        x += total.to(x.device)
         if bias is not None:
-            x[:rows] += bias
-        return x
+            x += bias
 
     def _logits(self, owned: _Owned, x: Tensor, slots: Sequence[Slot]) -> list[Tensor]:
         last_rows: list[int] = []
@@ -322,7 +328,7 @@ class StageRunner:
         picked = functional.pad(x[last_rows], (0, 0, 0, padded_rows(count, self._quant) - count))
         trunk = owned.trunk
         assert trunk.final_norm is not None
-        logits = owned.logits(trunk.normed(picked, trunk.final_norm))
+        logits = owned.logits(trunk.prepared(picked, trunk.final_norm))
         return [logits[unit][:count] for unit in owned.vocab_units]
 
 

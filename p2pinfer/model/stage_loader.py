@@ -28,8 +28,21 @@ from p2pinfer.model.llama import (
     compute_dtype,
 )
 from p2pinfer.model.rope import Rope
-from p2pinfer.model.unit_products import Columns, FloatPacker, Packer, Rows, TensorSource, slice_of
+from p2pinfer.model.unit_products import (
+    Columns,
+    FloatPacker,
+    Heads,
+    Norm,
+    Packer,
+    Rows,
+    TensorSource,
+    slice_of,
+)
 from p2pinfer.types import ModelSpec, UnitKind
+
+ATTENTION_NORM, MLP_NORM = "input_layernorm.weight", "post_attention_layernorm.weight"
+"""Of a layer; what is added to its name in the checkpoint."""
+FINAL_NORM = "model.norm.weight"
 
 PAUSE_S = 0.05
 """Between two looks at what is made aside."""
@@ -103,10 +116,11 @@ class StageLoader:
         return Trunk(
             span=span,
             dtype=self._dtype,
+            norms_within=self._packer.norms_within,
             eps=config.rms_norm_eps,
             rope=Rope(config, self._device),
             layers=tuple(self._layer_trunk(layer) for layer in range(span.start, span.end)),
-            final_norm=self._whole("model.norm.weight") if last else None,
+            final_norm=self._whole(FINAL_NORM) if last else None,
             embedding=self._weights.mapped("model.embed_tokens.weight") if not span.start else None,
         )
 
@@ -114,14 +128,17 @@ class StageLoader:
         prefix, config = f"model.layers.{layer}.", self._config
         attention, mlp = f"{prefix}self_attn.o_proj.bias", f"{prefix}mlp.down_proj.bias"
         return LayerTrunk(
-            attention_norm=self._whole(f"{prefix}input_layernorm.weight"),
+            attention_norm=self._whole(prefix + ATTENTION_NORM),
             attention_bias=self._whole(attention) if config.attention_bias else None,
-            mlp_norm=self._whole(f"{prefix}post_attention_layernorm.weight"),
+            mlp_norm=self._whole(prefix + MLP_NORM),
             mlp_bias=self._whole(mlp) if config.mlp_bias else None,
         )
 
     def _whole(self, name: str) -> Tensor:
         return self._weights.whole(name).to(self._device, torch.float32)
+
+    def _norm(self, name: str) -> Norm:
+        return Norm(self._whole(name), self._config.rms_norm_eps)
 
     def _attention(self, layer: int, units: Sequence[int]) -> Generator[int, None, AttentionHalf]:
         qkv = yield from self._stacked(self._qkv_rows(layer, units), self._config.attention_bias)
@@ -129,11 +146,11 @@ class StageLoader:
         for read in self._out_columns(layer, units):
             own.append(self._packer.alone(read))
             yield own[-1].nbytes
-        packer = self._packer
+        packer, norm = self._packer, self._norm(f"model.layers.{layer}.{ATTENTION_NORM}")
+        heads = Heads(len(units), group_size(self._model), self._model.head_dim)
         return AttentionHalf(
-            model=self._model,
             units=tuple(units),
-            qkv=(yield from _aside(lambda: packer.linear(qkv))),
+            qkv=(yield from _aside(lambda: packer.projection(qkv, heads, norm))),
             out=(yield from _aside(lambda: packer.separate(own))),
         )
 
@@ -174,7 +191,8 @@ class StageLoader:
             down.append(self._packer.alone(read))
             yield down[-1].nbytes
         widths = [each.height for each in rows[: len(units)]]
-        products = yield from _aside(lambda: self._packer.gated(gate_up, down, widths))
+        norm = self._norm(f"model.layers.{layer}.{MLP_NORM}")
+        products = yield from _aside(lambda: self._packer.gated(gate_up, down, widths, norm))
         return MlpHalf(tuple(units), products)
 
     def _gate_up_rows(self, layer: int, units: Sequence[int]) -> list[Rows]:
@@ -201,7 +219,9 @@ class StageLoader:
         for read in self._vocab_rows(units):
             heads.append(self._packer.alone(read))
             yield heads[-1].nbytes
-        return VocabHead(tuple(units), (yield from _aside(lambda: self._packer.fanned(heads))))
+        norm = self._norm(FINAL_NORM)
+        products = yield from _aside(lambda: self._packer.fanned(heads, norm))
+        return VocabHead(tuple(units), products)
 
     def _vocab_rows(self, units: Sequence[int]) -> list[Rows]:
         tied = self._config.tie_word_embeddings

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from p2pinfer.model.linear import Linear, pack
+from p2pinfer.model.rope import Angles, rotate
 
 PARALLEL_ELEMENTS = 32768
 """torch splits elementwise work above this size over threads, at places that make new tails."""
@@ -59,6 +60,37 @@ class Columns(NamedTuple):
     width: int
 
 
+class Norm(NamedTuple):
+    """Division by the root mean square, plus `eps`, and a `weight` [in] float32 (Zhang and
+    Sennrich, 2019)."""
+
+    weight: Tensor
+    eps: float
+
+
+class Heads(NamedTuple):
+    """The form of what comes out of `q_proj`, `k_proj` and `v_proj`: head units, query heads of
+    each, and the width of a head."""
+
+    units: int
+    group: int
+    head_dim: int
+
+
+class Projection(Protocol):
+    """Queries, keys and values of a layer's head units."""
+
+    def __call__(self, x: Tensor, angles: Angles, /) -> tuple[Tensor, Tensor, Tensor]:
+        """Of `x` [rows, in], turned by `angles`: queries [rows, units, group, head_dim] and keys
+        [rows, units, head_dim]; and values [rows, units, head_dim]. Good until the next call."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weight that one call reads."""
+        ...
+
+
 class UnitProducts(Protocol):
     """One product per unit, [rows, out] float32, of those units whose places are `wanted`."""
 
@@ -84,7 +116,12 @@ Whole = TypeVar("Whole", bound=Weight)
 
 
 class Packer(Protocol[Piece, Whole]):
-    """Reads weights and makes products of them: for one library, device and number format."""
+    """Reads weights and makes products of them: for one library, device and number format.
+
+    With `norms_within` products norm what they are given; otherwise they are given it normed.
+    """
+
+    norms_within: bool
 
     def piece(self, read: Rows) -> Piece:
         """Rows that are to be stacked with others."""
@@ -99,25 +136,45 @@ class Packer(Protocol[Piece, Whole]):
         """One unit's own weight."""
         ...
 
-    def linear(self, weight: Whole) -> Linear:
-        """One product for all units together."""
+    def projection(self, weight: Whole, heads: Heads, norm: Norm) -> Projection:
+        """`weight` has the rows of `q_proj` of all units, then of `k_proj` and of `v_proj`."""
         ...
 
     def separate(self, weights: Sequence[Whole]) -> UnitProducts:
         """A product for each unit with an input of its own: `x` is [units, rows, in]."""
         ...
 
-    def fanned(self, weights: Sequence[Whole]) -> UnitProducts:
+    def fanned(self, weights: Sequence[Whole], norm: Norm) -> UnitProducts:
         """A product for each unit with one input for all: `x` is [rows, in]."""
         ...
 
-    def gated(self, gate_up: Whole, down: Sequence[Whole], widths: Sequence[int]) -> UnitProducts:
+    def gated(
+        self, gate_up: Whole, down: Sequence[Whole], widths: Sequence[int], norm: Norm
+    ) -> UnitProducts:
         """down(silu(gate(x)) * up(x)) for each unit: `x` is [rows, in].
 
         `gate_up` has the rows of `gate_proj` of all units and then those of `up_proj`, of each
         unit as many as `widths` says.
         """
         ...
+
+
+class Turned:
+    """See `Packer.projection`."""
+
+    def __init__(self, qkv: Linear, heads: Heads) -> None:
+        self._qkv = qkv
+        self._heads = heads
+        self.nbytes = qkv.nbytes
+
+    def __call__(self, x: Tensor, angles: Angles, /) -> tuple[Tensor, Tensor, Tensor]:
+        units, group, head_dim = self._heads
+        rows, turning = x.shape[0], units * (group + 1)
+        qkv = self._qkv(x)
+        turned = rotate(qkv[:, : turning * head_dim].view(rows, turning, head_dim), angles)
+        q = turned[:, : units * group].view(rows, units, group, head_dim)
+        v = qkv[:, turning * head_dim :].view(rows, units, head_dim)
+        return q, turned[:, units * group :], v
 
 
 class Separate:
@@ -176,6 +233,8 @@ def _silu_mul(gate_up: Tensor) -> Tensor:
 class FloatPacker:
     """Weights in `dtype` on `device`, multiplied as `model.linear` does."""
 
+    norms_within = False
+
     def __init__(self, weights: TensorSource, device: torch.device, dtype: torch.dtype) -> None:
         self._weights = weights
         self._device = device
@@ -196,19 +255,21 @@ class FloatPacker:
         """See `Packer.alone`."""
         return pack(self._place(slice_of(self._weights, read)))
 
-    def linear(self, weight: Linear) -> Linear:
-        """See `Packer.linear`."""
-        return weight
+    def projection(self, weight: Linear, heads: Heads, norm: Norm) -> Projection:
+        """See `Packer.projection`."""
+        return Turned(weight, heads)
 
     def separate(self, weights: Sequence[Linear]) -> UnitProducts:
         """See `Packer.separate`."""
         return Separate(weights)
 
-    def fanned(self, weights: Sequence[Linear]) -> UnitProducts:
+    def fanned(self, weights: Sequence[Linear], norm: Norm) -> UnitProducts:
         """See `Packer.fanned`."""
         return Fanned(weights)
 
-    def gated(self, gate_up: Linear, down: Sequence[Linear], widths: Sequence[int]) -> UnitProducts:
+    def gated(
+        self, gate_up: Linear, down: Sequence[Linear], widths: Sequence[int], norm: Norm
+    ) -> UnitProducts:
         """See `Packer.gated`."""
         return Gated(gate_up, down, widths)
 

@@ -22,11 +22,9 @@ def filled(shape: KvShape, positions: int) -> KvCache:
     """A cache with one request, 7, whose `positions` are random."""
     cache = KvCache(shape)
     cache.open(7, 200)
-    for layer in range(shape.layers):
-        store = cache.of_layer(layer)(7)
-        store[:, :, :positions] = torch.randn((shape.units, 2, positions, shape.head_dim)).to(
-            shape.dtype
-        )
+    for kind in cache.layers(7, 0, positions):
+        for layer in kind:
+            layer.copy_(torch.randn(layer.shape))
     cache.wrote(7, positions)
     return cache
 
@@ -35,11 +33,13 @@ def test_a_units_part_is_one_contiguous_object() -> None:
     """Whoever receives or hands over a unit's KV gets one piece of memory."""
     cache = KvCache(SHAPE)
     cache.open(7, 100)
-    layer = cache.of_layer(1)(7)
-    assert layer.shape == (3, 2, 2 * BLOCK_POSITIONS, 16)
-    store = layer._base
-    assert store is not None
-    assert all(unit.is_contiguous() for unit in layer.unbind())
+    keys, values = cache.layers(7, 0, 2 * BLOCK_POSITIONS)
+    assert keys[1].shape == values[1].shape == (3, 2 * BLOCK_POSITIONS, 16)
+    first = keys[0].data_ptr()
+    places = [[each.data_ptr() - first for each in kind] for kind in (keys, values)]
+    one = keys[0][0].nbytes
+    assert places == [[0, 2 * one], [one, 3 * one]]
+    assert keys[0].stride(0) == 4 * 2 * BLOCK_POSITIONS * 16
 
 
 def test_room_costs_nothing_before_it_is_written() -> None:
@@ -79,11 +79,11 @@ def test_rows_go_from_cache_to_cache_bit_by_bit(dtype: torch.dtype) -> None:
     rows = cache.read(2, 7, 30, 97)
     assert (rows.shape, rows.nbytes) == ((2, 2, 67, 16), 67 * ROW_BYTES * dtype.itemsize // 2)
     assert other.write(0, 7, 30, rows)
-    for layer in range(2):
-        its, mine = other.of_layer(layer)(7), cache.of_layer(layer)(7)
-        assert torch.equal(its[0, :, 30:97], mine[2, :, 30:97])
-        assert not its[0, :, :30].any()
-        assert not its[0, :, 97:].any()
+    for its, mine in zip(other.layers(7, 0, 150), cache.layers(7, 0, 150), strict=True):
+        for layer in range(2):
+            assert torch.equal(its[layer][0, 30:97], mine[layer][2, 30:97])
+            assert not its[layer][0, :30].any()
+            assert not its[layer][0, 97:].any()
     assert other.unit_used_bytes == shape.unit_bytes(97)
     assert other.read(0, 7, 30, 97) == rows
 
@@ -93,7 +93,7 @@ def test_what_was_read_does_not_change_any_more() -> None:
     cache = filled(replace(SHAPE, layers=1, units=1), BLOCK_POSITIONS)
     before = bytes(cache.read(0, 7, 0, BLOCK_POSITIONS).data)
     rows = cache.read(0, 7, 0, BLOCK_POSITIONS)
-    cache.of_layer(0)(7).zero_()
+    cache.layers(7, 0, BLOCK_POSITIONS).keys[0].zero_()
     assert bytes(rows.data) == before
 
 
@@ -115,4 +115,4 @@ def test_a_unit_is_taken_over_with_all_its_requests() -> None:
     other.copy(0, cache, 2)
     assert other.read(0, 7, 0, 70) == cache.read(2, 7, 0, 70)
     assert other.unit_used_bytes == cache.unit_used_bytes
-    assert not other.of_layer(0)(7)[1].any()
+    assert not other.layers(7, 0, 70).keys[0][1].any()

@@ -64,4 +64,4 @@ def test_few_rows_are_padded() -> None:
     """A batch is computed with at least MIN_ROWS rows."""
     assert [padded_rows(n) for n in (1, MIN_ROWS, 9)] == [MIN_ROWS, MIN_ROWS, 9]
     assert [padded_rows(n, "int8") for n in (1, 2, 9)] == [1, 2, 9]
-    assert [padded_rows(n, "int4") for n in (1, 2, 9)] == [2, 2, 10]
+    assert [padded_rows(n, "int4") for n in (1, 2, 9)] == [1, 2, 9]

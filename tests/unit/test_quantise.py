@@ -62,9 +62,9 @@ def test_large_weights_are_quantised_in_portions_and_alike() -> None:
 
 def test_the_layout_is_the_product_librarys() -> None:
     """The earlier of two weights, and of two blocks' zero points, is the lower half of a byte."""
-    weight = torch.zeros(1, 128)
+    weight = torch.zeros(1, 64)
     weight[0, 0], weight[0, 1] = 15.0, 3.0
-    weight[0, 64], weight[0, 65] = -15.0, -3.0
+    weight[0, 32], weight[0, 33] = -15.0, -3.0
     quantised = quantise(weight, QUANT_FORMATS["int4"])
     assert quantised.zeros is not None
     assert quantised.scales.tolist() == [[1.0, 1.0]]

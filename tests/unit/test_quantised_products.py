@@ -13,7 +13,8 @@ from p2pinfer.model.linear import padded_rows
 from p2pinfer.model.product_graph import KEPT_ROWS
 from p2pinfer.model.quantise import dequantise, quantise, stacked
 from p2pinfer.model.quantised_products import QuantisedLinear, QuantisedPacker
-from p2pinfer.model.unit_products import Columns, Rows
+from p2pinfer.model.rope import Angles
+from p2pinfer.model.unit_products import Columns, Heads, Norm, Rows, Turned
 from tests.random_models import TensorTable
 
 SHAPES = ((48, 16), (64, 80), (96, 33), (200, 72), (224, 192), (256, 2048), (2048, 1536))
@@ -52,6 +53,7 @@ from p2pinfer.types import DType
 from p2pinfer.core.units import QUANT_FORMATS
 from p2pinfer.model.quantise import quantise
 from p2pinfer.model.quantised_products import QuantisedPacker
+from p2pinfer.model.unit_products import Norm
 
 use_threads({threads}, "{quant}")
 assert torch.get_num_threads() == 1
@@ -59,7 +61,8 @@ torch.manual_seed(0)
 form = QUANT_FORMATS["{quant}"]
 packer = QuantisedPacker(None, form)
 down = [quantise(torch.randn(512, 320), form) for _ in range(3)]
-mlp = packer.gated(quantise(torch.randn(1920, 512), form), down, [320] * 3)
+norm = Norm(torch.randn(512), 1e-5)
+mlp = packer.gated(quantise(torch.randn(1920, 512), form), down, [320] * 3, norm)
 digest = hashlib.sha256(numeric_class(DType.BFLOAT16, torch.device("cpu"), "{quant}").encode())
 for rows in (2, 64, 130):
     x = torch.randn(rows, 512)
@@ -125,7 +128,8 @@ def test_a_product_is_that_of_what_the_integers_stand_for(
 
 @pytest.mark.parametrize("quant", QUANT_FORMATS)
 def test_a_graph_computes_what_its_products_do(quant: str) -> None:
-    """gate, up, silu and down of three units in one graph, with biases, whichever are wanted."""
+    """Norm, gate, up, silu and down of three units in one graph, with biases, whichever are
+    wanted."""
     widths, form = [64, 128, 64], QUANT_FORMATS[quant]
     table = TensorTable(
         gate=torch.randn(250, 96), up=torch.randn(250, 96), down=torch.randn(80, 250)
@@ -142,16 +146,41 @@ def test_a_graph_computes_what_its_products_do(quant: str) -> None:
     down = [
         packer.alone(Columns("down", a, b, w)) for (a, b), w in zip(bounds, widths, strict=True)
     ]
-    together = packer.gated(gate_up, down, widths)
+    norm = Norm(torch.randn(96), 1e-5)
+    together = packer.gated(gate_up, down, widths, norm)
     for rows in (2, KEPT_ROWS + 2):
         x = torch.randn(rows, 96)
-        gate, up = QuantisedLinear(gate_up)(x).clone().split(256, dim=1)
+        normed = torch.nn.functional.rms_norm(x, (96,), *norm)
+        gate, up = QuantisedLinear(gate_up)(normed).clone().split(256, dim=1)
         active = torch.nn.functional.silu(gate) * up
         partials = together(x, (0, 2))
         assert partials.keys() == {0, 2}
         for place, start in ((0, 0), (2, 192)):
             own = QuantisedLinear(down[place])(active[:, start : start + 64].contiguous())
             assert torch.allclose(partials[place], own, rtol=1e-2, atol=0.05 * own.abs().max())
+
+
+@pytest.mark.parametrize("quant", QUANT_FORMATS)
+@pytest.mark.parametrize("heads", [Heads(3, 1, 64), Heads(2, 4, 16)], ids=str)
+def test_a_projection_norms_multiplies_and_turns(heads: Heads, quant: str) -> None:
+    """Queries, keys and values as they are by separate calls; a row's bits are the same alone and
+    in any batch, wherever its position lies in it."""
+    units, group, dim = heads
+    form, norm = QUANT_FORMATS[quant], Norm(torch.randn(96), 1e-5)
+    weight = quantise(torch.randn(units * (group + 2) * dim, 96), form)
+    projection = QuantisedPacker(TensorTable(), form).projection(weight, heads, norm)
+    x = inputs_of(96)[: KEPT_ROWS + 5]
+    turns = torch.rand(len(x), dim // 2)
+    angles = Angles(turns.cos(), turns.sin())
+    whole = [each.clone() for each in projection(x, angles)]
+    normed = torch.nn.functional.rms_norm(x, (96,), *norm)
+    apart = Turned(QuantisedLinear(weight), heads)(normed, angles)
+    for got, expected in zip(whole, apart, strict=True):
+        assert got.shape == expected.shape
+        assert torch.allclose(got, expected, rtol=1e-2, atol=0.05 * expected.abs().max())
+    for start, end in ((0, 1), (7, 8), (3, 10), (1, KEPT_ROWS + 2)):
+        some = projection(x[start:end], Angles(*(each[start:end] for each in angles)))
+        assert all(torch.equal(a, b[start:end]) for a, b in zip(some, whole, strict=True))
 
 
 @pytest.mark.parametrize("quant", QUANT_FORMATS)
