@@ -15,7 +15,7 @@ from statistics import median
 from p2pinfer.core.planner import holdings
 from p2pinfer.core.timing import Timing
 from p2pinfer.core.topology import weight_bytes
-from p2pinfer.types import Fence, Member, Plan
+from p2pinfer.types import Fence, Plan
 from p2pinfer.wire.messages import Heartbeat
 
 IDLE_S = 5.0
@@ -54,6 +54,8 @@ class Pace:
     def __init__(self, timing: Timing) -> None:
         self._timing = timing
         self._runners: dict[str, _Runner] = {}
+        self._costs: tuple[Fence, list[float]] = (Fence(), [])
+        """Of a plan's members: reckoned once, for this is asked at every turn."""
 
     def heard(self, heartbeat: Heartbeat, now: float) -> None:
         """A member tells how many steps it has finished and how long it computes for one."""
@@ -118,8 +120,9 @@ class Pace:
     def _running(self, plan: Plan, now: float) -> dict[str, tuple[float, float]]:
         """Predicted cost (bytes over weight) and milliseconds of the owners that compute."""
         running = {}
-        for index, member in enumerate(plan.members):
-            cost = _cost(plan, index, member)
+        if self._costs[0] != plan.fence:
+            self._costs = (plan.fence, _costs(plan))
+        for member, cost in zip(plan.members, self._costs[1], strict=True):
             runner = self._runners.get(member.node_id)
             if (
                 cost
@@ -147,10 +150,13 @@ class Pace:
             runner.slow_since, runner.compute_ms = inf, 0.0
 
 
-def _cost(plan: Plan, index: int, member: Member) -> float:
-    """What a member is predicted to take for a step, in an arbitrary unit; 0: it owns nothing."""
-    held = sum(weight_bytes(plan.model, each) for each in holdings(plan, index))
-    return held / member.weight if held else 0.0
+def _costs(plan: Plan) -> list[float]:
+    """What each member is predicted to take for a step, in an arbitrary unit; 0: it owns nothing."""
+    costs = []
+    for index, member in enumerate(plan.members):
+        held = sum(weight_bytes(plan.model, each) for each in holdings(plan, index))
+        costs.append(held / member.weight if held else 0.0)
+    return costs
 
 
 def _factor(mine: tuple[float, float], others: list[tuple[float, float]]) -> float:
