@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,26 +32,29 @@ SHORT = SamplingParams(max_tokens=120, ignore_eos=True)
 pytestmark = pytest.mark.xdist_group("quantised")
 
 
-@pytest.fixture(scope="module", params=[("int4", "hot"), ("int8", "warm")], ids=str)
-def nodes(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[LocalCluster]:
-    """Three nodes of one quantisation, with standbys of one kind."""
-    quant, standby = request.param
-    with LocalCluster(
-        3,
-        threads=1,
-        base_port=free_base_port(3),
-        folder=tmp_path_factory.mktemp(f"quantised-{quant}"),
-        options={"quant": quant, "standby": standby},
-    ) as cluster:
-        yield cluster
+@pytest.fixture(scope="module")
+def cluster_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., LocalCluster]]:
+    """Three nodes of a quantisation, with standbys of one kind; made once, whatever the order."""
+    with ExitStack() as clusters:
+
+        @cache
+        def cluster_of(quant: str, standby: str) -> LocalCluster:
+            cluster = LocalCluster(
+                3,
+                threads=1,
+                base_port=free_base_port(3),
+                folder=tmp_path_factory.mktemp(f"quantised-{quant}"),
+                options={"quant": quant, "standby": standby},
+            )
+            return clusters.enter_context(cluster)
+
+        yield cluster_of
 
 
-@pytest.fixture
-def trio(nodes: LocalCluster) -> LocalCluster:
+@pytest.fixture(params=[("int4", "hot"), ("int8", "warm")], ids=str)
+def trio(request: pytest.FixtureRequest, cluster_of: Callable[..., LocalCluster]) -> LocalCluster:
     """Three nodes, all there, with a vote and units, and all of these with a standby."""
-    return await_whole(nodes)
+    return await_whole(cluster_of(*request.param))
 
 
 @pytest.mark.parametrize("kind", ["follower", "leader"])
