@@ -151,7 +151,7 @@ class Pace:
 
 
 def _costs(plan: Plan) -> list[float]:
-    """What each member is predicted to take for a step, in an arbitrary unit; 0: it owns nothing."""
+    """What each member is predicted to take for a step, in an arbitrary unit; 0: it owns none."""
     costs = []
     for index, member in enumerate(plan.members):
         held = sum(weight_bytes(plan.model, each) for each in holdings(plan, index))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from p2pinfer.core.units import BlockFormat
-from p2pinfer.model.product_graph import ROWS, Graph, Session, Value
+from p2pinfer.model.product_graph import ROWS, Graph, Session, Value, threads
 from p2pinfer.model.quantise import QuantisedWeight, quantise, stacked
 from p2pinfer.model.quantised_copies import QuantisedCopies
 from p2pinfer.model.rope import Angles
@@ -93,6 +93,7 @@ class QuantisedPacker:
         self._weights = weights
         self._form = form
         self._copies = copies
+        self.at_once = threads()
 
     def piece(self, read: Rows) -> QuantisedWeight:
         """See `Packer.piece`."""

@@ -7,15 +7,15 @@ Names are those of `transformers`' checkpoints.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from p2pinfer.core.holdings import Holding
 from p2pinfer.core.units import MLP_PADDED_MULTIPLE, QUANT_FORMATS, Slice, group_size, unit_bounds
+from p2pinfer.model.aside import Aside
 from p2pinfer.model.config import LlamaConfig
 from p2pinfer.model.llama import (
     TORCH_DTYPES,
@@ -44,11 +44,6 @@ ATTENTION_NORM, MLP_NORM = "input_layernorm.weight", "post_attention_layernorm.w
 """Of a layer; what is added to its name in the checkpoint."""
 FINAL_NORM = "model.norm.weight"
 
-PAUSE_S = 0.05
-"""Between two looks at what is made aside."""
-
-Made = TypeVar("Made")
-
 
 class Read(NamedTuple):
     """Rows `[start, end)` of a tensor by its name; the columns that are wanted may be fewer."""
@@ -61,8 +56,8 @@ class Read(NamedTuple):
 class StageLoader:
     """Reads units and trunk of a stage from the checkpoint, slice by slice, and packs them.
 
-    Temporary memory is one product's weight at most, of quantised weights those of half a layer.
-    `packer` multiplies them, by default the one that `packer_of` chooses.
+    Temporary memory is one product's weight at most, of quantised weights those of half a layer for
+    each graph that is made. `packer` multiplies them, by default the one that `packer_of` chooses.
     """
 
     def __init__(
@@ -93,21 +88,25 @@ class StageLoader:
     def pieces(self, holding: Holding) -> Generator[int, None, StageModel]:
         """The same, bit by bit: yields the bytes of each product, and 0 now and then between.
         Whoever runs it may pause for as long as it likes, and go on in another thread."""
-        span = range(holding.span.start, holding.span.end)
-        attention, mlp, vocab = None, None, None
-        if holding.head_units:
-            halves = []
-            for layer in span:
-                halves.append((yield from self._attention(layer, holding.head_units)))
-            attention = tuple(halves)
-        if holding.mlp_units:
-            others = []
-            for layer in span:
-                others.append((yield from self._mlp(layer, holding.mlp_units)))
-            mlp = tuple(others)
+        span, aside = (
+            range(holding.span.start, holding.span.end),
+            Aside(self._packer.at_once),
+        )
+        attention: list[Callable[[], AttentionHalf]] = []
+        mlp: list[Callable[[], MlpHalf]] = []
+        vocab: list[Callable[[], VocabHead]] = []
+        for layer in span if holding.head_units else ():
+            attention.append((yield from self._attention(layer, holding.head_units, aside)))
+        for layer in span if holding.mlp_units else ():
+            mlp.append((yield from self._mlp(layer, holding.mlp_units, aside)))
         if holding.vocab_units:
-            vocab = yield from self._vocab(holding.vocab_units)
-        return StageModel(attention, mlp, vocab)
+            vocab.append((yield from self._vocab(holding.vocab_units, aside)))
+        yield from aside.finish()
+        return StageModel(
+            tuple(made() for made in attention) or None,
+            tuple(made() for made in mlp) or None,
+            vocab[0]() if vocab else None,
+        )
 
     def trunk(self, span: Slice) -> Trunk:
         """Load what every node of a stage has, whichever units it owns."""
@@ -140,7 +139,10 @@ class StageLoader:
     def _norm(self, name: str) -> Norm:
         return Norm(self._whole(name), self._config.rms_norm_eps)
 
-    def _attention(self, layer: int, units: Sequence[int]) -> Generator[int, None, AttentionHalf]:
+    def _attention(
+        self, layer: int, units: Sequence[int], aside: Aside
+    ) -> Generator[int, None, Callable[[], AttentionHalf]]:
+        """Reads what the half is made of. What comes of it gives the half, once it is made."""
         qkv = yield from self._stacked(self._qkv_rows(layer, units), self._config.attention_bias)
         own = []
         for read in self._out_columns(layer, units):
@@ -148,11 +150,9 @@ class StageLoader:
             yield own[-1].nbytes
         packer, norm = self._packer, self._norm(f"model.layers.{layer}.{ATTENTION_NORM}")
         heads = Heads(len(units), group_size(self._model), self._model.head_dim)
-        return AttentionHalf(
-            units=tuple(units),
-            qkv=(yield from _aside(lambda: packer.projection(qkv, heads, norm))),
-            out=(yield from _aside(lambda: packer.separate(own))),
-        )
+        turned = yield from aside.start(lambda: packer.projection(qkv, heads, norm))
+        out = yield from aside.start(lambda: packer.separate(own))
+        return lambda: AttentionHalf(units=tuple(units), qkv=turned.result(), out=out.result())
 
     def _qkv_rows(self, layer: int, units: Sequence[int]) -> list[Rows]:
         base = f"model.layers.{layer}.self_attn."
@@ -183,7 +183,9 @@ class StageLoader:
         yield weight.nbytes
         return weight
 
-    def _mlp(self, layer: int, units: Sequence[int]) -> Generator[int, None, MlpHalf]:
+    def _mlp(
+        self, layer: int, units: Sequence[int], aside: Aside
+    ) -> Generator[int, None, Callable[[], MlpHalf]]:
         rows = self._gate_up_rows(layer, units)
         gate_up = yield from self._stacked(rows, self._config.mlp_bias)
         down = []
@@ -192,8 +194,9 @@ class StageLoader:
             yield down[-1].nbytes
         widths = [each.height for each in rows[: len(units)]]
         norm = self._norm(f"model.layers.{layer}.{MLP_NORM}")
-        products = yield from _aside(lambda: self._packer.gated(gate_up, down, widths, norm))
-        return MlpHalf(tuple(units), products)
+        packer = self._packer
+        products = yield from aside.start(lambda: packer.gated(gate_up, down, widths, norm))
+        return lambda: MlpHalf(tuple(units), products.result())
 
     def _gate_up_rows(self, layer: int, units: Sequence[int]) -> list[Rows]:
         """Those of `gate_proj` by unit, then those of `up_proj`."""
@@ -214,14 +217,16 @@ class StageLoader:
         rows = self._gate_up_rows(layer, units)[: len(units)]
         return [Columns(name, *read[1:]) for read in rows]
 
-    def _vocab(self, units: Sequence[int]) -> Generator[int, None, VocabHead]:
+    def _vocab(
+        self, units: Sequence[int], aside: Aside
+    ) -> Generator[int, None, Callable[[], VocabHead]]:
         heads = []
         for read in self._vocab_rows(units):
             heads.append(self._packer.alone(read))
             yield heads[-1].nbytes
         norm = self._norm(FINAL_NORM)
-        products = yield from _aside(lambda: self._packer.fanned(heads, norm))
-        return VocabHead(tuple(units), products)
+        products = yield from aside.start(lambda: self._packer.fanned(heads, norm))
+        return lambda: VocabHead(tuple(units), products.result())
 
     def _vocab_rows(self, units: Sequence[int]) -> list[Rows]:
         tied = self._config.tie_word_embeddings
@@ -262,18 +267,6 @@ class StageLoader:
         of each slice. Of quantised weights there are copies on the disk then, in the page cache."""
         for read in self._slices(holding):
             yield self._packer.alone(read).nbytes
-
-
-def _aside(make: Callable[[], Made]) -> Generator[int, None, Made]:
-    """What `make` makes, in a thread of its own: yields 0 now and then meanwhile. A product library
-    may take a second to pack a large graph, in which others would believe that this node hangs."""
-    with ThreadPoolExecutor(1) as thread:
-        made = thread.submit(make)
-        while True:
-            try:
-                return made.result(PAUSE_S)
-            except TimeoutError:
-                yield 0
 
 
 def _bias(read: Rows) -> Rows:

@@ -118,10 +118,12 @@ Whole = TypeVar("Whole", bound=Weight)
 class Packer(Protocol[Piece, Whole]):
     """Reads weights and makes products of them: for one library, device and number format.
 
-    With `norms_within` products norm what they are given; otherwise they are given it normed.
+    With `norms_within` products norm what they are given; otherwise they are given it normed. So
+    many products as `at_once` may be made at the same time, in threads of their own.
     """
 
     norms_within: bool
+    at_once: int
 
     def piece(self, read: Rows) -> Piece:
         """Rows that are to be stacked with others."""
@@ -234,6 +236,7 @@ class FloatPacker:
     """Weights in `dtype` on `device`, multiplied as `model.linear` does."""
 
     norms_within = False
+    at_once = 1
 
     def __init__(self, weights: TensorSource, device: torch.device, dtype: torch.dtype) -> None:
         self._weights = weights
