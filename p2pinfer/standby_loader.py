@@ -1,6 +1,6 @@
 """Loads the weights of standby units while the node serves: in a thread of its own, out of the way.
 
-It has one of torch's threads and the lowest priority that the system knows, and can be stopped
+It has one of torch's threads and computes only when nobody else wants to, and can be stopped
 between two products. What it has loaded by then stays, for it or for somebody in a hurry to go on.
 Other parts it only warms: it reads their bytes, so that they lie in the page cache, and does so
 again from time to time, since the system drops what nobody reads.
@@ -9,8 +9,6 @@ again from time to time, since the system drops what nobody reads.
 from __future__ import annotations
 
 import atexit
-import os
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -20,9 +18,7 @@ import torch
 from p2pinfer.core.holdings import Holding
 from p2pinfer.model.part import Part
 from p2pinfer.model.stage_loader import StageLoader
-
-LOWEST_PRIORITY = 19
-"""The highest nice value."""
+from p2pinfer.priority import be_last
 
 WARM_AGAIN_S = 120.0
 """Reading what is in the page cache takes about a fifth of a second per gigabyte."""
@@ -69,7 +65,7 @@ class StandbyLoader:
         return self._done.wait(timeout)
 
     def _run(self) -> None:
-        _be_last()
+        be_last()
         try:
             if not self._stopping.wait(self._after_s):
                 self._warm([part for part in self._warmed if not part.warm])
@@ -96,10 +92,3 @@ class StandbyLoader:
                 with suppress(Exception):
                     while not self._stopping.is_set() and part.load_piece(self._loader) is not None:
                         pass
-
-
-def _be_last() -> None:
-    """Give this thread the lowest priority, where threads have one of their own."""
-    if sys.platform == "linux":
-        with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)

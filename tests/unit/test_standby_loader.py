@@ -18,7 +18,7 @@ from p2pinfer.model.config import load_config, model_spec
 from p2pinfer.model.part import Part, empty_cache
 from p2pinfer.model.stage_loader import StageLoader
 from p2pinfer.model.weights import Weights
-from p2pinfer.standby_loader import LOWEST_PRIORITY, StandbyLoader
+from p2pinfer.standby_loader import StandbyLoader
 from tests.random_models import write_random_model
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ class Bench:
         self._model = model_spec(self._config, name="t", model_id="0" * 64)
         self._folder = folder
         self.threads = 0
-        self.priority = 0
+        self.policy = 0
         self.grad = True
 
     def part(self, *heads: int) -> Part:
@@ -62,7 +62,7 @@ class Bench:
         self.threads = torch.get_num_threads()
         self.grad = torch.is_grad_enabled()
         if sys.platform == "linux":
-            self.priority = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+            self.policy = os.sched_getscheduler(threading.get_native_id())
         return StageLoader(Source(self._folder, self.gate), self._config, self._model, CPU)
 
 
@@ -73,9 +73,8 @@ def bench(tmp_path: Path) -> Bench:
 
 
 def test_it_is_last_and_alone(bench: Bench) -> None:
-    """One thread of torch's, of the lowest priority; those of the caller stay as they are."""
+    """One thread of torch's, when nobody else computes; those of the caller stay as they are."""
     threads = torch.get_num_threads()
-    mine = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
     bench.gate.release(1000)
     part = bench.part(0, 1)
     with torch.no_grad():
@@ -86,8 +85,8 @@ def test_it_is_last_and_alone(bench: Bench) -> None:
     assert (bench.threads, bench.grad) == (1, False)
     assert torch.get_num_threads() == threads
     if sys.platform == "linux":
-        assert bench.priority == LOWEST_PRIORITY
-        assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == mine
+        assert bench.policy == os.SCHED_IDLE
+        assert os.sched_getscheduler(threading.get_native_id()) == os.SCHED_OTHER
 
 
 def test_it_stops_between_two_pieces(bench: Bench) -> None:
