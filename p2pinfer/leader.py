@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from p2pinfer.core.orders import StartRequest, TokenLog
+from p2pinfer.core.orders import GaveWay, StartRequest, TokenLog
 from p2pinfer.core.step_maker import StepMaker, StepReport
 from p2pinfer.core.token_log import TokenLogs
 from p2pinfer.core.units import Slice, unit_bounds, unit_count
@@ -16,8 +16,12 @@ from p2pinfer.errors import RemoteProtocolError
 from p2pinfer.model.sampling import UnitCandidates, draw, gather, whole_offer
 from p2pinfer.step_engine import StepEngine
 from p2pinfer.step_links import StepBroken, StepLinks, StepOverdue
-from p2pinfer.types import SamplingParams, UnitKind
+from p2pinfer.types import Fence, SamplingParams, UnitKind
 from p2pinfer.wire.messages import Candidates, LogitsRequest, Slot, Step
+
+GIVE_WAY_S = 0.5
+"""So long no step is begun where another plan is to come. It takes some hundredths of a second;
+should it not come at all, replies go on."""
 
 
 class Leader:
@@ -36,7 +40,7 @@ class Leader:
         *,
         listeners: Iterable[int],
         agreed: Iterable[TokenLog],
-        report: Callable[[StepReport], None],
+        report: Callable[[StepReport | GaveWay], None],
     ) -> None:
         self._engine = engine
         self._links = links
@@ -46,6 +50,7 @@ class Leader:
         self._maker = StepMaker(t, self._listeners, agreed)
         self._report = report
         self._rows = 0
+        self._resumes_at = 0.0
         model = t.plan.model
         count = unit_count(model, UnitKind.VOCAB)
         self._bounds = [unit_bounds(model, UnitKind.VOCAB, unit) for unit in range(count)]
@@ -77,11 +82,24 @@ class Leader:
 
         Raises `StepBroken` when a member's part, or its acknowledgement, does not come in time.
         """
-        started = time.perf_counter()
         self._check_overdue()
-        step = self._maker.next_step()
-        if step is None:
+        if time.monotonic() < self._resumes_at:
             return None
+        step = self._maker.next_step()
+        return None if step is None else self._run(step)
+
+    def give_way(self, fence: Fence) -> None:
+        """Tell what the last step drew, and begin no other for a moment: a new plan is to come."""
+        if fence != self._topology.plan.fence:
+            return
+        if (step := self._maker.last_words()) is not None:
+            self._run(step)
+        self._resumes_at = time.monotonic() + GIVE_WAY_S
+        self._report(GaveWay(fence=fence))
+
+    def _run(self, step: Step) -> int:
+        """Run a step that was made; returns how many tokens it drew."""
+        started = time.perf_counter()
         self._rows = sum(len(slot.tokens) for slot in step.slots)
         # First in the leader's own log, which is the truth of its term: should sending fail, no
         # listener may hold more.

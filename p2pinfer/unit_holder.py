@@ -48,7 +48,6 @@ from p2pinfer.wire.tensors import Tensor
 PROGRESS_EVERY_S = 0.1
 """A worker that says nothing for a while counts as hung, also while it loads."""
 
-
 MIB = 1 << 20
 
 
@@ -122,6 +121,9 @@ class UnitHolder:
         self._standbys: StandbyLoader | None = None
         self._trims: list[Part] = []
         """Parts to be, of units that parts here have together with others."""
+        self._left: list[Part] = []
+        """Parts that were given up, and are freed when this node's word that it has the plan is on
+        its way: that takes a while, and nothing else needs the room."""
         self._room = inf
         self._told = 0.0
         self.standby_reason = ""
@@ -223,8 +225,9 @@ class UnitHolder:
         wanted = own_units.union(*map(units_of, kept))
         stay = [part for part in self._parts if self._serves(part, own_units, wanted)]
         left = [part for part in self._parts if part not in stay]
-        for part in left:
-            part.unload()
+        self._left = left
+        if wanted:
+            self._free()
         placed = {unit for part in stay for unit in part.units}
         new: list[Part] = []
         for held in (*own, *kept):
@@ -237,6 +240,11 @@ class UnitHolder:
         self._places = {unit: part for part in self._parts for unit in part.kv_units}
         for part in left:
             self._logs.coverage.lose(part.kv_units.keys() - self._places.keys())
+
+    def _free(self) -> None:
+        for part in self._left:
+            part.unload()
+        self._left = []
 
     def _keep_inputs(self, mine: Topology) -> None:
         """Inputs stay where a plan gives this node units of the same span; those of other spans are
@@ -362,8 +370,11 @@ class UnitHolder:
         return found
 
     def trim(self) -> bool:
-        """Between two steps: put parts in place that were loaded anew, once all are; returns
-        whether there were any. Their KV is brought there."""
+        """Between two steps: free what is left of a plan before, and put parts in place that were
+        loaded anew, once all are; returns whether there were any. Their KV is brought there."""
+        if self._left:
+            self._free()
+            return True
         if not self._trims or self.runner is None:
             return False
         if not all(map(self._ready, (*self._parts, *self._trims))):

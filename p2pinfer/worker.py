@@ -42,7 +42,7 @@ from p2pinfer.core.events import (
     WorkerStats,
 )
 from p2pinfer.core.inputs import input_spans
-from p2pinfer.core.orders import MeasureEchoes
+from p2pinfer.core.orders import GiveWay, MeasureEchoes
 from p2pinfer.core.recompute import recompute
 from p2pinfer.core.replication import computed_units, fed_units
 from p2pinfer.core.scheduler import capacity
@@ -55,8 +55,9 @@ from p2pinfer.leader import Leader
 from p2pinfer.lifeline import die_with_parent
 from p2pinfer.limits import MAX_BULK_BYTES, MAX_STEP_BYTES
 from p2pinfer.measurement import introduction
-from p2pinfer.model.quantised_copies import remove_others
+from p2pinfer.model.quantised_copies import copies_folder
 from p2pinfer.pipe import PipeClosed, WorkerConfig, WorkerPipe, worker_side
+from p2pinfer.priority import be_last
 from p2pinfer.replicator import Replicator, partners
 from p2pinfer.step_engine import Clock, StepEngine
 from p2pinfer.step_links import LinkBroken, StepBroken, StepLinks, StepOverdue
@@ -94,7 +95,7 @@ class Worker:
             self._logs,
             self._loading,
             standby=config.standby,
-            copies=_copies(config),
+            copies=copies_folder(config.copies, config.model),
         )
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._bulk = BulkLinks(
@@ -280,6 +281,8 @@ class Worker:
             case Halt():
                 if self._engine is not None:
                     self._stop_steps()
+            case GiveWay() if self._leader is not None:
+                self._leader.give_way(order.fence)
             case StartRequest():
                 # Without a plan in force it is too late: the next one starts all requests anew.
                 if self._leader is not None:
@@ -440,14 +443,6 @@ class Worker:
         )
 
 
-def _copies(config: WorkerConfig) -> Path | None:
-    """Where quantised weights are kept; those of other models are removed."""
-    if not config.copies:
-        return None
-    remove_others(Path(config.copies), config.model)
-    return Path(config.copies)
-
-
 @click.command()
 @click.option("--pipe-fd", type=int, required=True)
 def main(pipe_fd: int) -> None:
@@ -476,6 +471,8 @@ def _serve(pipe: WorkerPipe) -> None:
         try:
             worker.run()
         finally:
+            # To free gigabytes takes a while, and nobody waits for it.
+            be_last()
             worker.close()
     except PipeClosed:
         raise

@@ -20,6 +20,7 @@ from p2pinfer.core.events import (
 from p2pinfer.core.hearing import Hearing
 from p2pinfer.core.membership import Peer
 from p2pinfer.core.neighbours import Neighbours
+from p2pinfer.core.orders import GaveWay
 from p2pinfer.core.outbox import Outbox
 from p2pinfer.core.pace import Pace
 from p2pinfer.core.plan_maker import PlanMaker
@@ -133,13 +134,17 @@ class Leadership:
                 return False
         return True
 
-    def reported(self, report: TokensCommitted | FenceSettled | RequestEnded, now: float) -> None:
-        """The leader's own worker: tokens are committed, replies end."""
+    def reported(
+        self, report: TokensCommitted | FenceSettled | RequestEnded | GaveWay, now: float
+    ) -> None:
+        """The leader's own worker: tokens are committed, replies end, steps give way."""
         match report:
             case TokensCommitted():
                 self._hearing.step_succeeded()
                 self._log.committed(report)
                 self.maker.committed(report, now)
+            case GaveWay():
+                self.maker.gave_way(report.fence, now)
             case FenceSettled():
                 self._log.settled(report)
             case _:

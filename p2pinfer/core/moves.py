@@ -60,15 +60,17 @@ def staged(previous: Plan, goal: Plan, standing: Standing, positions: int = 0) -
 
 
 class Progress(NamedTuple):
-    """Why a plan is worth an epoch; empty: it is not. `trims`: it only gives replicas up."""
+    """Why a plan is worth an epoch; empty: it is not. `trims`: it only gives replicas up; `frees`:
+    somebody that leaves has nothing left by that."""
 
     why: str = ""
     trims: bool = False
+    frees: bool = False
 
 
-def progress(before: Plan, after: Plan) -> Progress:
+def progress(before: Plan, after: Plan, leaving: AbstractSet[str] = frozenset()) -> Progress:
     """Whether by the plan `after` members that were standbys take over, or replicas are given up,
-    with none that are new."""
+    with none that are new. `leaving` are node ids."""
     if not _same_spans(before, after):
         return Progress()
     old = [owner for stage in before.stages for owners in owners_of(stage) for owner in owners]
@@ -80,7 +82,10 @@ def progress(before: Plan, after: Plan) -> Progress:
         return Progress(f"{names} ready to take over")
     had, has = _holders(before), _holders(after)
     fewer = had != has and all(a >= b for a, b in zip(had, has, strict=True))
-    return Progress("replicas are complete", trims=True) if fewer else Progress()
+    if not fewer:
+        return Progress()
+    freed = frozenset[str]().union(*had) - frozenset[str]().union(*has)
+    return Progress("replicas are complete", trims=True, frees=not freed.isdisjoint(leaving))
 
 
 class Steps:
@@ -103,13 +108,14 @@ class Steps:
         now: float,
     ) -> str:
         """Why to propose now, by `find`; nothing before `earliest`: those that are ready at about
-        the same time take over together. Nothing is only given up before `trims_from`."""
+        the same time take over together. Nothing is only given up before `trims_from`, but for who
+        leaves: each of these plans costs a pause, and that member goes by the last of them."""
         self.deadline = earliest if now < earliest else inf
         if now < earliest:
             return ""
         if key != self._key:
             self._key, self._found = key, find()
-        if self._found.trims and now < trims_from:
+        if self._found.trims and not self._found.frees and now < trims_from:
             self.deadline = trims_from
             return ""
         return self._found.why

@@ -54,7 +54,7 @@ from p2pinfer.core.leadership import Leadership
 from p2pinfer.core.links import Links
 from p2pinfer.core.membership import Peer
 from p2pinfer.core.neighbours import Neighbours
-from p2pinfer.core.orders import EchoesMeasured
+from p2pinfer.core.orders import EchoesMeasured, GaveWay
 from p2pinfer.core.outbox import Outbox
 from p2pinfer.core.outlook import Outlook
 from p2pinfer.core.plan_holder import PlanHolder
@@ -376,7 +376,7 @@ class Node:
                 self._holder.loaded(report)
             case StandbysLoaded() as report:
                 self._holder.standbys_loaded(report)
-            case TokensCommitted() | FenceSettled() | RequestEnded() as report:
+            case TokensCommitted() | FenceSettled() | RequestEnded() | GaveWay() as report:
                 if self._leadership:
                     self._leadership.reported(report, now)
             case StepFailed() as report:

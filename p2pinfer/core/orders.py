@@ -67,6 +67,16 @@ class Halt(Order, frozen=True, kw_only=True):
     """Stop obeying the active plan: its leader has lost its office. Logs and KV are kept."""
 
 
+class GiveWay(Order, frozen=True, kw_only=True):
+    """Leader only: end the step in hand, tell all what it drew, and begin no other for a moment.
+
+    Another plan is to take the place of that of `fence`, and no work is to be lost by it. Answered
+    by `GaveWay`, unless a step breaks.
+    """
+
+    fence: Fence
+
+
 class StartRequest(Order, frozen=True, kw_only=True):
     """Leader only: enter a request. `received` tokens are forced, never drawn again.
 
@@ -187,6 +197,12 @@ class StandbysLoaded(Report, frozen=True, kw_only=True):
     error: str = ""
 
 
+class GaveWay(Report, frozen=True, kw_only=True):
+    """No step of the plan of `fence` is in hand, and for a moment none is begun."""
+
+    fence: Fence
+
+
 class FenceSettled(Report, frozen=True, kw_only=True):
     """Leader only: all that the logs held when the plan of `fence` was activated is committed."""
 
@@ -294,7 +310,14 @@ class WorkerStats(Report, frozen=True, kw_only=True):
 
 
 AnyOrder = (
-    LoadPlan | ActivatePlan | Halt | StartRequest | CancelRequest | MeasureEchoes | StopWorker
+    LoadPlan
+    | ActivatePlan
+    | Halt
+    | GiveWay
+    | StartRequest
+    | CancelRequest
+    | MeasureEchoes
+    | StopWorker
 )
 AnyReport = (
     WorkerReady
@@ -302,6 +325,7 @@ AnyReport = (
     | LoadProgress
     | PlanLoaded
     | StandbysLoaded
+    | GaveWay
     | FenceSettled
     | TokensCommitted
     | RequestEnded

@@ -28,7 +28,7 @@ from p2pinfer.core.plan_rules import (
     may_work,
 )
 from p2pinfer.core.planner import PlacementError, may_own
-from p2pinfer.core.proposal import Proposal, owners
+from p2pinfer.core.proposal import Proposal, offered
 from p2pinfer.core.quorum import credible
 from p2pinfer.core.replan import next_plan
 from p2pinfer.core.request_log import RequestLog
@@ -89,7 +89,7 @@ class PlanMaker:
         """Who was lost since the last plan in force, and after what silence."""
         self._out = LeftOut(config.timing)
         self._steps = Steps()
-        self._lull = Lull(config.timing)
+        self._lull = Lull(config.timing, box)
         self._unplaceable = _NOTHING
         """The able members for which no plan could be made, and why."""
         self._step_failed = ""
@@ -144,19 +144,18 @@ class PlanMaker:
     def look(self, view: View, now: float) -> None:
         """Bring the newest plan into force if it can be; propose if the rules say so."""
         self._view, self._looked_at = view, now
-        self._forget_old(boots(view.living), now)
+        self._out.forget_old(boots(view.living), now)
+        if now >= self._unplaceable[1].until:
+            self._unplaceable = _NOTHING
         self._advance(now)
-        decision = decide(self._situation(view, now))
+        situation = self._situation(view, now)
+        decision = decide(situation)
         self.waiting = decision.why
         if decision.propose:
             self._propose(view, decision, now)
         elif self._current:
+            self._lull.look(situation, self._current.plan.fence, now)
             self._current.look(boots(view.living) - self._broken, now)
-
-    def _forget_old(self, here: frozenset[Boot], now: float) -> None:
-        self._out.forget_old(here, now)
-        if now >= self._unplaceable[1].until:
-            self._unplaceable = _NOTHING
 
     def _situation(self, view: View, now: float) -> Situation:
         able = self._able(view)
@@ -190,10 +189,13 @@ class PlanMaker:
         kept = (m for m in current.holders if boot(m) in here - current.relieved)
         missing = listed - current.offered
         late = (m for m in plan.members if m.node_id in current.late)
+        running = current.activated and self._log.running
+        # Whom no reply and no replica misses is taken out when nothing runs.
+        missed = current.holders if running else plan.members
         return dataclasses.replace(
             situation,
             lost=_names(m for m in gone if m in current.owners),
-            absent=_names(m for m in gone if m not in current.owners),
+            absent=_names(m for m in gone if m in missed and m not in current.owners),
             unfit=_names(unfit),
             relieved=_names(m for m in kept if self._hands_over(m, view, current)),
             astray=_names((*current.astray(now), *self._deaf(view, now))),
@@ -205,7 +207,7 @@ class PlanMaker:
             loading=() if current.activated else _names(current.unanswered(here)),
             faster=faster(plan, view.chosen),
             prepared=self._prepared(current, view, now),
-            lull=not (current.activated and self._log.running) or self._lull.is_at(now),
+            lull=not running or self._lull.is_at(now),
         )
 
     def _deaf(self, view: View, now: float) -> tuple[Member, ...]:
@@ -320,23 +322,24 @@ class PlanMaker:
         if not (current.activated and current.moving):
             return ""
         ready = self._ready(view)
-        key = current.plan.fence, ready, boots(self._can_own(view)), boots(self._able(view))
+        members = boots(self._can_own(view)), boots(self._able(view))
+        key = current.plan.fence, ready, members, view.draining
 
         def find() -> Progress:
             try:
                 found = self._next(view, rebalance=True)
             except PlacementError:
                 return Progress()
-            return progress(current.plan, found.plan)
+            return progress(current.plan, found.plan, view.draining)
 
         coming = {m.node_id for m in current.holders if not self._out.cannot(m, view)}
-        # Who leaves goes when what it keeps is given up.
-        soon = not coming.isdisjoint(view.draining) or coming <= ready
+        # Only memory may need that a part of what it keeps is taken from who leaves.
+        patience = self._timing.replicas_late * (1 if coming.isdisjoint(view.draining) else 2)
         return self._steps.look(
             key,
             find,
             earliest=current.activated_at + self._timing.settle,
-            trims_from=current.activated_at + (0.0 if soon else self._timing.replicas_late),
+            trims_from=current.activated_at + (0 if coming <= ready else patience),
             now=now,
         )
 
@@ -357,7 +360,7 @@ class PlanMaker:
             plan,
             before=self._base,
             first=self._first,
-            offered=self._offered(plan, boots(able), rebalance),
+            offered=offered(plan, boots(able), self._current, rebalance=rebalance),
             gone=boots(plan.members) - boots(view.living),
             relieved=self._out.relieved(view),
             moving=found.moving,
@@ -372,13 +375,6 @@ class PlanMaker:
         self._current.propose(now)
         self.waiting = f"{', '.join(names)} to load the weights"
 
-    def _offered(self, plan: Plan, able: frozenset[Boot], rebalance: bool) -> frozenset[Boot]:
-        """Members that could have got units by this plan; others are asked again when settled."""
-        if rebalance:
-            return able
-        before = self._current.offered if self._current else frozenset()
-        return (before & able) | boots(owners(plan))
-
     def _cannot_place(self, able: Iterable[Member], fence: Fence, why: str, until: float) -> None:
         """These members cannot hold the model: wait for others."""
         why = "; ".join((why, *(refusal.why for refusal in self._out.unable.values())))
@@ -391,7 +387,7 @@ class PlanMaker:
     def ack(self, message: Ack, now: float) -> None:
         """A member has loaded its part; after the last one the plan comes into force."""
         current = self._current
-        if current and message.fence == current.plan.fence and self._lists(message.node_id):
+        if current and message.fence == current.plan.fence and current.lists(message.node_id):
             current.ack(message)
             self._advance(now)
 
@@ -461,15 +457,17 @@ class PlanMaker:
         if self._current:
             self._current.obeys(node_id, fence)
 
-    def _lists(self, node_id: str) -> bool:
-        return self.target is not None and node_id in {m.node_id for m in self.target.members}
-
     # --- in force ---------------------------------------------------------------------------------
 
     def committed(self, report: TokensCommitted, now: float) -> None:
         """Replies go on under the plan in force."""
         self._lull.stepped(now)
         self.resumption.committed(report, now)
+
+    def gave_way(self, fence: Fence, now: float) -> None:
+        """The leader's worker computes no step for a moment."""
+        if self._current and fence == self._current.plan.fence:
+            self._lull.gave_way(now)
 
     def _advance(self, now: float) -> None:
         """Put the newest plan in force once it is acknowledged and its logs are here."""

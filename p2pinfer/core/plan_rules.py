@@ -98,7 +98,8 @@ class Situation:
     """Its owners that are gone, even if they are back."""
 
     absent: Names = ()
-    """Its other members that are gone: replies go on without them."""
+    """Its other members that are gone: replies go on without them, and as long as any do, those
+    that keep nothing are none of these."""
 
     unfit: Names = ()
     """Its owners that cannot compute."""

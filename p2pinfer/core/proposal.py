@@ -48,6 +48,16 @@ def holders(plan: Plan) -> tuple[Member, ...]:
     return tuple(plan.members[index] for index in sorted(ids))
 
 
+def offered(
+    plan: Plan, able: frozenset[Boot], before: Proposal | None, *, rebalance: bool
+) -> frozenset[Boot]:
+    """Members that could have got units by this plan, which follows `before`; others are asked
+    again when settled."""
+    if rebalance:
+        return able
+    return (able & before.offered if before else frozenset()) | frozenset(map(boot, owners(plan)))
+
+
 class Proposal:
     """The newest plan of a leader. Times in seconds.
 
@@ -106,6 +116,10 @@ class Proposal:
         """When this wants to look again; some may be over."""
         straggle = self._timing.straggle
         return self._resend_at, self._alone_since + straggle, self.activated_at + straggle
+
+    def lists(self, node_id: str) -> bool:
+        """Whether this plan lists a member, in whichever life."""
+        return any(member.node_id == node_id for member in self.plan.members)
 
     def has_acked(self, node_id: str) -> bool:
         """Whether a member has acknowledged this plan, in time or not."""

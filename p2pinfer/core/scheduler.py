@@ -282,13 +282,28 @@ class Scheduler:
         id may be used again by one of the slots.
         """
         self._admit()
-        slots = self._slots()
+        return self._work(self._slots())
+
+    def _work(self, slots: tuple[Slot, ...]) -> Work | None:
+        """A step of these slots, and of all that is to be told."""
         news, self._news = tuple(self._news), []
         ended, self._to_free = tuple(self._to_free[:MAX_REQUESTS]), self._to_free[MAX_REQUESTS:]
         finals, self._finals = tuple(self._finals.values()), {}
         if not (slots or news or ended or finals):
             return None
         return Work(slots=slots, ended=ended, finals=finals, news=news)
+
+    def last_words(self) -> Work | None:
+        """What a step says that computes nothing more: all that the step before drew. None when
+        there is nothing to say.
+
+        Another plan is to take over, and what was not told by then would be drawn again.
+        """
+        for piece in self._news:
+            if isinstance(piece, DrawnToken) and piece.request_id in self._running:
+                self._finals[piece.request_id] = _final(self._running[piece.request_id])
+        self._decoding = 0
+        return self._work(())
 
     def _slots(self) -> tuple[Slot, ...]:
         single = sum(request.pending == 1 for request in self._running.values())
@@ -330,9 +345,7 @@ class Scheduler:
             self._news.append(DrawnToken(request_id=slot.request_id, index=index, token=token))
             if reason:
                 self._closing[slot.request_id] = self._running.pop(slot.request_id)
-                self._finals[slot.request_id] = FinalToken(
-                    request_id=slot.request_id, position=len(request.tokens) - 1, token=token
-                )
+                self._finals[slot.request_id] = _final(request)
                 self._news.append(request.ended(reason))
 
     def _admit(self) -> None:
@@ -343,3 +356,12 @@ class Scheduler:
                 return
             del self._waiting[request.request_id]
             self._running[request.request_id] = request
+
+
+def _final(request: _Request) -> FinalToken:
+    """A request's last token, to be told without being computed."""
+    return FinalToken(
+        request_id=request.request_id,
+        position=len(request.tokens) - 1,
+        token=request.tokens[-1],
+    )

@@ -91,6 +91,17 @@ class StepMaker:
                 return None
             work = Work()
         self._unsettled = False
+        return self._made(work)
+
+    def last_words(self) -> Step | None:
+        """A step that only tells what the one before drew; None when there was nothing drawn.
+
+        Should steps go on all the same, the next one computes what it told.
+        """
+        work = self.scheduler.last_words()
+        return None if work is None else self._made(work)
+
+    def _made(self, work: Work) -> Step:
         self._step += 1
         self._news = work.news
         return Step(

@@ -80,6 +80,14 @@ class QuantisedCopies:
         return self._folder / f"{name}.{axis}-{start}-{end}-{size}{SUFFIX}"
 
 
+def copies_folder(folder: str, model: ModelSpec | None) -> Path | None:
+    """Where quantised weights are kept, None: nowhere; those of other models are removed."""
+    if not folder:
+        return None
+    remove_others(Path(folder), model)
+    return Path(folder)
+
+
 def remove_others(root: Path, model: ModelSpec | None) -> None:
     """Remove copies of all models but this, and what was left unfinished of its own."""
     kept = f"{model.model_id}-{model.quant}-{FORMAT_VERSION}" if model else ""

@@ -52,7 +52,8 @@ class Slot(Struct, frozen=True, kw_only=True):
 
 
 class FinalToken(Struct, frozen=True, kw_only=True):
-    """The last token of a reply, at `position` of its log: written down, never computed."""
+    """The last token of a log, at `position`: written down without being computed. That of a reply
+    which ends, or what was drawn just before another plan."""
 
     request_id: U63
     position: Annotated[int, Meta(ge=0, lt=MAX_POSITIONS)]
@@ -62,7 +63,7 @@ class FinalToken(Struct, frozen=True, kw_only=True):
 class Step(ControlMessage, frozen=True, kw_only=True):
     """Leader to every node: compute these slots, and write their tokens down: they are the log.
 
-    `finals` are last tokens of replies; of requests that `ended` all is forgotten. Answered by
+    `finals` are tokens to write down only; of requests that `ended` all is forgotten. Answered by
     STEP_ACK before anything is computed.
     """
 

@@ -14,7 +14,7 @@ from tests.simulation.run import simulate
 FOUND_BY = {
     "fence-unchecked": 66,
     "gap-unchecked": 60,
-    "held-unchecked": 4,
+    "held-unchecked": 271,
     "emitted-before-commit": 0,
     "owners-not-needed": 5,
     "watermark-off-by-one": 2,
@@ -26,7 +26,7 @@ FOUND_BY = {
     "freed-replica-counted": 4,
     "promotion-trusted": 196,
     "vote-not-persisted": 27,
-    "votes-for-all": 89,
+    "votes-for-all": 225,
     "older-plan-voted-for": 30,
     "acked-before-persisted": 0,
     "half-elects": 9,

@@ -78,6 +78,16 @@ class ToyBulk:
         self._out: set[int] = set()
         """Standbys whose credit is used up."""
 
+    def taken_over(self, filling: bool) -> None:
+        """A plan makes this node the owner of what it was a standby of."""
+        world = self._process.world
+        world.count("a standby is to take units over")
+        world.moment("Promotion", self._process.number)
+        if not self._units.complete:
+            world.count("units taken over before their weights were there")
+        if filling:
+            world.count("units taken over while they filled")
+
     @property
     def filling(self) -> bool:
         """Whether it has asked for KV that did not come yet."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from p2pinfer.core import events as e
+from p2pinfer.core.orders import GaveWay, GiveWay
 from p2pinfer.core.recompute import recompute
 from p2pinfer.core.replication import computed_units
 from p2pinfer.core.step_clock import StepClock
@@ -24,6 +25,7 @@ from p2pinfer.core.topology import Topology, topology
 from p2pinfer.types import Fence, ModelSpec
 from p2pinfer.wire.messages import Plane, Step
 from tests.simulation import toy_model as toy
+from tests.simulation import toy_times as times
 from tests.simulation.toy_bulk import ToyBulk
 from tests.simulation.toy_engine import Frames, Sleep, ToyEngine, Wait, made
 from tests.simulation.toy_links import StepBroken, ToyLinks
@@ -32,20 +34,6 @@ from tests.simulation.world import check
 
 if TYPE_CHECKING:
     from tests.simulation.machine import Process
-
-STATS_S = 0.15
-LINK_TIMEOUT_S = 5.0
-MAX_STEP_TOKENS = 8
-"""Few, so that prompts come in several chunks."""
-
-STARTS_S = (0.05, 0.3)
-LOADS_S = (0.01, 0.25)
-RELOADS_S = 0.002
-STANDBY_LOADS_S = (0.05, 0.8)
-"""In the background, for the weights of one owner's units."""
-
-BULK_TURN_S = 0.001
-"""How long a portion of delta KV keeps a worker that has no step to do."""
 
 Task = Generator[Wait, None, None]
 
@@ -80,9 +68,9 @@ class ToyWorker:
         self._task_number = 0
         self._late = False
         """The processor is done with what the task waited for, while the worker stood still."""
-        self._limit_at = 0.0
+        self._limit_at = self._resumes_at = 0.0
         self._rows = self._recomputed = 0
-        self.world.later(self._random.uniform(*STARTS_S), self._begin)
+        self.world.later(self._random.uniform(*times.STARTS_S), self._begin)
 
     # --- life -------------------------------------------------------------------------------------
 
@@ -119,7 +107,7 @@ class ToyWorker:
         if self._over:
             return
         if self.hung:
-            self.world.later(STATS_S, self._begin)
+            self.world.later(times.STATS_S, self._begin)
             return
         self._ready = True
         kind = f"kind{self.process.machine.kind}" if self._model else ""
@@ -131,7 +119,7 @@ class ToyWorker:
         """Counters, several times a second, whatever else it does."""
         if self._over:
             return
-        self.world.later(STATS_S * self._random.uniform(0.9, 1.1), self._tell)
+        self.world.later(times.STATS_S * self._random.uniform(0.9, 1.1), self._tell)
         if self.hung:
             return
         if self.loading is not None:
@@ -193,7 +181,7 @@ class ToyWorker:
         if self._over:
             return
         if self.hung:
-            self.world.later(STATS_S, self._look)
+            self.world.later(times.STATS_S, self._look)
             return
         self._guard(self._look_now)
 
@@ -232,7 +220,7 @@ class ToyWorker:
                 self._obey(self._orders.popleft())
             elif not self._begin_step():
                 if self.bulk.turn():
-                    self.world.later(BULK_TURN_S, self._again)
+                    self.world.later(times.BULK_TURN_S, self._again)
                 return
 
     def _again(self) -> None:
@@ -302,6 +290,8 @@ class ToyWorker:
                 self._activate(order)
             case e.Halt():
                 self._stop_steps()
+            case GiveWay():
+                self._give_way(order.fence)
             case e.StartRequest():
                 self._start(order)
             case e.CancelRequest() if self.maker is not None:
@@ -325,7 +315,7 @@ class ToyWorker:
         self.units.hold(mine)
         self._held, self._in_force = order.plan.fence, Fence()
         if taken:
-            self._count_taken(filling)
+            self.bulk.taken_over(filling)
         loaded = e.PlanLoaded(
             fence=order.plan.fence,
             logs=self.logs.snapshot(),
@@ -335,23 +325,14 @@ class ToyWorker:
         self.loading = order.plan.fence
         self._start_task(self._loads(mine, loaded))
 
-    def _count_taken(self, filling: bool) -> None:
-        """A plan makes this node the owner of what it was a standby of."""
-        self.world.count("a standby is to take units over")
-        self.world.moment("Promotion", self.process.number)
-        if not self.units.complete:
-            self.world.count("units taken over before their weights were there")
-        if filling:
-            self.world.count("units taken over while they filled")
-
     def _loads(self, mine: Topology, loaded: e.PlanLoaded) -> Task:
         """Read weights, then connect to the others."""
         quick = self.units.complete
         self.bulk.load(mine)
-        yield Sleep(RELOADS_S if quick else self._random.uniform(*LOADS_S))
+        yield Sleep(times.RELOADS_S if quick else self._random.uniform(*times.LOADS_S))
         self.units.load()
         self.links.open(mine)
-        until = self.world.now + LINK_TIMEOUT_S
+        until = self.world.now + times.LINK_TIMEOUT_S
         while member := self.links.unconnected():
             if self.world.now > until:
                 self.loading = None
@@ -376,7 +357,8 @@ class ToyWorker:
         judge.activated(self.process, order)
         if mine.leads:
             self._listeners = tuple(sorted(set(order.listeners) - {mine.me}))
-            self.maker = StepMaker(mine, self._listeners, order.logs, MAX_STEP_TOKENS)
+            self.maker = StepMaker(mine, self._listeners, order.logs, times.MAX_STEP_TOKENS)
+            self._resumes_at = 0.0
             self.links.on_ack = self._acked
         self.links.activate(mine)
         self.bulk.activate(mine, order.computed)
@@ -387,7 +369,7 @@ class ToyWorker:
     def _load_next(self, fence: Fence) -> None:
         """In the background: read the weights that are kept for the next owner, if some lack."""
         if self.units.lacking:
-            wait = self._random.uniform(*STANDBY_LOADS_S) * self.process.machine.pace
+            wait = self._random.uniform(*times.STANDBY_LOADS_S) * self.process.machine.pace
             self.world.later(wait, self._loaded_next, fence)
 
     def _loaded_next(self, fence: Fence) -> None:
@@ -416,11 +398,23 @@ class ToyWorker:
 
     def _lead(self, engine: ToyEngine, maker: StepMaker) -> bool:
         self._check_time()
-        step = maker.next_step()
+        step = maker.next_step() if self.world.now >= self._resumes_at else None
         if step is None:
             return False
         self._start_task(self._leads(engine, maker, step))
         return True
+
+    def _give_way(self, fence: Fence) -> None:
+        if self.engine is not None and self.maker is not None and self._in_force == fence:
+            self._start_task(self._gives_way(self.engine, self.maker))
+
+    def _gives_way(self, engine: ToyEngine, maker: StepMaker) -> Task:
+        """Tell what the last step drew, and begin no other for a moment."""
+        if (step := maker.last_words()) is not None:
+            yield from self._leads(engine, maker, step)
+        self._resumes_at = self.world.now + times.GIVE_WAY_S
+        self.world.later(times.GIVE_WAY_S, self._again)
+        self._say(GaveWay(fence=engine.topology.plan.fence))
 
     def _leads(self, engine: ToyEngine, maker: StepMaker, step: Step) -> Task:
         began = self.process.machine.monotonic()

@@ -75,7 +75,7 @@ def test_who_is_ready_takes_over_and_the_owner_stays_a_standby() -> None:
     plan, moving = step(named, nodes(4), {3})
     assert owners(plan) == owners(after(before, nodes(4), replicas=1))
     assert moving
-    assert progress(named, plan) == ("node03 ready to take over", False)
+    assert progress(named, plan) == Progress("node03 ready to take over")
     for unit, (old, new) in enumerate(zip(owners(before), owners(plan), strict=True)):
         if old != new:
             assert old in standbys(plan, unit)
@@ -237,3 +237,23 @@ def test_replicas_are_given_up_all_together() -> None:
         why = steps.look("a", lambda: TRIMS, earliest=5.0, trims_from=9.0, now=now)
         seen.append((why, steps.deadline))
     assert seen == [("", 9.0), ("", 9.0), (TRIMS.why, inf)]
+
+
+def test_who_leaves_waits_for_no_others_replicas() -> None:
+    """A plan by which it is free comes at once; one that only takes a part from it does not."""
+    before = after(None, nodes(3), replicas=1)
+    leaving = {nodes(3)[2].node_id}
+    plan, _ = step(before, nodes(3), {0, 1, 2}, able=(0, 1))
+    last, _ = step(plan, nodes(3), {0, 1, 2}, able=(0, 1))
+    free = progress(plan, last, leaving)
+    assert free == TRIMS._replace(frees=True)
+    assert progress(plan, last) == TRIMS
+    assert progress(before, plan, leaving).trims is False
+    for found, at in ((free, 5.0), (TRIMS, 9.0)):
+        steps = Steps()
+        seen = [
+            now
+            for now in (5.0, 9.0)
+            if steps.look("a", lambda found=found: found, earliest=5.0, trims_from=9.0, now=now)  # type: ignore[misc]
+        ]
+        assert seen[0] == at

@@ -27,6 +27,7 @@ from p2pinfer.core.events import (
     TokensCommitted,
     WorkerReady,
 )
+from p2pinfer.core.orders import GiveWay
 from p2pinfer.errors import LocalProtocolError
 from p2pinfer.pipe import DaemonPipe, PipeClosed, WorkerConfig, WorkerPipe, daemon_side, worker_side
 from p2pinfer.types import DType, Fence, Member, ModelSpec, Plan, SamplingParams, Stage
@@ -89,6 +90,7 @@ ORDERS: tuple[AnyOrder | WorkerConfig, ...] = (
     LoadPlan(plan=PLAN, me=0),
     ActivatePlan(fence=Fence(1, 2), logs=(LOG,), listeners=(0, 2)),
     Halt(),
+    GiveWay(fence=Fence(1, 2)),
     StartRequest(request_id=7, prompt_ids=(1, 2), received=(3,), params=SamplingParams(seed=9)),
     CancelRequest(request_id=7),
     StopWorker(),

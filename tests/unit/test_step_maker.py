@@ -219,3 +219,42 @@ def test_there_is_room_for_the_least_of_the_members() -> None:
     assert [report.code for report in reports if isinstance(report, RequestEnded)] == [
         "prompt_too_long"
     ]
+
+
+def test_last_words_tell_what_was_drawn_and_compute_nothing() -> None:
+    """Another plan is to come: what nobody was told would be drawn again."""
+    work = maker()
+    work.start(start(1))
+    work.start(start(2, most=1))
+    step = next_of(work)
+    work.sent(1.0)
+    work.acked(1, 1)
+    work.finished(step, {1: 50, 2: 60}, STEP_S)
+    words = work.last_words()
+    assert words is not None
+    assert (words.step, words.slots) == (2, ())
+    assert {(f.request_id, f.position, f.token) for f in words.finals} == {(1, 2, 50), (2, 2, 60)}
+    assert work.sent(2.0) == []
+    assert work.acked(1, 2) == [committed((1, 0, 50), (2, 0, 60)), ended(2, "length", 1)]
+    work.finished(words, {}, STEP_S)
+    assert work.scheduler.running == 1
+
+
+def test_after_last_words_steps_may_go_on() -> None:
+    """The next one computes what was told, and it is told to no client twice."""
+    work = maker(nodes=1)
+    work.start(start(1, most=2))
+    step = next_of(work)
+    work.sent(1.0)
+    work.finished(step, {1: 50}, STEP_S)
+    words = work.last_words()
+    assert words is not None
+    assert work.sent(2.0) == [committed((1, 0, 50))]
+    work.finished(words, {}, STEP_S)
+    assert work.last_words() is None
+    step = next_of(work)
+    assert (step.step, step.slots[0].start, step.slots[0].tokens) == (3, 2, (50,))
+    assert work.sent(3.0) == []
+    work.finished(step, {1: 51}, STEP_S)
+    assert next_of(work).finals == (FinalToken(request_id=1, position=3, token=51),)
+    assert work.sent(4.0) == [committed((1, 1, 51)), ended(1, "length", 2)]
