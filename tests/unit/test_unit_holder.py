@@ -376,6 +376,21 @@ def test_requests_that_are_agreed_on_have_their_place_at_once(folder: Path) -> N
     assert node.units.write_kv(unit, 2, 0, rows)
 
 
+def test_who_holds_nothing_any_more_frees_it_after_its_word(folder: Path) -> None:
+    """To free gigabytes takes a while, and a plan waits for the word of all."""
+    node, base = Node(folder), plan(folder)
+    node.load(placed(base, "0000", "00", "00000"))
+    stages = [part.stage for part in node.units._parts]
+    node.load(placed(base, "1111", "11", "11111"))
+    assert node.units.weight_bytes == 0
+    held = [part.stage for part in node.units._left]
+    assert held == stages
+    assert None not in held
+    assert node.units.trim()
+    assert not node.units._left
+    assert not node.units.trim()
+
+
 def test_a_witness_holds_nothing(folder: Path) -> None:
     """A plan that gives it units cannot be loaded."""
     base, node = plan(folder), Node(None)
