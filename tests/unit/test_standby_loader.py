@@ -18,6 +18,7 @@ from p2pinfer.model.config import load_config, model_spec
 from p2pinfer.model.part import Part, empty_cache
 from p2pinfer.model.stage_loader import StageLoader
 from p2pinfer.model.weights import Weights
+from p2pinfer.priority import LAST
 from p2pinfer.standby_loader import StandbyLoader
 from tests.random_models import write_random_model
 
@@ -47,7 +48,7 @@ class Bench:
         self._model = model_spec(self._config, name="t", model_id="0" * 64)
         self._folder = folder
         self.threads = 0
-        self.policy = 0
+        self.nice = 0
         self.grad = True
 
     def part(self, *heads: int) -> Part:
@@ -62,7 +63,7 @@ class Bench:
         self.threads = torch.get_num_threads()
         self.grad = torch.is_grad_enabled()
         if sys.platform == "linux":
-            self.policy = os.sched_getscheduler(threading.get_native_id())
+            self.nice = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
         return StageLoader(Source(self._folder, self.gate), self._config, self._model, CPU)
 
 
@@ -85,8 +86,8 @@ def test_it_is_last_and_alone(bench: Bench) -> None:
     assert (bench.threads, bench.grad) == (1, False)
     assert torch.get_num_threads() == threads
     if sys.platform == "linux":
-        assert bench.policy == os.SCHED_IDLE
-        assert os.sched_getscheduler(threading.get_native_id()) == os.SCHED_OTHER
+        assert bench.nice == LAST
+        assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) < LAST
 
 
 def test_it_stops_between_two_pieces(bench: Bench) -> None:
