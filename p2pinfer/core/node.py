@@ -134,17 +134,13 @@ class Node:
             if not self._stopped:
                 step(event, now)
                 self._settle(now)
-        self._wanted = self.deadline
+        self._wanted = inf if self._stopped else self._health.told(self._deadline())
         return self._box.take()
 
     @property
     def deadline(self) -> float:
         """When `handle` next wants a `Ticked`, in the seconds of `now`."""
-        if not self._started:
-            return -inf
-        if self._stopped:
-            return inf
-        return self._health.told(self._deadline())
+        return self._wanted if self._started else -inf
 
     def _deadline(self) -> float:
         return min(
