@@ -15,6 +15,8 @@ from math import inf
 from statistics import median
 from typing import Any, Protocol
 
+import pytest
+
 from p2pinfer.client import Client, Moved
 from p2pinfer.cluster import LocalCluster, LocalNode
 from p2pinfer.errors import ClusterError
@@ -29,6 +31,10 @@ USUAL_TOKENS = 8
 """From so many it is known what a token usually takes at the moment."""
 
 Fact = dict[str, Any]
+
+LEADER_FIRST = ["leader", pytest.param("follower", marks=pytest.mark.long)]
+"""Whom something happens to: to a leader more is at stake, and a follower has its turn where there
+is time (`bin/test -m long`, `bin/kills`)."""
 
 
 def until(holds: Callable[[], object], within: float = DEADLINE_S, what: str = "it") -> float:

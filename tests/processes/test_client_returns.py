@@ -23,7 +23,17 @@ import pytest
 
 from p2pinfer.client import Client
 from p2pinfer.cluster import LocalCluster, LocalNode, free_base_port
-from tests.faults.watching import Diary, all_own, all_vote, kill, mend, others, pick, until
+from tests.faults.watching import (
+    LEADER_FIRST,
+    Diary,
+    all_own,
+    all_vote,
+    kill,
+    mend,
+    others,
+    pick,
+    until,
+)
 
 pytestmark = pytest.mark.xdist_group("client_returns")
 
@@ -126,7 +136,7 @@ def moves(asking: Asking) -> list[tuple[str, str]]:
     return re.findall(r"^(\S+) is gone; going on through ([^\s,]+)", asking.err, re.MULTILINE)
 
 
-@pytest.mark.parametrize("kind", ["follower", "leader"])
+@pytest.mark.parametrize("kind", LEADER_FIRST)
 @pytest.mark.parametrize("moment", ["prefill", "decode", "end"])
 def test_the_node_that_serves_a_reply_is_killed(
     trio: LocalCluster, undisturbed: Callable[..., str], moment: str, kind: str

@@ -14,6 +14,7 @@ from p2pinfer.cluster import LocalCluster, LocalNode, free_base_port
 from p2pinfer.errors import ClusterError
 from p2pinfer.types import SamplingParams
 from tests.faults.watching import (
+    LEADER_FIRST,
     Reading,
     all_own,
     all_protected,
@@ -105,7 +106,7 @@ def test_a_node_comes_back_while_a_reply_runs(
     check(reading, rest, undisturbed, began)
 
 
-@pytest.mark.parametrize("kind", ["follower", "leader"])
+@pytest.mark.parametrize("kind", LEADER_FIRST)
 @pytest.mark.parametrize("how", ["drain", "signal"])
 def test_a_node_goes_while_a_reply_runs(
     trio: LocalCluster, undisturbed: Callable[[int], list[int]], kind: str, how: str
@@ -122,7 +123,7 @@ def test_a_node_goes_while_a_reply_runs(
     check(reading, rest, undisturbed, began)
 
 
-@pytest.mark.parametrize("kind", ["follower", "leader"])
+@pytest.mark.parametrize("kind", LEADER_FIRST)
 def test_a_node_is_paused_and_resumed_while_a_reply_runs(
     trio: LocalCluster, undisturbed: Callable[[int], list[int]], kind: str
 ) -> None:

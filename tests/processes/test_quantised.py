@@ -15,6 +15,7 @@ from p2pinfer.client import Client
 from p2pinfer.cluster import LocalCluster, free_base_port
 from p2pinfer.types import SamplingParams
 from tests.faults.watching import (
+    LEADER_FIRST,
     Reading,
     await_whole,
     facts,
@@ -57,7 +58,7 @@ def trio(request: pytest.FixtureRequest, cluster_of: Callable[..., LocalCluster]
     return await_whole(cluster_of(*request.param))
 
 
-@pytest.mark.parametrize("kind", ["follower", "leader"])
+@pytest.mark.parametrize("kind", LEADER_FIRST)
 def test_a_reply_goes_on_from_replicas(trio: LocalCluster, kind: str) -> None:
     """A node is killed in the middle of it: its standby's products have the same bits."""
     victim = pick(trio, kind)

@@ -12,6 +12,7 @@ from p2pinfer.client import Client
 from p2pinfer.cluster import LocalCluster, LocalNode, free_base_port
 from p2pinfer.types import SamplingParams
 from tests.faults.watching import (
+    LEADER_FIRST,
     Fact,
     Reading,
     all_own,
@@ -96,7 +97,7 @@ def strike(victim: LocalNode, rest: list[LocalNode], readings: list[Reading]) ->
     return restored()
 
 
-@pytest.mark.parametrize("kind", ["follower", "leader"])
+@pytest.mark.parametrize("kind", LEADER_FIRST)
 def test_replies_go_on_from_inputs(
     trio: LocalCluster, undisturbed: Callable[[SamplingParams, int], list[int]], kind: str
 ) -> None:

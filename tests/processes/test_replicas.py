@@ -14,6 +14,7 @@ from p2pinfer.client import Client
 from p2pinfer.cluster import LocalCluster, LocalNode, free_base_port
 from p2pinfer.types import SamplingParams
 from tests.faults.watching import (
+    LEADER_FIRST,
     Fact,
     Reading,
     all_own,
@@ -127,7 +128,7 @@ def test_replies_go_on_from_replicas(
     assert [reading.errors for reading in readings] == [[], []]
 
 
-@pytest.mark.parametrize("kind", ["follower", "leader"])
+@pytest.mark.parametrize("kind", LEADER_FIRST)
 def test_replies_go_on_from_replicas_when_their_serving_node_dies(
     quartet: LocalCluster, undisturbed: Callable[..., list[int]], kind: str
 ) -> None:
@@ -181,7 +182,7 @@ def test_a_node_that_comes_back_is_a_standby_and_owner_again(
     check(readings, undisturbed)
 
 
-@pytest.mark.parametrize("kind", ["follower", "leader"])
+@pytest.mark.parametrize("kind", LEADER_FIRST)
 def test_a_long_prompt_goes_on_where_its_replica_ends(
     quartet: LocalCluster, undisturbed: Callable[..., list[int]], kind: str
 ) -> None:

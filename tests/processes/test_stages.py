@@ -12,6 +12,7 @@ from p2pinfer.client import Client
 from p2pinfer.cluster import LocalCluster, LocalNode, free_base_port
 from p2pinfer.types import SamplingParams
 from tests.faults.watching import (
+    LEADER_FIRST,
     Reading,
     all_own,
     all_protected,
@@ -76,7 +77,7 @@ def stages(node: LocalNode) -> dict[str, list[list[int]]]:
 
 
 @pytest.mark.parametrize("cluster", [(3, "layers")], indirect=True)
-@pytest.mark.parametrize("kind", ["follower", "leader"])
+@pytest.mark.parametrize("kind", LEADER_FIRST)
 def test_layers_go_on_from_replicas(
     cluster: LocalCluster, undisturbed: Undisturbed, kind: str
 ) -> None:

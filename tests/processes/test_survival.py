@@ -23,6 +23,7 @@ from p2pinfer.types import SamplingParams
 from p2pinfer.wire.messages import Chunk
 from tests.faults.watching import (
     GO_ON_S,
+    LEADER_FIRST,
     Reading,
     all_own,
     all_vote,
@@ -136,7 +137,7 @@ def test_replies_survive_the_death_of_a_node(
     assert member(others(trio, victim)[0], victim.name)["state"] == "dead"
 
 
-@pytest.mark.parametrize("kind", ["follower", "leader"])
+@pytest.mark.parametrize("kind", LEADER_FIRST)
 def test_replies_survive_the_death_of_the_node_that_serves_them(
     trio: LocalCluster, undisturbed: Callable[[SamplingParams], list[int]], kind: str
 ) -> None:
@@ -192,7 +193,7 @@ def test_a_cluster_comes_back_after_all_nodes_were_killed(
 # --- stops ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["follower", "leader"])
+@pytest.mark.parametrize("kind", LEADER_FIRST)
 def test_a_node_that_sleeps_disturbs_nobody_when_it_wakes(
     trio: LocalCluster, undisturbed: Callable[[SamplingParams], list[int]], kind: str
 ) -> None:
@@ -225,7 +226,7 @@ def test_a_node_that_sleeps_disturbs_nobody_when_it_wakes(
         assert facts(node, "peer_dead", "leader_lost", since=woke) == []
 
 
-@pytest.mark.parametrize("kind", ["follower", "leader"])
+@pytest.mark.parametrize("kind", LEADER_FIRST)
 def test_a_node_whose_worker_hangs_hands_its_part_over(
     trio: LocalCluster, undisturbed: Callable[[SamplingParams], list[int]], kind: str
 ) -> None:
@@ -255,7 +256,7 @@ def test_a_node_whose_worker_hangs_hands_its_part_over(
 # --- leaving and joining --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["follower", "leader"])
+@pytest.mark.parametrize("kind", LEADER_FIRST)
 def test_nodes_leave_and_join_under_load(
     trio: LocalCluster, undisturbed: Callable[[SamplingParams], list[int]], kind: str
 ) -> None:

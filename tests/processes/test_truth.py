@@ -56,7 +56,12 @@ def submit(address: str, *arguments: str) -> dict[str, object]:
 
 @pytest.mark.parametrize(
     ("model", "nodes", "layout"),
-    [("demo", 3, "heads"), ("demo", 4, "2x2"), ("random", 2, "heads"), ("random", 2, "layers")],
+    [
+        ("demo", 3, "heads"),
+        pytest.param("demo", 4, "2x2", marks=pytest.mark.long),
+        pytest.param("random", 2, "heads", marks=pytest.mark.long),
+        ("random", 2, "layers"),
+    ],
 )
 def test_a_cluster_says_the_text_that_transformers_says(
     model: str, nodes: int, layout: str, tmp_path: Path
@@ -89,7 +94,7 @@ def test_a_cluster_says_the_text_that_transformers_says(
             assert reply["finish_reason"] == "length"
 
 
-@pytest.mark.parametrize("standby", [None, "warm", "hot"])
+@pytest.mark.parametrize("standby", [pytest.param(None, marks=pytest.mark.long), "warm", "hot"])
 def test_a_node_keeps_its_own_units_and_little_else(standby: str | None, tmp_path: Path) -> None:
     """Private memory stays within the weights of its units, its KV, and a fixed overhead; a hot
     standby's weights are private too, a warm one's are the system's page cache."""

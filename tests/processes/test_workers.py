@@ -215,7 +215,12 @@ def test_a_new_plan_goes_on_where_kv_ends(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("nodes", "layout", "lost"), [(3, "heads", (2,)), (4, "2x2", (3,)), (4, "heads", (1, 3))]
+    ("nodes", "layout", "lost"),
+    [
+        pytest.param(3, "heads", (2,), marks=pytest.mark.long),
+        (4, "2x2", (3,)),
+        (4, "heads", (1, 3)),
+    ],
 )
 def test_standbys_go_on_where_lost_owners_stopped(
     folder: Path, nodes: int, layout: str, lost: tuple[int, ...]
@@ -238,7 +243,12 @@ def test_standbys_go_on_where_lost_owners_stopped(
 
 
 @pytest.mark.parametrize(
-    ("nodes", "layout", "lost"), [(3, "heads", (2, 1)), (4, "2x2", (3,)), (4, "heads", (1, 3))]
+    ("nodes", "layout", "lost"),
+    [
+        pytest.param(3, "heads", (2, 1), marks=pytest.mark.long),
+        (4, "2x2", (3,)),
+        (4, "heads", (1, 3)),
+    ],
 )
 def test_lost_kv_is_made_of_inputs(
     folder: Path, nodes: int, layout: str, lost: tuple[int, ...]
@@ -420,7 +430,7 @@ def test_a_witness_has_the_logs_and_no_model(folder: Path) -> None:
         (2, "layers", (0.0, 1.0)),
         (4, "2x2", ()),
         (5, "heads", (1.0, 1.0, 1.0, 1.0, 3.0)),
-        (5, "2x2", ()),
+        pytest.param(5, "2x2", (), marks=pytest.mark.long),
     ],
 )
 def test_a_prompt_of_many_steps_is_right_on_every_layout(
