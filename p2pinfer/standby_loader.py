@@ -1,7 +1,7 @@
 """Loads the weights of standby units while the node serves: in a thread of its own, out of the way.
 
-It has one of torch's threads and computes only when nobody else wants to, and can be stopped
-between two products. What it has loaded by then stays, for it or for somebody in a hurry to go on.
+It has one of torch's threads and the lowest priority, and can be stopped between two products.
+What it has loaded by then stays, for it or for somebody in a hurry to go on.
 Other parts it only warms: it reads their bytes, so that they lie in the page cache, and does so
 again from time to time, since the system drops what nobody reads.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import atexit
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
@@ -19,15 +18,10 @@ import torch
 from p2pinfer.core.holdings import Holding
 from p2pinfer.model.part import Part
 from p2pinfer.model.stage_loader import StageLoader
-from p2pinfer.priority import be_last, hurry
+from p2pinfer.priority import be_last
 
 WARM_AGAIN_S = 120.0
 """Reading what is in the page cache takes about a fifth of a second per gigabyte."""
-
-
-PATIENCE_S = 20.0
-"""So long may busy programs keep this node from having anything ready for others; from then on
-loading takes a small share of the processors from them."""
 
 
 class StandbyLoader:
@@ -63,7 +57,6 @@ class StandbyLoader:
     def stop(self) -> None:
         """Returns when the product in hand is loaded and the thread is gone."""
         self._stopping.set()
-        hurry()
         self._thread.join()
         atexit.unregister(self.stop)
 
@@ -93,11 +86,9 @@ class StandbyLoader:
     def _load(self) -> None:
         # Threads and gradients are settings of the calling thread.
         torch.set_num_threads(1)
-        patient_until = time.monotonic() + PATIENCE_S
         with torch.no_grad():
             for part in self._parts:
                 # The part keeps the reason.
                 with suppress(Exception):
                     while not self._stopping.is_set() and part.load_piece(self._loader) is not None:
-                        if time.monotonic() > patient_until:
-                            hurry()
+                        pass

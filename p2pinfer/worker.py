@@ -471,9 +471,9 @@ def _serve(pipe: WorkerPipe) -> None:
         try:
             worker.run()
         finally:
+            worker.close()
             # To free gigabytes takes a while, and nobody waits for it.
             be_last()
-            worker.close()
     except PipeClosed:
         raise
     except P2pinferError as error:

@@ -53,13 +53,16 @@ class Layers(NamedTuple):
 
 def unwritten_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros that cost no memory until written (attention reads to the end of a block, and what is
-    masked there must be finite)."""
+    masked there must be finite). Raises `MemoryError` where the system gives none."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     if not prod(shape):
         return torch.empty(shape, dtype=dtype)
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    memory = mmap.mmap(-1, prod(shape) * dtype.itemsize, flags=private)
+    try:
+        memory = mmap.mmap(-1, prod(shape) * dtype.itemsize, flags=private)
+    except OSError as error:
+        raise MemoryError(f"no memory for {prod(shape) * dtype.itemsize} bytes: {error}") from error
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         # A huge page would take memory for a request's whole room with the first position.
         with suppress(OSError):  # the kernel has none at all

@@ -23,6 +23,10 @@ from p2pinfer.model.unit_products import (
     slice_of,
 )
 
+MAX_AT_ONCE = 2
+"""Graphs made at the same time: reading for more would take longer than making them, and each takes
+the memory of a half layer."""
+
 
 class QuantisedLinear:
     """One product: `x` [rows, in] to [rows, out], float32."""
@@ -93,7 +97,7 @@ class QuantisedPacker:
         self._weights = weights
         self._form = form
         self._copies = copies
-        self.at_once = threads()
+        self.at_once = min(threads(), MAX_AT_ONCE)
 
     def piece(self, read: Rows) -> QuantisedWeight:
         """See `Packer.piece`."""

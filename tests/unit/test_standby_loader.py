@@ -74,7 +74,7 @@ def bench(tmp_path: Path) -> Bench:
 
 
 def test_it_is_last_and_alone(bench: Bench) -> None:
-    """One thread of torch's, when nobody else computes; those of the caller stay as they are."""
+    """One thread of torch's, of lowest priority; those of the caller stay as they are."""
     threads = torch.get_num_threads()
     bench.gate.release(1000)
     part = bench.part(0, 1)
