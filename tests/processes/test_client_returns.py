@@ -137,7 +137,9 @@ def moves(asking: Asking) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("kind", LEADER_FIRST)
-@pytest.mark.parametrize("moment", ["prefill", "decode", "end"])
+@pytest.mark.parametrize(
+    "moment", [pytest.param("prefill", marks=pytest.mark.long), "decode", "end"]
+)
 def test_the_node_that_serves_a_reply_is_killed(
     trio: LocalCluster, undisturbed: Callable[..., str], moment: str, kind: str
 ) -> None:

@@ -38,7 +38,14 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
         yield cluster
 
 
-@pytest.mark.parametrize("name", ["disk-full", "one-way-leader", "move-leader"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "disk-full",
+        "one-way-leader",
+        pytest.param("move-leader", marks=pytest.mark.long),
+    ],
+)
 def test_replies_live_through(name: str, nodes: Nodes, truth: Truth) -> None:
     """They are those of a node that nobody strikes, and the cluster is then as it was before."""
     until(lambda: whole(nodes), what="the cluster")

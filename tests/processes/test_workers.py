@@ -65,7 +65,7 @@ def greedy(folder: Path, count: int, dtype: DType) -> list[int]:
         (1, "heads", DType.FLOAT32),
         (2, "heads", DType.BFLOAT16),
         (3, "heads", DType.FLOAT32),
-        (2, "layers", DType.FLOAT32),
+        pytest.param(2, "layers", DType.FLOAT32, marks=pytest.mark.long),
         (4, "2x2", DType.BFLOAT16),
     ],
 )
@@ -427,7 +427,7 @@ def test_a_witness_has_the_logs_and_no_model(folder: Path) -> None:
     ("nodes", "layout", "weights"),
     [
         (2, "layers", (1.0, 3.0)),
-        (2, "layers", (0.0, 1.0)),
+        pytest.param(2, "layers", (0.0, 1.0), marks=pytest.mark.long),
         (4, "2x2", ()),
         (5, "heads", (1.0, 1.0, 1.0, 1.0, 3.0)),
         pytest.param(5, "2x2", (), marks=pytest.mark.long),
