@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import TypeVar
+from typing import Any, TypeVar
 
 PAUSE_S = 0.05
 """Between two looks at what is made."""
@@ -21,7 +21,7 @@ class Aside:
 
     def __init__(self, at_once: int) -> None:
         self._at_once = at_once
-        self._making: set[Future[object]] = set()
+        self._making: set[Future[Any]] = set()
 
     def start(self, make: Callable[[], Made]) -> Generator[int, None, Future[Made]]:
         """Let `make` run in a thread once one is free: yields 0 now and then until then.
@@ -33,7 +33,7 @@ class Aside:
         with_one = ThreadPoolExecutor(1)
         made = with_one.submit(make)
         with_one.shutdown(wait=False)
-        self._making.add(made)  # type: ignore[arg-type]
+        self._making.add(made)
         return made
 
     def finish(self) -> Generator[int, None, None]:

@@ -36,13 +36,6 @@ ACCURACY_LEVEL = 4
 KEPT_ROWS = 16
 """Buffers of steps of so few rows stay: those of a prefill would take hundreds of megabytes."""
 
-NUMPY_DTYPES = {torch.float32: np.float32, torch.int64: np.int64}
-ONNX_DTYPES = {
-    torch.float32: TensorProto.FLOAT,
-    torch.int64: TensorProto.INT64,
-    torch.uint8: TensorProto.UINT8,
-}
-
 ERRORS_ONLY = 3
 
 onnxruntime.set_default_logger_severity(ERRORS_ONLY)
@@ -68,8 +61,8 @@ def threads() -> int:
 
 
 class Graph:
-    """What is to be computed, node by node. Values are named; nearly all are float32, with the rows
-    of a step in their last dimension but one."""
+    """What is to be computed, node by node. Values are named; all are float32, with the rows of a
+    step in their last dimension but one."""
 
     def __init__(self) -> None:
         self.nodes: list[NodeProto] = []
@@ -119,11 +112,12 @@ class Graph:
         self.node("Split", [x, f"{x}.widths"], outs, axis=axis)
         return outs
 
-    def turned(self, x: str, heads: int, angles: Sequence[str], places: str, out: str) -> str:
-        """Rotary embedding of `heads` heads: `x` [1, rows, heads * head_dim], `angles` the names of
-        cosines and sines [rows, head_dim / 2], and `places` that of int64 [1, rows], which says
-        whose angles a row has."""
-        inputs = [x, places, *angles]
+    def turned(self, x: str, heads: int, angles: Sequence[str], out: str) -> str:
+        """Rotary embedding of `heads` heads: `x` [1, rows, heads * head_dim] and `angles`, the
+        names of cosines and sines [rows, head_dim / 2]."""
+        # The rows of a step have their own angles, from the first one on.
+        self.constant(f"{out}.first", torch.zeros(1, dtype=torch.int64))
+        inputs = [x, f"{out}.first", *angles]
         self.node("RotaryEmbedding", inputs, [out], domain=CONTRIB, num_heads=heads)
         return out
 
@@ -145,10 +139,10 @@ class Graph:
 
 
 class Value(NamedTuple):
-    """An input or output of a graph: its shape, in which `ROWS` stands for the rows of a step."""
+    """An input or output of a graph, float32: its shape, in which `ROWS` stands for the rows of a
+    step."""
 
     shape: tuple[int | str, ...]
-    dtype: torch.dtype = torch.float32
 
     def of(self, rows: int) -> tuple[int, ...]:
         """The shape for so many rows."""
@@ -209,21 +203,19 @@ class Session:
     def _bind(self, rows: int, inputs: tuple[Tensor, ...]) -> _Bound:
         binding, outputs = self._session.io_binding(), _buffers(self._outputs, rows)
         for (name, value), place in zip(self._inputs.items(), inputs, strict=True):
-            kind = NUMPY_DTYPES[value.dtype]
-            binding.bind_input(name, "cpu", 0, kind, value.of(rows), place.data_ptr())
+            binding.bind_input(name, "cpu", 0, np.float32, value.of(rows), place.data_ptr())
         for (name, value), place in zip(self._outputs.items(), outputs, strict=True):
-            kind = NUMPY_DTYPES[value.dtype]
-            binding.bind_output(name, "cpu", 0, kind, value.of(rows), place.data_ptr())
+            binding.bind_output(name, "cpu", 0, np.float32, value.of(rows), place.data_ptr())
         return _Bound(inputs, tuple(place.view(rows, -1) for place in outputs), binding)
 
 
 def _buffers(values: Mapping[str, Value], rows: int) -> tuple[Tensor, ...]:
-    return tuple(torch.empty(each.of(rows), dtype=each.dtype) for each in values.values())
+    return tuple(torch.empty(each.of(rows)) for each in values.values())
 
 
 def _described(values: Mapping[str, Value]) -> list[ValueInfoProto]:
     return [
-        helper.make_tensor_value_info(name, ONNX_DTYPES[value.dtype], list(value.shape))
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, list(value.shape))
         for name, value in values.items()
     ]
 
@@ -231,7 +223,7 @@ def _described(values: Mapping[str, Value]) -> list[ValueInfoProto]:
 def _model(graph: Graph, inputs: Mapping[str, Value], outputs: Mapping[str, Value]) -> ModelProto:
     initialisers = [*graph.constants]
     for name, weight in graph.weights.items():
-        kind = ONNX_DTYPES[weight.dtype]
+        kind = TensorProto.UINT8 if weight.dtype is torch.uint8 else TensorProto.FLOAT
         held = TensorProto(name=name, dims=list(weight.shape), data_type=kind)
         held.data_location = TensorProto.EXTERNAL
         held.external_data.add(key="location", value="memory")

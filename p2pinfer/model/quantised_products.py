@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor
 
 from p2pinfer.core.units import BlockFormat
@@ -50,7 +49,7 @@ class QuantisedProjection:
         graph = Graph()
         qkv = graph.product(graph.norm("x", norm, "normed"), weight, "qkv")
         graph.split(qkv, [widths["q"] + widths["k"], widths["v"]], ["qk", "v"])
-        turned = graph.turned("qk", units * (group + 1), ("cos", "sin"), "places", "turned")
+        turned = graph.turned("qk", units * (group + 1), ("cos", "sin"), "turned")
         graph.split(turned, [widths["q"], widths["k"]], ["q", "k"])
         angles = Value((ROWS, dim // 2))
         self.nbytes = weight.nbytes
@@ -61,14 +60,13 @@ class QuantisedProjection:
                 "x": Value((1, ROWS, weight.inputs)),
                 "cos": angles,
                 "sin": angles,
-                "places": Value((1, ROWS), torch.int64),
             },
             {name: Value((1, ROWS, width)) for name, width in widths.items()},
         )
 
     def __call__(self, x: Tensor, angles: Angles, /) -> tuple[Tensor, Tensor, Tensor]:
         rows, (units, group, dim) = x.shape[0], self._heads
-        q, k, v = self._session.run(rows, x[None], *angles, torch.arange(rows)[None])
+        q, k, v = self._session.run(rows, x[None], *angles)
         by_unit = (rows, units, dim)
         return q.view(rows, units, group, dim), k.view(by_unit), v.view(by_unit)
 
