@@ -19,6 +19,7 @@ import onnxruntime
 import torch
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 from torch import Tensor
+from torch.nn import functional
 
 from p2pinfer.model.quantise import QuantisedWeight
 from p2pinfer.model.stopwatch import PRODUCTS
@@ -32,6 +33,11 @@ ROWS = "rows"
 
 ACCURACY_LEVEL = 4
 """Inputs as int8 by block."""
+
+ROWS_TOGETHER = 2
+"""Of int4 weights in blocks of 64 and more, the last of an odd number of rows would take another
+kernel, with other bits: a row of zeros makes the number even. That costs little, since it reads the
+same weights."""
 
 KEPT_ROWS = 16
 """Buffers of steps of so few rows stay: those of a prefill would take hundreds of megabytes."""
@@ -67,6 +73,8 @@ class Graph:
     def __init__(self) -> None:
         self.nodes: list[NodeProto] = []
         self.weights: dict[str, Tensor] = {}
+        self.rows_together = 1
+        """Every number of rows is computed as a multiple of this."""
         self.constants: list[TensorProto] = []
 
     def product(self, x: str, weight: QuantisedWeight, out: str) -> str:
@@ -77,6 +85,8 @@ class Graph:
             names.append(f"{out}.zeros")
             parts.append(weight.zeros)
         self.weights.update(zip(names, parts, strict=True))
+        if weight.form.bits == 4:
+            self.rows_together = ROWS_TOGETHER
         result = out if weight.bias is None else f"{out}.unbiased"
         self.node(
             "MatMulNBits",
@@ -150,7 +160,8 @@ class Value(NamedTuple):
 
 
 class _Bound(NamedTuple):
-    """Buffers for one number of rows, and the binding of a graph to them."""
+    """Buffers for one number of rows, and the binding of a graph to them; what the graph computes
+    beside these rows is not seen."""
 
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
@@ -183,34 +194,42 @@ class Session:
         )
         self._inputs = dict(inputs)
         self._outputs = dict(outputs)
+        self._rows_together = graph.rows_together
         self._bound: dict[int, _Bound] = {}
 
     @PRODUCTS
     def run(self, rows: int, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Compute the outputs, in their order and each [rows, width], of `inputs`, which have as
         many elements as theirs. They are good until the next call."""
+        filler = -rows % self._rows_together
         if rows > KEPT_ROWS:
-            bound = self._bind(rows, tuple(each.contiguous() for each in inputs))
+            if filler:
+                inputs = tuple(functional.pad(each, (0, 0, 0, filler)) for each in inputs)
+            whole = tuple(each.contiguous() for each in inputs)
+            bound = self._bind(rows, rows + filler, whole)
         else:
             if rows not in self._bound:
-                self._bound[rows] = self._bind(rows, _buffers(self._inputs, rows))
+                whole = tuple(torch.zeros(each.of(rows + filler)) for each in self._inputs.values())
+                self._bound[rows] = self._bind(rows, rows + filler, whole)
             bound = self._bound[rows]
             for place, given in zip(bound.inputs, inputs, strict=True):
                 place.copy_(given)
         self._session.run_with_iobinding(bound.binding)
         return bound.outputs
 
-    def _bind(self, rows: int, inputs: tuple[Tensor, ...]) -> _Bound:
-        binding, outputs = self._session.io_binding(), _buffers(self._outputs, rows)
+    def _bind(self, rows: int, computed: int, inputs: tuple[Tensor, ...]) -> _Bound:
+        """A binding for `computed` rows, of which only `rows` are of interest."""
+        binding = self._session.io_binding()
+        outputs = tuple(torch.empty(each.of(computed)) for each in self._outputs.values())
         for (name, value), place in zip(self._inputs.items(), inputs, strict=True):
-            binding.bind_input(name, "cpu", 0, np.float32, value.of(rows), place.data_ptr())
+            binding.bind_input(name, "cpu", 0, np.float32, value.of(computed), place.data_ptr())
         for (name, value), place in zip(self._outputs.items(), outputs, strict=True):
-            binding.bind_output(name, "cpu", 0, np.float32, value.of(rows), place.data_ptr())
-        return _Bound(inputs, tuple(place.view(rows, -1) for place in outputs), binding)
-
-
-def _buffers(values: Mapping[str, Value], rows: int) -> tuple[Tensor, ...]:
-    return tuple(torch.empty(each.of(rows)) for each in values.values())
+            binding.bind_output(name, "cpu", 0, np.float32, value.of(computed), place.data_ptr())
+        return _Bound(
+            tuple(place.narrow(-2, 0, rows) for place in inputs),
+            tuple(place.view(computed, -1)[:rows] for place in outputs),
+            binding,
+        )
 
 
 def _described(values: Mapping[str, Value]) -> list[ValueInfoProto]:

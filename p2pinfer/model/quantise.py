@@ -1,8 +1,10 @@
 """Weights by block: small integers with a scale, and for int4 a zero point, per block of a row.
 
 int8 is symmetric: 127 is the largest magnitude of the block. int4 is asymmetric: 0 and 15 are its
-least and greatest value, or zero where that lies outside. The layout is that of onnxruntime's
-`MatMulNBits`. Outliers of a few input features spoil the blocks in which they lie and no others.
+least and greatest value, or zero where that lies outside; or nine tenths of both, where that leaves
+a smaller squared error: few weights lie beyond, and all others are nearer. The layout is that of
+onnxruntime's `MatMulNBits`. Outliers of a few input features spoil the blocks in which they lie and
+no others.
 """
 
 from __future__ import annotations
@@ -18,6 +20,10 @@ from p2pinfer.core.units import BlockFormat
 
 SYMMETRIC_ZERO = 128
 """What stands for zero in unsigned bytes."""
+
+RANGES = (1.0, 0.9)
+"""What part of a block's range int4 may stand for. Seven of them down to 0.7 instead of these two
+would take three times as long, and another hundredth off the error."""
 
 PORTION_WEIGHTS = 1 << 19
 """Weights quantised at a time: what is needed meanwhile stays in a core's cache."""
@@ -99,12 +105,39 @@ def _portion(weight: Tensor, form: BlockFormat) -> tuple[Tensor, Tensor, Tensor]
         scales = torch.linalg.vector_norm(blocks, float("inf"), dim=-1) / 127
         values = (blocks * _inverse(scales)[..., None]).round_().add_(SYMMETRIC_ZERO)
         return values.to(torch.uint8), scales, scales.new_empty(0)
+    values, scales, zeros = _within_best_range(blocks)
+    return _in_halves(values.to(torch.uint8)), scales, _in_halves(_even(zeros.to(torch.uint8)))
+
+
+def _within_best_range(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Values of 0 to 15, scales and zero points of `blocks` [rows, blocks, block], by that one of
+    `RANGES` which leaves a block the smallest squared error."""
     least, most = blocks.amin(-1).clamp_(max=0), blocks.amax(-1).clamp_(min=0)
+    values, scales, zeros = _within(blocks, least, most)
+    error = _squared_error(blocks, values, scales, zeros)
+    for part in RANGES[1:]:
+        others = _within(blocks, least * part, most * part)
+        other_error = _squared_error(blocks, *others)
+        better = other_error < error
+        error = torch.where(better, other_error, error)
+        values = torch.where(better[..., None], others[0], values)
+        scales = torch.where(better, others[1], scales)
+        zeros = torch.where(better, others[2], zeros)
+    return values, scales, zeros
+
+
+def _within(blocks: Tensor, least: Tensor, most: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scales = (most - least) / 15
     inverse = _inverse(scales)
     zeros = (-least * inverse).round_()
     values = torch.addcmul(zeros[..., None], blocks, inverse[..., None]).round_().clamp_(0, 15)
-    return _in_halves(values.to(torch.uint8)), scales, _in_halves(_even(zeros.to(torch.uint8)))
+    return values, scales, zeros
+
+
+def _squared_error(blocks: Tensor, values: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """Of each block; NaN, and so never smaller, where a weight is not finite."""
+    off = torch.addcmul(blocks, values - zeros[..., None], scales[..., None], value=-1)
+    return off.square_().sum(-1)
 
 
 def _inverse(scales: Tensor) -> Tensor:

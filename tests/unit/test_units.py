@@ -121,10 +121,10 @@ def test_bytes_follow_the_number_format() -> None:
     assert kv_bytes_per_position(model(kv_dtype=DType.FLOAT32), 3) == 2 * 64 * 3 * 4
 
 
-@pytest.mark.parametrize(("quant", "read", "held"), [("int8", 68, 76), ("int4", 41, 57)])
+@pytest.mark.parametrize(("quant", "read", "held"), [("int8", 136, 152), ("int4", 68.5, 76.5)])
 def test_quantised_weights_count_with_their_scales(quant: str, read: float, held: float) -> None:
-    """Per block (of 64, int4 of 32) the values, a scale and a zero point; held are three words in
-    all. Both in bytes per 64 weights."""
+    """Per block (of 64, int4 of 128) the values, a scale and a zero point; held are three words in
+    all. Both in bytes per 128 weights."""
     quantised = model(quant=quant)
     head = 2 * (4 + 1) * 64 * 2048
     for kind, weights in (
@@ -132,14 +132,14 @@ def test_quantised_weights_count_with_their_scales(quant: str, read: float, held
         (UnitKind.MLP, 3 * 1024 * 2048),
         (UnitKind.VOCAB, 4032 * 2048),
     ):
-        assert unit_read_bytes(quantised, kind, 0) == weights * read / 64
-        assert unit_weight_bytes(quantised, kind, 0) == weights * held / 64
+        assert unit_read_bytes(quantised, kind, 0) == weights * read / 128
+        assert unit_weight_bytes(quantised, kind, 0) == weights * held / 128
     assert unit_read_bytes(model(), UnitKind.MLP, 0) == unit_weight_bytes(model(), UnitKind.MLP, 0)
 
 
 def test_a_block_that_is_not_full_counts_whole() -> None:
     """So do the inputs that are kept for quantised products, in float32."""
     form = QUANT_FORMATS["int4"]
-    assert form.read_bytes(3, 65) == form.read_bytes(3, 96) == 3 * 62
+    assert form.read_bytes(3, 129) == form.read_bytes(3, 256) == 3 * 137
     assert input_bytes_per_position(model(quant="int4"), 2) == 2 * 2048 * 4
     assert input_bytes_per_position(model(), 2) == 2 * 2048 * 2
