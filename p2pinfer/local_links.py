@@ -13,6 +13,7 @@ import os
 import socket
 import struct
 import sys
+import time
 from collections import deque
 from collections.abc import Collection, Iterable
 from contextlib import suppress
@@ -255,11 +256,17 @@ class LocalLinks:
         if self._listener and (ready is None or self._listener.fileno() in ready):
             self._accept(self._listener)
 
-    def glance(self) -> bool:
-        """Take in what has come, without waiting; returns whether there was anything. Most often
-        that is one system call where a poll and a read are two."""
-        self.read(self._incoming)
-        return bool(self._arrived)
+    def glance(self, patience_s: float) -> bool:
+        """Take in what has come, without sleeping; returns whether there was anything.
+
+        For `patience_s` seconds it looks again and again. Who sleeps is woken late: another process
+        has taken the core meanwhile, or the host of a virtual machine has.
+        """
+        until = time.perf_counter() + patience_s
+        while True:
+            self.read(self._incoming)
+            if self._arrived or time.perf_counter() >= until:
+                return bool(self._arrived)
 
     def receive(self) -> Arrival | None:
         """The next frame that `read` took in, or the end of a connection after its last one."""

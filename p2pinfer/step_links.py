@@ -12,6 +12,7 @@ that the leader cannot reach is left out until the next plan (it is *deaf*).
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ import zmq
 from p2pinfer.core.echoes import Echoes
 from p2pinfer.core.step_checks import StepMessage
 from p2pinfer.core.step_gate import Drop, File, Gap, StepGate
-from p2pinfer.core.step_paths import Trouble, needed, trouble
+from p2pinfer.core.step_paths import Trouble, may_stay_awake, needed, trouble
 from p2pinfer.core.topology import Topology
 from p2pinfer.errors import P2pinferError, RemoteProtocolError
 from p2pinfer.inbox import Inbox
@@ -50,6 +51,10 @@ from p2pinfer.wire.messages import (
 
 EVENTS_EVERY_S = 0.05
 """How often the monitors of the links are looked at: they stay off the path of a token."""
+
+AWAKE_S = 0.001
+"""Where all others are on this machine, and it has a core for each thread, a wait begins so long
+without sleep: nine of ten sums of others are there by then."""
 
 STEP_PORT_OFFSET = 1
 
@@ -140,6 +145,8 @@ class StepLinks:
         self.local = LocalLinks(self._poller)
         self._near: set[int] = set()
         """Members to whom all frames of the plan in force go over a local link."""
+        self._patience_s = 0.0
+        """How long local links are looked at before this node sleeps."""
         self._events_at = 0.0
         self._opening = b""
         self._opened: set[str] = set()
@@ -210,6 +217,7 @@ class StepLinks:
         self._sequence_out.clear()
         members = mine.plan.members
         self._near = {i for i in mine.others if self.local.reaches(members[i].boot_id)}
+        self._patience_s = AWAKE_S if may_stay_awake(mine, self._near, os.cpu_count() or 1) else 0.0
         for route, message in self._gate.activate(mine):
             self._accept(route, 0, message)
 
@@ -307,7 +315,7 @@ class StepLinks:
 
     def _poll(self, deadline: float) -> None:
         now = time.monotonic()
-        if now - self._events_at < EVENTS_EVERY_S and self.local.glance():
+        if now - self._events_at < EVENTS_EVERY_S and self.local.glance(self._patience_s):
             self._take(far=False)
             return
         left = min(EVENTS_EVERY_S, max(0.0, deadline - now))

@@ -6,6 +6,7 @@ owns nothing is only told of steps: without it they go on.
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
 from enum import Enum
 
 from p2pinfer.core.commits import owners
@@ -33,6 +34,14 @@ def needed(mine: Topology) -> frozenset[int]:
     if mine.me in owning:
         return mine.sends_to | {mine.plan.leader}
     return frozenset()
+
+
+def may_stay_awake(mine: Topology, near: AbstractSet[int], cores: int) -> bool:
+    """Whether who waits takes the core from nobody: all others are `near`, that is on this machine,
+    and its `cores` are as many as the threads of all of them."""
+    if not mine.others or not near >= set(mine.others):
+        return False
+    return sum(mine.plan.members[i].threads for i in (mine.me, *mine.others)) <= cores
 
 
 def trouble(mine: Topology, member: int) -> Trouble:

@@ -7,6 +7,7 @@ import resource
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -102,6 +103,20 @@ def test_frames_come_whole_and_in_order(node: MakeNode) -> None:
         assert frame is not None
         by_route.setdefault(route, []).append(bytes(frame))
     assert list(by_route.values()) == [list(FRAMES)] * 2
+
+
+def test_who_has_patience_takes_in_what_comes_meanwhile(node: MakeNode) -> None:
+    """Without patience only what is there already is taken in."""
+    here, there = node(), node()
+    there.links.reach([here.boot_id])
+    here.turn()
+    assert not here.links.glance(0.0)
+    assert not here.links.glance(0.01)
+    sender = threading.Timer(0.05, there.links.send, (here.boot_id, FRAMES[0]))
+    sender.start()
+    assert here.links.glance(DEADLINE_S)
+    sender.join()
+    assert here.links.receive() is not None
 
 
 def test_a_frame_may_come_byte_by_byte(node: MakeNode) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from p2pinfer.core.step_paths import Trouble, needed, trouble
+from p2pinfer.core.step_paths import Trouble, may_stay_awake, needed, trouble
 from p2pinfer.core.topology import topology
 from p2pinfer.types import Plan
 from tests.step_plans import plan_of
@@ -45,6 +45,16 @@ def test_an_owner_needs_its_leader_its_peers_and_the_stages_beside_it() -> None:
     exchanged = {0, 2, last.roles[0].hidden_from}
     assert {m for m, what in troubles(SPARE, 3).items() if what is Trouble.BREAKS} == exchanged
     assert troubles(SPARE, 3)[4] is Trouble.NONE
+
+
+def test_who_waits_stays_awake_where_that_takes_the_core_from_nobody() -> None:
+    """All others must be on this machine, and each thread of theirs and mine have a core."""
+    mine = topology(HEADS, 1)
+    assert may_stay_awake(mine, {0, 2}, 3)
+    assert not may_stay_awake(mine, {0, 2}, 2)
+    assert not may_stay_awake(mine, {0}, 3)
+    alone = topology(plan_of(1), 0)
+    assert not may_stay_awake(alone, set(), 3)
 
 
 def test_a_member_without_units_needs_to_reach_nobody() -> None:
