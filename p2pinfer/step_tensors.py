@@ -20,7 +20,8 @@ def to_wire(values: Tensor | NDArray[np.float32] | NDArray[np.int32]) -> WireTen
     """A float32, bfloat16 or int32 tensor or array as it lies on the wire (no copy, if it is
     contiguous)."""
     if isinstance(values, Tensor):
-        values = values.detach().cpu()
+        if not values.is_cpu:
+            values = values.cpu()
         if values.dtype == torch.bfloat16:  # numpy does not know it: its bits go as they are
             bits = np.ascontiguousarray(values.view(torch.int16).numpy())
             return WireTensor(WireDType.BFLOAT16, tuple(bits.shape), bits.data.cast("B"))
@@ -37,9 +38,8 @@ def from_wire(tensor: WireTensor) -> Tensor:
         bits = np.frombuffer(tensor.data, dtype=np.int16).reshape(tensor.shape)
         np.copyto(half.view(torch.int16).numpy(), bits)
         return half
-    out = torch.empty(tensor.shape, dtype=torch.float32)
-    np.copyto(out.numpy(), np.frombuffer(tensor.data, dtype=np.float32).reshape(tensor.shape))
-    return out
+    values = np.frombuffer(tensor.data, dtype=np.float32).reshape(tensor.shape)
+    return torch.from_numpy(values.copy())
 
 
 def is_finite(tensor: WireTensor) -> bool:

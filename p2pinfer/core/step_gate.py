@@ -65,6 +65,8 @@ class StepGate:
         self._local: set[bytes] = set()
         self._pending: Topology | None = None
         self._active: Topology | None = None
+        self._members: dict[bytes, int] = {}
+        """By route, the members (indices) of the plan in force that have sent frames of it."""
         self._held: list[tuple[bytes, StepMessage]] = []
         self._held_bytes: dict[int, int] = defaultdict(int)
         self._numbers: dict[int, int] = defaultdict(int)
@@ -103,6 +105,7 @@ class StepGate:
     def close(self) -> None:
         """Obey no plan, and hold nothing; it stays known whose each route is."""
         self._active = self._pending = None
+        self._members.clear()
         self._held = []
         self._held_bytes.clear()
         self._numbers.clear()
@@ -131,6 +134,7 @@ class StepGate:
         for other in others:
             self._forget(other)
         self._routes[route] = message
+        self._members.pop(route, None)
         if local:
             self._local.add(route)
         self._forget_strangers()
@@ -165,6 +169,7 @@ class StepGate:
 
     def _forget(self, route: bytes) -> None:
         self._routes.pop(route, None)
+        self._members.pop(route, None)
         self._local.discard(route)
 
     # --- frames -----------------------------------------------------------------------------------
@@ -179,7 +184,7 @@ class StepGate:
                 return self._hold(self._pending, route, opening, nbytes, message)
             if self._active is None or message.fence != self._active.plan.fence:
                 return Drop("a frame of a foreign fence")
-            return self._judge(self._active, opening, message)
+            return self._judge(self._active, route, opening, message)
         except RemoteProtocolError as error:
             return Drop(str(error))
 
@@ -191,7 +196,8 @@ class StepGate:
         nbytes: int,
         message: StepMessage,
     ) -> Verdict:
-        sender = _sender(mine.plan, opening, message)
+        sender = _sender(mine.plan, opening)
+        _check_sender(sender, message)
         check_frame(mine, sender, message)
         counted = self._held_bytes[sender] + max(nbytes, LEAST_HELD_BYTES)
         if counted > MAX_HELD_BYTES:
@@ -200,8 +206,13 @@ class StepGate:
         self._held.append((route, message))
         return Hold()
 
-    def _judge(self, mine: Topology, opening: LinkOpen, message: StepMessage) -> Verdict:
-        sender = _sender(mine.plan, opening, message)
+    def _judge(
+        self, mine: Topology, route: bytes, opening: LinkOpen, message: StepMessage
+    ) -> Verdict:
+        sender = self._members.get(route)
+        if sender is None:
+            sender = self._members[route] = _sender(mine.plan, opening)
+        _check_sender(sender, message)
         expected = self._numbers[sender]
         if message.link_seq != expected:
             reason = f"frame {message.link_seq} came where {expected} was due"
@@ -225,11 +236,15 @@ def _index(plan: Plan, life: Life) -> int | None:
     return None
 
 
-def _sender(plan: Plan, opening: LinkOpen, message: StepMessage) -> int:
-    """The member that opened the link; a frame may not speak for another."""
+def _sender(plan: Plan, opening: LinkOpen) -> int:
+    """The member that opened the link."""
     index = _index(plan, _life(opening))
     if index is None:
         raise RemoteProtocolError("a frame from a node outside the plan")
-    if isinstance(message, DataFrame) and message.sender != index:
-        raise RemoteProtocolError("a frame that names another sender")
     return index
+
+
+def _check_sender(member: int, message: StepMessage) -> None:
+    """A frame may not speak for another."""
+    if isinstance(message, DataFrame) and message.sender != member:
+        raise RemoteProtocolError("a frame that names another sender")

@@ -95,7 +95,10 @@ class Topology(Struct, frozen=True, kw_only=True):
 
     def role(self, stage: int) -> Role | None:
         """My part in the stage of that number; None where I own nothing of it."""
-        return next((role for role in self.roles if role.holding.stage == stage), None)
+        for role in self.roles:
+            if role.holding.stage == stage:
+                return role
+        return None
 
     def shares(self, role: Role, half: int, rows: int) -> Mapping[int, Slice]:
         """The rows of a sum that each member of a stage adds for all; empty: each adds all of them.
@@ -107,9 +110,10 @@ class Topology(Struct, frozen=True, kw_only=True):
 
     def is_whole(self, stage: int, half: int, parts: tuple[int, ...]) -> bool:
         """Whether a partial of these tree nodes is a share that its sender has added for all."""
+        if parts != (tree.root(self.units[half]),):
+            return False
         role = self.role(stage)
-        several = role is not None and len(role.parts[half]) > 1
-        return several and parts == (tree.root(self.units[half]),)
+        return role is not None and len(role.parts[half]) > 1
 
     @property
     def sends_to(self) -> frozenset[int]:

@@ -44,6 +44,7 @@ FLOATS = frozenset({WireDType.FLOAT32, WireDType.BFLOAT16, WireDType.FLOAT16})
 _DTYPES = {int(dtype): dtype for dtype in WireDType}
 _LEVEL_SHIFT = 12
 _INDEX_MASK = (1 << _LEVEL_SHIFT) - 1
+_ZEROS = bytes(ALIGNMENT)
 
 
 class Layout(NamedTuple):
@@ -145,7 +146,8 @@ def _read_table(body: memoryview, count: int) -> tuple[int, ...]:
     end = HEADER.size + layout.size
     if len(body) < end:
         raise RemoteProtocolError(f"a table of {count} entries does not fit the {len(body)} bytes")
-    if any(body[HEADER.size + 2 * count : end]):
+    padding = bytes(body[HEADER.size + 2 * count : end])
+    if padding != _ZEROS[: len(padding)]:
         raise RemoteProtocolError("the padding of the table is not zero")
     return layout.unpack_from(body, HEADER.size)
 
