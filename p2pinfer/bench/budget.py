@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from p2pinfer.bench.asking import ask
 from p2pinfer.client import Client
@@ -20,6 +20,9 @@ checking and adding what is exchanged; waiting for others; scheduling, drawing a
 COUNTED = ("compute", "products", "attention", "exchange", "python")
 COUNTERS_S = 10.0
 """How long nodes may take to agree on how many steps are over."""
+
+TRIES = 3
+"""Times that a budget is measured: a new plan in between begins the counters anew."""
 
 REPORTED_S = 0.5
 """A worker reports its counters several times in that time."""
@@ -56,18 +59,26 @@ def percentages(row: Mapping[str, float]) -> Row:
     return {part.removesuffix("_ms"): round(100 * row[part] / whole, 2) for part in PARTS}
 
 
-def counters(addresses: Sequence[str]) -> list[dict[str, Any]]:
+class Counters(NamedTuple):
+    """Of each node, counted since the plan of this term and epoch is in force."""
+
+    plan: tuple[int, int]
+    by_node: list[dict[str, Any]]
+
+
+def counters(addresses: Sequence[str]) -> Counters:
     """Each node's counters, once all have done the same steps and none does more."""
     deadline = time.monotonic() + COUNTERS_S
-    before: list[dict[str, Any]] = []
+    before: tuple[set[tuple[int, int]], set[int]] | None = None
     while True:
-        found = [Client([address]).status()["counters"] for address in addresses]
-        steps = {row["steps"] for row in found}
-        if len(steps) == 1 and [row["steps"] for row in before] == [row["steps"] for row in found]:
-            return found
+        said = [Client([address]).status() for address in addresses]
+        plans = {(each["term"], each["epoch"]) for each in said}
+        steps = {each["counters"]["steps"] for each in said}
+        if len(plans) == len(steps) == 1 and before == (plans, steps):
+            return Counters(plans.pop(), [each["counters"] for each in said])
         if time.monotonic() > deadline:
             raise ClusterError("internal", f"nodes report different steps: {sorted(steps)}")
-        before = found
+        before = plans, steps
         time.sleep(REPORTED_S)
 
 
@@ -76,19 +87,30 @@ def token_budget(
 ) -> Budget:
     """What a reply of one token took, and what each of `tokens` more did.
 
-    The prefill's share of the longer reply is taken out by the counters of the short one.
+    The prefill's share of the longer reply is taken out by the counters of the short one. Raises
+    `ClusterError` where a new plan came into force each time.
     """
-    start = counters(addresses)
-    short = ask(client, prompt, 1)
-    first = counters(addresses)
-    timing = ask(client, prompt, tokens + 1)
-    last = counters(addresses)
-    wall_ms = 1000 * (timing.arrivals[-1] - timing.arrivals[0]) / tokens
+    for _ in range(TRIES):
+        start = counters(addresses)
+        short = ask(client, prompt, 1)
+        first = counters(addresses)
+        timing = ask(client, prompt, tokens + 1)
+        last = counters(addresses)
+        if start.plan == first.plan == last.plan:
+            return _budget(start, first, last, short.ttft_s, timing.arrivals)
+    raise ClusterError("internal", f"{TRIES} times a new plan came into force while it was counted")
+
+
+def _budget(
+    start: Counters, first: Counters, last: Counters, ttft_s: float, arrivals: Sequence[float]
+) -> Budget:
+    tokens = len(arrivals) - 1
+    wall_ms = 1000 * (arrivals[-1] - arrivals[0]) / tokens
     decode, prefill = [], []
-    for a, b, c in zip(start, first, last, strict=True):
+    for a, b, c in zip(start.by_node, first.by_node, last.by_node, strict=True):
         once = {name: b[name] - a[name] for name in a if isinstance(a[name], int | float)}
         more = {name: (c[name] - b[name] - once[name]) / tokens for name in once}
-        prefill.append(_row(once, 1000 * short.ttft_s))
+        prefill.append(_row(once, 1000 * ttft_s))
         decode.append(_row(more, wall_ms))
     return Budget(decode, prefill)
 
