@@ -54,7 +54,7 @@ EVENTS_EVERY_S = 0.05
 
 AWAKE_S = 0.001
 """Where all others are on this machine, and it has a core for each thread, a wait begins so long
-without sleep: nine of ten sums of others are there by then."""
+without sleep: most sums of others are there by then."""
 
 STEP_PORT_OFFSET = 1
 

@@ -33,7 +33,8 @@ class Linear(Protocol):
 
 
 def padded_rows(rows: int, quant: str = "none") -> int:
-    """How many rows a batch of `rows` is computed with, by weights that are quantised so."""
+    """How many rows a batch of `rows` is computed with, by weights that are quantised so (whose
+    graphs fill up what they need by themselves)."""
     return max(rows, MIN_ROWS) if quant == "none" else rows
 
 

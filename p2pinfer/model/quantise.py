@@ -22,8 +22,7 @@ SYMMETRIC_ZERO = 128
 """What stands for zero in unsigned bytes."""
 
 RANGES = (1.0, 0.9)
-"""What part of a block's range int4 may stand for. Seven of them down to 0.7 instead of these two
-would take three times as long, and another hundredth off the error."""
+"""What part of a block's range int4 may stand for; each more to try takes as long again."""
 
 PORTION_WEIGHTS = 1 << 19
 """Weights quantised at a time: what is needed meanwhile stays in a core's cache."""

@@ -20,7 +20,7 @@ import psutil
 import torch
 
 from p2pinfer.core.units import QUANT_FORMATS
-from p2pinfer.model.linear import Linear, pack, padded_rows
+from p2pinfer.model.linear import Linear, pack
 
 WEIGHTS_BYTES = 128 << 20
 """Of the matrices that are multiplied: several times what caches hold."""
@@ -64,8 +64,7 @@ def product_rate(
     weight = torch.ones(ROWS, COLUMNS, dtype=dtype, device=device)
     make, nbytes = _maker(weight, quant)
     products = [make() for _ in range(max(1, size // nbytes))]
-    rows = 1 if quant == "none" else padded_rows(1, quant)
-    x = torch.ones(rows, COLUMNS, dtype=dtype if quant == "none" else torch.float32, device=device)
+    x = torch.ones(1, COLUMNS, dtype=dtype if quant == "none" else torch.float32, device=device)
     best = [_seconds(product, x) for product in products]
     began, worked, passes = time.perf_counter(), time.process_time(), 0
     while passes < PASSES or time.perf_counter() - began < PRODUCT_S:
