@@ -47,6 +47,8 @@ free, but to end a process takes a turn on one."""
 STORY = "Once upon a time"
 TOKENS_BEFORE = 60
 """The fault comes before a reply has more, if it is to come in the middle of it."""
+CALM_TOKENS = 40
+"""Where nobody is struck a reply has so many first: what comes and goes is compared with these."""
 
 GREEDY = SamplingParams(max_tokens=1500, ignore_eos=True)
 SEEDED = replace(GREEDY, temperature=0.9, top_k=40, top_p=0.95, seed=7)
@@ -112,6 +114,7 @@ class Play:
             "pause_s": max(pauses),
             "step_s": self._step(),
             "added_s": self._added(),
+            "excess_s": self._excess(mended),
             "rungs": sorted(rungs),
             "replies": len(self.readings),
             "tokens": sum(len(reading.tokens) for reading in self.readings),
@@ -193,7 +196,8 @@ class Play:
             self._pause(0.3)
             return
         for reading in self.readings:
-            self._await_tokens(reading, self.draw.randrange(1, TOKENS_BEFORE))
+            least = CALM_TOKENS if case.fault == "nothing" else 1
+            self._await_tokens(reading, self.draw.randrange(least, TOKENS_BEFORE))
         if case.moment == "join" and case.fault != "nothing":
             diary = self.timeline.diaries[self._first().name]
             until(lambda: diary.facts("node_started"), PATIENCE_S, "its return")
@@ -348,6 +352,13 @@ class Play:
         proposed = self.timeline.said(list(self.timeline.diaries), "plan_proposed")
         moments = [fact["at"] for fact in proposed]
         return round(max(reading.added(moments) for reading in self.readings), 4)
+
+    def _excess(self, mended: float) -> float | None:
+        """What all of it added to a time between two tokens; None where somebody was struck."""
+        if self.case.fault != "nothing":
+            return None
+        at = self.timeline.at
+        return round(max(reading.excess(at, mended) for reading in self.readings), 4)
 
     def _come_back(self, kv_before: int) -> float:
         """End the replies and wait until the cluster is whole; returns the seconds it took."""

@@ -95,7 +95,7 @@ def summary(runs: Sequence[Record]) -> Record:
     found["rungs"] = {rung: rungs.count(rung) for rung in sorted(set(rungs))}
     targets = BY_NAME[runs[0]["case"]].targets
     found["times"] = {}
-    for key in (*TIMES, "step_s", "pause_s", "back_s"):
+    for key in (*TIMES, "step_s", "pause_s", "added_s", "excess_s", "back_s"):
         values = [run.get(key) for run in runs]
         known = [value for value in values if value is not None]
         if key in targets:

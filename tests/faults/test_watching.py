@@ -35,3 +35,10 @@ def test_of_several_plans_the_longest_counts() -> None:
     assert seen.added([first]) == pytest.approx(0.2)
     assert seen.added([second]) == pytest.approx(0.2)
     assert seen.added([first, second]) == pytest.approx(0.2)
+
+
+def test_what_goes_on_undisturbed_is_no_excess() -> None:
+    seen = reading(0.1, 0.3, 0.1, 0.1, 0.5, 0.2)
+    struck, mended = seen.times[4], seen.times[5]
+    assert seen.excess(struck, mended) == pytest.approx(0.2)
+    assert seen.excess(seen.times[5], mended) == pytest.approx(0.2 - 0.5)

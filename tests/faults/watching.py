@@ -277,6 +277,12 @@ class Reading:
         points = before + after[:enough]
         return max((later - earlier for earlier, later in pairwise(points)), default=0.0)
 
+    def excess(self, at: float, mended: float) -> float:
+        """How much longer the longest time between two tokens was from `at` to the first token
+        after `mended` (wall clock) than it had been before, undisturbed, in seconds."""
+        calm = [later - earlier for earlier, later in pairwise(self.times) if later <= at]
+        return self.pause(at, mended) - max(calm, default=0.0)
+
     def added(self, moments: Sequence[float]) -> float:
         """What new plans added to a time between two tokens, in seconds: the longest less those
         before it. `moments` are when they were proposed, which may be just before the last token
