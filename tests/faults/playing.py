@@ -25,6 +25,7 @@ from tests.faults.timeline import Timeline
 from tests.faults.truth import Ask, Truth
 from tests.faults.vitals import Census, kv_bytes, vitals
 from tests.faults.watching import (
+    ASK_S,
     Diary,
     Reading,
     all_own,
@@ -296,6 +297,7 @@ class Play:
                 lambda: line.adopted() is not None or self._out_of_it(),
                 PATIENCE_S,
                 "a plan without the lost",
+                ASK_S,
             )
             if case.fault == "disk-full":  # It has been told of that plan, too.
                 ended = "the end of the node with the full disk"
@@ -306,7 +308,8 @@ class Play:
             until(lambda: time.time() - line.at > case.held_s, what="the time that it holds")
             self._undo_all()
         elif not case.quorum:
-            until(lambda: all_vote(self.cluster, len(self.cluster.nodes)), PATIENCE_S, "a quorum")
+            count = len(self.cluster.nodes)
+            until(lambda: all_vote(self.cluster, count), PATIENCE_S, "a quorum", ASK_S)
         mended = time.time()
         for reading in self.readings:
             if case.moment == "prefill":
@@ -330,7 +333,8 @@ class Play:
         """Wait until the node that comes owns its part, or the one that goes is gone."""
         first = self._first()
         if self.case.moment == "join":
-            until(lambda: all_own(self.cluster), PATIENCE_S, "a part for the node that joined")
+            part = "a part for the node that joined"
+            until(lambda: all_own(self.cluster), PATIENCE_S, part, ASK_S)
         else:
             until(lambda: first.ending, PATIENCE_S, "the end of the drained node")
 

@@ -27,6 +27,10 @@ DEADLINE_S = 60.0
 GO_ON_S = 3.0
 """Within this a reply has to go on, whatever one node or one path does."""
 
+LOOK_S = 0.01
+ASK_S = 0.25
+"""How often nodes are asked while times between tokens count: answering takes them milliseconds."""
+
 USUAL_TOKENS = 8
 """From so many it is known what a token usually takes at the moment."""
 
@@ -37,12 +41,17 @@ LEADER_FIRST = ["leader", pytest.param("follower", marks=pytest.mark.long)]
 is time (`bin/test -m long`, `bin/kills`)."""
 
 
-def until(holds: Callable[[], object], within: float = DEADLINE_S, what: str = "it") -> float:
+def until(
+    holds: Callable[[], object],
+    within: float = DEADLINE_S,
+    what: str = "it",
+    every_s: float = LOOK_S,
+) -> float:
     """Wait for a condition; returns the seconds it took."""
     began = time.monotonic()
     while not holds():
         assert time.monotonic() - began < within, f"{what} did not come about in {within:g} s"
-        select.select((), (), (), 0.01)
+        select.select((), (), (), every_s)
     return time.monotonic() - began
 
 
