@@ -8,6 +8,7 @@ import psutil
 import torch
 
 from p2pinfer.errors import UsageError
+from p2pinfer.model import attention
 
 HEADROOM_BYTES = 450 << 20
 
@@ -32,8 +33,9 @@ def choose_device(wanted: str, quant: str = "none") -> torch.device:
 
 
 def use_threads(count: int, quant: str) -> None:
-    """Give `count` threads to the library that multiplies weights that are quantised so: the pools
-    of two libraries would keep each other from the cores."""
+    """Give `count` threads to attention, and to the library that multiplies weights that are
+    quantised so: the pools of two libraries would keep each other from the cores."""
+    attention.use_threads(count)
     if quant == "none":
         torch.set_num_threads(count)
         return

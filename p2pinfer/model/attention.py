@@ -5,13 +5,19 @@ A tile is what a slot asks of one block of 64 positions. Its keys run to the end
 the tail masked, whatever else is in the batch; the query heads of a KV head are rows of one query,
 padded to a multiple of 8 (`scaled_dot_product_attention(enable_gqa=True)` is neither as fast nor
 independent of the batch). Decode is a tile of one position: prefill and decode are one formulation.
+
+torch's kernel chooses its blocks by the number of threads, and the bits with them, so that it is
+always called with one. Where there is much to do the head units are shared out to threads of ours,
+each of which calls it with one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +29,34 @@ from p2pinfer.model.stopwatch import ATTENTION
 
 ROW_MULTIPLE = 8
 
-KEPT_MASK_KEYS = 4096
-"""Masks of tiles with more keys are not kept: those of a long prompt would take gigabytes."""
+KEPT_MASK = 1 << 20
+"""Masks of tiles with more query rows times keys are not kept: those of a long prompt would take
+gigabytes. A whole block's in groups of four have so many with 4,096 keys, one position's never."""
+
+SHARED = 1 << 17
+"""Of units times query rows times keys: with fewer, to wake another thread takes about as long as
+it saves (a core does a hundred thousand in a millisecond)."""
+
+
+class _Threads:
+    """Who helps the caller of attention; chosen once."""
+
+    count = 1
+    others: ThreadPoolExecutor | None = None
+
+
+def use_threads(count: int) -> None:
+    """Let attention be computed by `count` threads from now on, the caller's among them."""
+    if _Threads.others is not None:
+        _Threads.others.shutdown()
+    _Threads.count = count
+    _Threads.others = ThreadPoolExecutor(count - 1, "attention", _alone) if count > 1 else None
+
+
+def _alone() -> None:
+    """Threads and gradients are settings of the calling thread."""
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
 
 
 class Tile(NamedTuple):
@@ -69,7 +101,7 @@ def make_rows(runs: list[Run], group: int, dtype: torch.dtype, device: torch.dev
             stop = min(run.end, keys)
             length, row = stop - start, run.row + start - run.start
             mask = None
-            if keys <= KEPT_MASK_KEYS:
+            if length * group * keys <= KEPT_MASK:
                 mask = _tile_mask(start, length, group, dtype, device)
             tiles.append(Tile(run.request_id, row, length, start, keys, mask))
             start = stop
@@ -105,15 +137,22 @@ def _one_thread(device: torch.device) -> Iterator[None]:
 
 
 class _Tile(NamedTuple):
-    """A tile by the memory of one cache: where its queries are put together, [1, units, padded
-    query rows, head_dim] with zeros beyond them; the same by position and head; where its keys and
-    values lie; where its results go, [units, query rows, head_dim]."""
+    """Some units' part of a tile by the memory of one cache: where its queries are put together,
+    [1, units, padded query rows, head_dim] with zeros beyond them; the same by position and head;
+    where its keys and values lie; where its results go, [units, query rows, head_dim]."""
 
     tile: Tile
     query: Tensor
     by_head: Tensor
     past: Layers
     into: Tensor
+
+
+class _Share(NamedTuple):
+    """What one thread computes: some units of all tiles."""
+
+    units: slice
+    tiles: list[_Tile]
 
 
 class StepAttention:
@@ -133,7 +172,7 @@ class StepAttention:
             self._written.append((run.row, last, *new))
         self._out = torch.zeros((units, rows, group * head_dim), dtype=dtype, device=self._device)
         into = self._out.view(units, rows * group, head_dim)
-        self._tiles = []
+        tiles = []
         for tile in of_step.tiles:
             count = tile.length * group
             padded = -(-count // ROW_MULTIPLE) * ROW_MULTIPLE
@@ -143,7 +182,10 @@ class StepAttention:
             by_head = query[0, :, :count].view(units, tile.length, group, head_dim)
             past = cache.layers(tile.request_id, 0, tile.keys)
             first = tile.row * group
-            self._tiles.append(_Tile(tile, query, by_head, past, into[:, first : first + count]))
+            tiles.append(_Tile(tile, query, by_head, past, into[:, first : first + count]))
+        work = sum(each.query.shape[1] * each.query.shape[2] * each.tile.keys for each in tiles)
+        threads = _Threads.count if work >= SHARED and self._device.type == "cpu" else 1
+        self._shares = _shared(tiles, units, min(threads, units))
 
     @ATTENTION
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -158,17 +200,45 @@ class StepAttention:
         for row, last, keys, values in self._written:
             keys[layer].copy_(k[:, row:last])
             values[layer].copy_(v[:, row:last])
+        mine, *others = self._shares
+        helpers = [_submit(self._attend, layer, q, share) for share in others]
         with _one_thread(self._device):
-            for tile, query, by_head, past, into in self._tiles:
-                by_head.copy_(q[:, tile.row : tile.row + tile.length])
-                mixed = functional.scaled_dot_product_attention(
-                    query,
-                    past.keys[layer][None],
-                    past.values[layer][None],
-                    attn_mask=tile.mask if tile.mask is not None else self._mask(tile),
-                )
-                into.copy_(mixed[0, :, : into.shape[1]])
+            self._attend(layer, q, mine)
+        for helper in helpers:
+            helper.result()
         return self._out
+
+    def _attend(self, layer: int, q: Tensor, share: _Share) -> None:
+        if len(self._shares) > 1:
+            q = q[share.units]
+        for tile, query, by_head, past, into in share.tiles:
+            by_head.copy_(q[:, tile.row : tile.row + tile.length])
+            mixed = functional.scaled_dot_product_attention(
+                query,
+                past.keys[layer][None],
+                past.values[layer][None],
+                attn_mask=tile.mask if tile.mask is not None else self._mask(tile),
+            )
+            into.copy_(mixed[0, :, : into.shape[1]])
 
     def _mask(self, tile: Tile) -> Tensor:
         return _tile_mask(tile.start, tile.length, self._group, self._kv_dtype, self._device)
+
+
+def _submit(attend: Callable[[int, Tensor, _Share], None], *given: Any) -> Future[None]:
+    assert _Threads.others is not None, "there are shares for them"
+    return _Threads.others.submit(attend, *given)
+
+
+def _shared(tiles: Sequence[_Tile], units: int, count: int) -> list[_Share]:
+    """Cut the units of tiles into as many shares."""
+    if count == 1:
+        return [_Share(slice(0, units), list(tiles))]
+    bounds = [units * place // count for place in range(count + 1)]
+    cuts = [slice(start, end) for start, end in pairwise(bounds)]
+    return [_Share(cut, [_of_units(tile, cut) for tile in tiles]) for cut in cuts]
+
+
+def _of_units(whole: _Tile, cut: slice) -> _Tile:
+    past = Layers(*(tuple(layer[cut] for layer in each) for each in whole.past))
+    return _Tile(whole.tile, whole.query[:, cut], whole.by_head[cut], past, whole.into[cut])

@@ -8,7 +8,7 @@ what would not be accepted is not sent. Tensors are views into the frame (see `p
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from struct import Struct, error
 from typing import NamedTuple
 
@@ -36,6 +36,17 @@ HEADER = Struct("<qqqqBBHBBHII")
 
 KV_HEADER = Struct("<qIHH32s")
 """request_id, start, unit, layers, log_digest: follows the header of a KV_DELTA."""
+
+_MOVING = Struct("<qq")
+"""step and link_seq: what alone differs between a step's partials and those of the next step."""
+
+_BEFORE = 16
+_AFTER = _BEFORE + _MOVING.size
+_ENTRIES = Struct("<H")
+_ENTRIES_AT = 38
+
+HEADS = 4096
+"""Heads of partials that are remembered, in each direction: they come again with every step."""
 
 ALIGNMENT = 16
 """Tables are padded to this many bytes, so that tensors start aligned within the frame."""
@@ -191,25 +202,57 @@ def unpack(kind: type[DataFrame], body: memoryview) -> DataFrame:
     """
     if len(body) < HEADER.size:
         raise RemoteProtocolError(f"{len(body)} bytes are too few for a data header")
+    if kind is Partial:
+        return _read_partial(body)
     header = Header._make(HEADER.unpack_from(body))
     dtype = _check_header(kind, header)
     return _READERS[kind](body, header, dtype)
 
 
-def _read_partial(body: memoryview, header: Header, dtype: WireDType) -> Partial:
+class _PartialHead(NamedTuple):
+    """A partial but for its step, its number on the link and the bytes of its tensor."""
+
+    fence: Fence
+    sender: int
+    stage: int
+    layer: int
+    half: int
+    parts: tuple[int, ...]
+    dtype: WireDType
+    shape: tuple[int, int, int]
+
+
+def _read_partial(body: memoryview) -> Partial:
+    step, link_seq = _MOVING.unpack_from(body, _BEFORE)
+    if step < 0 or link_seq < 0:
+        _check_header(Partial, Header._make(HEADER.unpack_from(body)))
+    (entries,) = _ENTRIES.unpack_from(body, _ENTRIES_AT)
+    start = HEADER.size + 2 * entries + -2 * entries % ALIGNMENT
+    head = _partial_head(body[:_BEFORE].tobytes(), body[_AFTER:start].tobytes())
+    return Partial(
+        fence=head.fence,
+        step=step,
+        link_seq=link_seq,
+        sender=head.sender,
+        stage=head.stage,
+        layer=head.layer,
+        half=head.half,
+        parts=head.parts,
+        tensor=_tensor(body, start, head.dtype, head.shape),
+    )
+
+
+@lru_cache(maxsize=HEADS)
+def _partial_head(before: bytes, after: bytes) -> _PartialHead:
+    """What header and table say, without step and link_seq, which lie between these bytes."""
+    body = memoryview(b"".join((before, bytes(_MOVING.size), after)))
+    header = Header._make(HEADER.unpack_from(body))
+    dtype = _check_header(Partial, header)
     parts = _read_table(body, header.entries)
     _check_parts(parts)
-    start = HEADER.size + _table(header.entries).size
-    return Partial(
-        fence=Fence(header.term, header.epoch),
-        step=header.step,
-        link_seq=header.link_seq,
-        sender=header.sender,
-        stage=header.stage,
-        layer=header.layer,
-        half=header.half,
-        parts=parts,
-        tensor=_tensor(body, start, dtype, (header.entries, header.rows, header.cols)),
+    fence, shape = Fence(header.term, header.epoch), (header.entries, header.rows, header.cols)
+    return _PartialHead(
+        fence, header.sender, header.stage, header.layer, header.half, parts, dtype, shape
     )
 
 
@@ -295,7 +338,6 @@ def _read_kv_delta(body: memoryview, header: Header, dtype: WireDType) -> KvDelt
 
 
 _READERS: dict[type[DataFrame], Callable[[memoryview, Header, WireDType], DataFrame]] = {
-    Partial: _read_partial,
     Hidden: _read_hidden,
     Candidates: _read_candidates,
     Logits: _read_logits,
@@ -309,8 +351,6 @@ class _Fields(NamedTuple):
     """What differs between the kinds: header fields, the bytes before the tensors, the tensors."""
 
     stage: int
-    layer: int
-    half: int
     entries: int
     rows: int
     cols: int
@@ -326,6 +366,8 @@ def pack(frame: DataFrame) -> list[bytes | memoryview]:
     """
     kind = type(frame)
     try:
+        if isinstance(frame, Partial):
+            return _pack_partial(frame)
         fields = _WRITERS[kind](frame)
         header = Header(
             frame.fence.term,
@@ -334,8 +376,8 @@ def pack(frame: DataFrame) -> list[bytes | memoryview]:
             frame.link_seq,
             frame.sender,
             fields.stage,
-            fields.layer,
-            fields.half,
+            0,
+            0,
             fields.dtype,
             fields.entries,
             fields.rows,
@@ -347,28 +389,41 @@ def pack(frame: DataFrame) -> list[bytes | memoryview]:
         raise LocalProtocolError(f"{kind.__name__} cannot be sent: {cause}") from cause
 
 
-def _write_partial(frame: Partial) -> _Fields:
-    _check_parts(frame.parts)
-    count, rows, cols = frame.tensor.shape
-    if count != len(frame.parts):
-        raise ValueError(f"{len(frame.parts)} parts but a tensor of {count}")
-    prefix = _table(count).pack(*frame.parts)
-    return _Fields(
-        frame.stage,
-        frame.layer,
-        frame.half,
-        count,
-        rows,
-        cols,
-        prefix,
-        (frame.tensor,),
-        frame.tensor.dtype,
+def _pack_partial(frame: Partial) -> list[bytes | memoryview]:
+    before, after = _partial_bytes(
+        _PartialHead(
+            frame.fence,
+            frame.sender,
+            frame.stage,
+            frame.layer,
+            frame.half,
+            frame.parts,
+            frame.tensor.dtype,
+            frame.tensor.shape,  # type: ignore[arg-type] # checked there
+        )
     )
+    if frame.step < 0 or frame.link_seq < 0:
+        raise ValueError(f"step is {frame.step}, link_seq {frame.link_seq}")
+    return [before, _MOVING.pack(frame.step, frame.link_seq), after, frame.tensor.data]
+
+
+@lru_cache(maxsize=HEADS)
+def _partial_bytes(head: _PartialHead) -> tuple[bytes, bytes]:
+    """Header and table of a partial as they are before and after step and link_seq."""
+    _check_parts(head.parts)
+    count, rows, cols = head.shape
+    if count != len(head.parts):
+        raise ValueError(f"{len(head.parts)} parts but a tensor of {count}")
+    place = (head.sender, head.stage, head.layer, head.half)
+    header = Header(head.fence.term, head.fence.epoch, 0, 0, *place, head.dtype, count, rows, cols)
+    _check_header(Partial, header)
+    packed = HEADER.pack(*header) + _table(count).pack(*head.parts)
+    return packed[:_BEFORE], packed[_AFTER:]
 
 
 def _write_hidden(frame: Hidden) -> _Fields:
     rows, cols = frame.tensor.shape
-    return _Fields(frame.stage, 0, 0, 0, rows, cols, b"", (frame.tensor,), frame.tensor.dtype)
+    return _Fields(frame.stage, 0, rows, cols, b"", (frame.tensor,), frame.tensor.dtype)
 
 
 def _write_candidates(frame: Candidates) -> _Fields:
@@ -384,14 +439,14 @@ def _write_candidates(frame: Candidates) -> _Fields:
         raise ValueError("ids must be INT32, logits and lse FLOAT32")
     prefix = _table(count).pack(*frame.units)
     tensors = (frame.ids, frame.logits, frame.lse)
-    return _Fields(0, 0, 0, count, rows, cols, prefix, tensors, frame.logits.dtype)
+    return _Fields(0, count, rows, cols, prefix, tensors, frame.logits.dtype)
 
 
 def _write_logits(frame: Logits) -> _Fields:
     _check_units((frame.unit,))
     rows, cols = frame.tensor.shape
     prefix = _table(1).pack(frame.unit)
-    return _Fields(0, 0, 0, 1, rows, cols, prefix, (frame.tensor,), frame.tensor.dtype)
+    return _Fields(0, 1, rows, cols, prefix, (frame.tensor,), frame.tensor.dtype)
 
 
 def _write_kv_delta(frame: KvDelta) -> _Fields:
@@ -401,11 +456,10 @@ def _write_kv_delta(frame: KvDelta) -> _Fields:
         raise ValueError("the tensor must be [layers, 2, rows, head_dim], the digest 32 bytes")
     prefix = KV_HEADER.pack(frame.request_id, frame.start, frame.unit, layers, digest)
     _check_kv(frame.request_id, frame.start, frame.unit, layers, rows)
-    return _Fields(frame.stage, 0, 0, 0, rows, cols, prefix, (frame.tensor,), frame.tensor.dtype)
+    return _Fields(frame.stage, 0, rows, cols, prefix, (frame.tensor,), frame.tensor.dtype)
 
 
 _WRITERS: dict[type[DataFrame], Callable[..., _Fields]] = {
-    Partial: _write_partial,
     Hidden: _write_hidden,
     Candidates: _write_candidates,
     Logits: _write_logits,
