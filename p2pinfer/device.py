@@ -33,16 +33,21 @@ def choose_device(wanted: str, quant: str = "none") -> torch.device:
 
 
 def use_threads(count: int, quant: str) -> None:
-    """Give `count` threads to attention, and to the library that multiplies weights that are
-    quantised so: the pools of two libraries would keep each other from the cores."""
-    attention.use_threads(count)
+    """Give `count` threads to the library that multiplies weights that are quantised so, and no
+    other thread to anything else: what two libraries start would keep each other from the cores.
+
+    Attention has threads of its own where torch multiplies, whose others sleep meanwhile. Those of
+    onnxruntime look for work without sleep: beside them a second thread gained nothing.
+    """
     if quant == "none":
         torch.set_num_threads(count)
+        attention.use_threads(count)
         return
     # Only who quantises pays for the import.
     from p2pinfer.model import product_graph
 
     torch.set_num_threads(1)
+    attention.use_threads(1)
     product_graph.use_threads(count)
 
 
