@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 
+import click
 import torch
 import zmq
 
@@ -51,10 +52,11 @@ from p2pinfer.core.topology import Topology, kv_room, topology
 from p2pinfer.device import choose_device, use_threads
 from p2pinfer.errors import P2pinferError, RemoteProtocolError, UsageError
 from p2pinfer.leader import Leader
+from p2pinfer.lifeline import die_with_parent
 from p2pinfer.limits import MAX_BULK_BYTES, MAX_STEP_BYTES
 from p2pinfer.measurement import introduction
 from p2pinfer.model.quantised_copies import copies_folder
-from p2pinfer.pipe import PipeClosed, WorkerConfig, WorkerPipe
+from p2pinfer.pipe import PipeClosed, WorkerConfig, WorkerPipe, worker_side
 from p2pinfer.priority import be_last
 from p2pinfer.replicator import Replicator, partners
 from p2pinfer.step_engine import Clock, StepEngine
@@ -441,11 +443,21 @@ class Worker:
         )
 
 
-def serve(pipe: WorkerPipe) -> None:
-    """Work for the daemon at the other end of a pipe until it says to stop.
+@click.command()
+@click.option("--pipe-fd", type=int, required=True)
+def main(pipe_fd: int) -> None:
+    """Run a worker; started by the daemon, not by people."""
+    die_with_parent()
+    # Ctrl-C in a terminal reaches the whole group: the daemon alone decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    pipe = worker_side(pipe_fd)
+    try:
+        _serve(pipe)
+    except PipeClosed:
+        raise SystemExit(1) from None
 
-    Raises `PipeClosed` when it is gone.
-    """
+
+def _serve(pipe: WorkerPipe) -> None:
     while (config := pipe.receive()) is None:
         select.select((pipe,), (), ())
     assert isinstance(config, WorkerConfig)
@@ -477,3 +489,7 @@ def _obey_signals(worker: Worker) -> None:
     if hasattr(signal, "SIGUSR1"):
         signal.signal(signal.SIGUSR1, obey)
         signal.signal(signal.SIGUSR2, obey)
+
+
+if __name__ == "__main__":
+    main()
