@@ -38,6 +38,7 @@ def test_of_several_plans_the_longest_counts() -> None:
 
 
 def test_what_goes_on_undisturbed_is_no_excess() -> None:
+    """What counts is how much longer a reply stood still than it did before."""
     seen = reading(0.1, 0.3, 0.1, 0.1, 0.5, 0.2)
     struck, mended = seen.times[4], seen.times[5]
     assert seen.excess(struck, mended) == pytest.approx(0.2)
