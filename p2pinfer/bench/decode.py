@@ -133,6 +133,8 @@ def _measure_cluster(
         "per_token": budget.decode,
         "per_token_percent": percentages(budget.decode),
         "per_token_by_node": budget.decode_by_node,
+        "per_prompt": budget.prefill,
+        "per_prompt_percent": percentages(budget.prefill),
         "load_s": round(load_s, 2),
         "rss_bytes": rss,
         "reference": {},

@@ -48,8 +48,9 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
         f"  limit {result['limit_tokens_per_s']} tokens/s at {result['read_bandwidth_gb_s']} GB/s: "
         f"fraction {result['fraction_of_limit']}"
     )
-    shares = result["per_token_percent"]
-    lines.append("  a token: " + ", ".join(f"{name} {share} %" for name, share in shares.items()))
+    for name, kind in (("a token", "per_token"), ("the prompt", "per_prompt")):
+        shares = result[f"{kind}_percent"].items()
+        lines.append(f"  {name}: " + ", ".join(f"{part} {share} %" for part, share in shares))
     if result["predicted_tokens_per_s"] is not None:
         lines.append(
             f"  predicted {result['predicted_tokens_per_s']} tokens/s: "

@@ -68,7 +68,8 @@ def test_decode_says_where_a_token_went(home: Path) -> None:
         parts = row["products_ms"] + row["attention_ms"] + row["other_ms"]
         assert parts == pytest.approx(row["compute_ms"], abs=0.01)
         assert set(PARTS) < set(row)
-    assert sum(found["per_token_percent"].values()) == pytest.approx(100, abs=0.1)
+    for shares in (found["per_token_percent"], found["per_prompt_percent"]):
+        assert sum(shares.values()) == pytest.approx(100, abs=0.1)
     # Two exchanges a layer; then the leader announces steps, the other acknowledges and offers.
     for row in found["per_token_by_node"]:
         assert row["messages"] == pytest.approx(2 * LAYERS + 1.5, abs=FEW)
