@@ -12,6 +12,7 @@ pool for each, their threads keep one another from the cores.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,7 +41,8 @@ kernel, with other bits: a row of zeros makes the number even. That costs little
 same weights."""
 
 KEPT_ROWS = 16
-"""Buffers of steps of so few rows stay: those of a prefill would take hundreds of megabytes."""
+"""Buffers for so many rows stay, for steps of any fewer: those of a prefill would take hundreds of
+megabytes."""
 
 ERRORS_ONLY = 3
 
@@ -195,6 +197,7 @@ class Session:
         self._inputs = dict(inputs)
         self._outputs = dict(outputs)
         self._rows_together = graph.rows_together
+        self._kept: tuple[list[Tensor], list[Tensor]] | None = None
         self._bound: dict[int, _Bound] = {}
 
     @PRODUCTS
@@ -205,31 +208,42 @@ class Session:
         if rows > KEPT_ROWS:
             if filler:
                 inputs = tuple(functional.pad(each, (0, 0, 0, filler)) for each in inputs)
-            whole = tuple(each.contiguous() for each in inputs)
-            bound = self._bind(rows, rows + filler, whole)
+            whole = [each.contiguous() for each in inputs]
+            outputs = [torch.empty(each.of(rows + filler)) for each in self._outputs.values()]
+            bound = self._bind(rows, rows + filler, whole, outputs)
         else:
             if rows not in self._bound:
-                whole = tuple(torch.zeros(each.of(rows + filler)) for each in self._inputs.values())
-                self._bound[rows] = self._bind(rows, rows + filler, whole)
+                self._bound[rows] = self._bind(rows, rows + filler, *self._buffers())
             bound = self._bound[rows]
             for place, given in zip(bound.inputs, inputs, strict=True):
                 place.copy_(given)
         self._session.run_with_iobinding(bound.binding)
         return bound.outputs
 
-    def _bind(self, rows: int, computed: int, inputs: tuple[Tensor, ...]) -> _Bound:
-        """A binding for `computed` rows, of which only `rows` are of interest."""
+    def _buffers(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Inputs and outputs for `KEPT_ROWS`. Fewer take the beginning of them: what lies there of
+        another number of rows is overwritten, or becomes filler, which no other row sees."""
+        if self._kept is None:
+            most = KEPT_ROWS + -KEPT_ROWS % self._rows_together
+            inputs = [torch.zeros(each.of(most)) for each in self._inputs.values()]
+            self._kept = inputs, [torch.zeros(each.of(most)) for each in self._outputs.values()]
+        return self._kept
+
+    def _bind(
+        self, rows: int, computed: int, inputs: list[Tensor], outputs: list[Tensor]
+    ) -> _Bound:
+        """A binding of buffers for `computed` rows, of which only `rows` are of interest."""
         binding = self._session.io_binding()
-        outputs = tuple(torch.empty(each.of(computed)) for each in self._outputs.values())
-        for (name, value), place in zip(self._inputs.items(), inputs, strict=True):
-            binding.bind_input(name, "cpu", 0, np.float32, value.of(computed), place.data_ptr())
-        for (name, value), place in zip(self._outputs.items(), outputs, strict=True):
-            binding.bind_output(name, "cpu", 0, np.float32, value.of(computed), place.data_ptr())
-        return _Bound(
-            tuple(place.narrow(-2, 0, rows) for place in inputs),
-            tuple(place.view(computed, -1)[:rows] for place in outputs),
-            binding,
-        )
+        taken, made = [], []
+        for (name, value), memory in zip(self._inputs.items(), inputs, strict=True):
+            shape = value.of(computed)
+            binding.bind_input(name, "cpu", 0, np.float32, shape, memory.data_ptr())
+            taken.append(memory.view(-1)[: prod(shape)].view(shape).narrow(-2, 0, rows))
+        for (name, value), memory in zip(self._outputs.items(), outputs, strict=True):
+            shape = value.of(computed)
+            binding.bind_output(name, "cpu", 0, np.float32, shape, memory.data_ptr())
+            made.append(memory.view(-1)[: prod(shape)].view(computed, -1)[:rows])
+        return _Bound(tuple(taken), tuple(made), binding)
 
 
 def _described(values: Mapping[str, Value]) -> list[ValueInfoProto]:
