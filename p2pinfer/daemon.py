@@ -290,6 +290,8 @@ class Daemon:
                     self._progress("loading_weights", report.done_bytes, report.total_bytes)
                 elif isinstance(report, WorkerReady):
                     self._worker_ready = True
+                    if report.rows_matter:
+                        self._log.warning("bits_depend_on_rows", numeric_class=report.numeric_class)
                 self._feed(WorkerSaid(report=report))
         except (PipeClosed, LocalProtocolError) as error:
             if self._end is None:

@@ -28,7 +28,7 @@ from p2pinfer.core.speed import GB_S_PER_THREAD, weight_of
 from p2pinfer.device import offered_memory, threads_of
 from p2pinfer.limits import MAX_GB_S
 from p2pinfer.model.llama import TORCH_DTYPES
-from p2pinfer.model.numeric_class import numeric_class
+from p2pinfer.model.numeric_class import Numerics, numerics
 from p2pinfer.model.speed import (
     QUICK_READ_BYTES,
     QUICK_READ_S,
@@ -61,11 +61,13 @@ CPUS: Final = tuple(
 
 def introduction(config: WorkerConfig, device: torch.device) -> WorkerReady:
     """The first report of a worker: how it computes, and how fast."""
-    model, speed = config.model, Speed()
+    model, speed, computes = config.model, Speed(), Numerics("", rows_matter=False)
     if model:
         speed = machine_speed(config.speed, dtype=model.dtype, quant=model.quant, device=device)
+        computes = numerics(model.dtype, device, model.quant)
     return WorkerReady(
-        numeric_class=numeric_class(model.dtype, device, model.quant) if model else "",
+        numeric_class=computes.numeric_class,
+        rows_matter=computes.rows_matter,
         device=str(device),
         threads=config.threads,
         memory_bytes=offered_memory(device),

@@ -2,12 +2,15 @@
 
 A fixed, seeded layer is run on fixed inputs at a few row counts, by the very code that serves, and
 its output bits are hashed. CPUs with other vector instructions, another library version or another
-device give another hash; the number of threads does not.
+device give another hash; the number of threads does not. Positions that are computed one by one, or
+beside others, are compared with those of one long run: where the bits differ, no plan and no
+failover keeps them.
 """
 
 from __future__ import annotations
 
 import hashlib
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +27,9 @@ from p2pinfer.wire.messages import Slot
 
 ROW_COUNTS = (1, 5, 70)
 """A decode step, a padded one, and a prefill that crosses a block of positions."""
+
+PIECES = ((0, 64), (64, 67), (67, 69), (69, 70))
+"""The longest of these runs once more: in even and odd numbers of rows."""
 
 _HEADS, _HEAD_DIM, _WIDTH, _VOCAB = 2, 64, 256, 128
 
@@ -81,9 +87,41 @@ def _config(dtype: DType) -> LlamaConfig:
     )
 
 
-def numeric_class(dtype: DType, device: torch.device, quant: str = "none") -> str:
-    """16 hexadecimal digits: the hash of what this machine computes in `dtype` on `device`, with
-    weights quantised so."""
+class Numerics(NamedTuple):
+    """How a machine computes: 16 hexadecimal digits, the hash of its bits; whether the bits of a
+    position depend on how many are computed together."""
+
+    numeric_class: str
+    rows_matter: bool
+
+
+def numerics(dtype: DType, device: torch.device, quant: str = "none") -> Numerics:
+    """How this machine computes in `dtype` on `device`, with weights quantised so."""
+    runner = _runner(dtype, device, quant)
+    digest = hashlib.sha256()
+    for request_id, rows in enumerate(ROW_COUNTS):
+        for logits in run_alone(runner, (_slot(request_id, rows, 0, rows),)):
+            digest.update(logits.cpu().numpy().tobytes())
+    at_once, again, beside = len(ROW_COUNTS), len(ROW_COUNTS) + 1, len(ROW_COUNTS) + 2
+    longest = max(ROW_COUNTS)
+    expected = run_alone(runner, (_slot(at_once, longest, 0, longest),))
+    expected = [logits.clone() for logits in expected]
+    run_alone(runner, (_slot(beside, longest, 0, 1),))
+    for number, (start, end) in enumerate(PIECES, 1):
+        other = _slot(beside, longest, number, number + 1)
+        # Of two slots the first one's logits come first.
+        found = run_alone(runner, (_slot(again, longest, start, end), other))
+    same = all(torch.equal(a[0], b[0]) for a, b in zip(found, expected, strict=True))
+    return Numerics(digest.hexdigest()[:16], not same)
+
+
+def _slot(request_id: int, rows: int, start: int, end: int) -> Slot:
+    """Positions `[start, end)` of a request of so many tokens, which follow from that number."""
+    tokens = tuple((7 * i + rows) % _VOCAB for i in range(start, end))
+    return Slot(request_id=request_id, start=start, tokens=tokens, sample=True, capacity=rows)
+
+
+def _runner(dtype: DType, device: torch.device, quant: str) -> StageRunner:
     config = _config(dtype)
     spec = model_spec(config, name="numeric class", model_id="0" * 64, dtype=dtype, quant=quant)
     everything = Holding(
@@ -97,11 +135,4 @@ def numeric_class(dtype: DType, device: torch.device, quant: str = "none") -> st
     part = Part(everything, empty_cache(everything, spec, device))
     part.stage = loader.load(everything)
     trunks = {everything.span: loader.trunk(everything.span)}
-    runner = StageRunner((part,), (everything,), trunks, spec, device)
-    digest = hashlib.sha256()
-    for request_id, rows in enumerate(ROW_COUNTS):
-        tokens = tuple((7 * i + rows) % _VOCAB for i in range(rows))
-        slot = Slot(request_id=request_id, start=0, tokens=tokens, sample=True, capacity=rows)
-        for logits in run_alone(runner, (slot,)):
-            digest.update(logits.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return StageRunner((part,), (everything,), trunks, spec, device)

@@ -47,7 +47,7 @@ print((anonymous() - before) / sum(product.nbytes for product in kept))
 THREADS = """
 import hashlib, torch
 from p2pinfer.device import use_threads
-from p2pinfer.model.numeric_class import numeric_class
+from p2pinfer.model.numeric_class import numerics
 from p2pinfer.types import DType
 from p2pinfer.core.units import QUANT_FORMATS
 from p2pinfer.model.quantise import quantise
@@ -62,7 +62,8 @@ packer = QuantisedPacker(None, form)
 down = [quantise(torch.randn(512, 320), form) for _ in range(3)]
 norm = Norm(torch.randn(512), 1e-5)
 mlp = packer.gated(quantise(torch.randn(1920, 512), form), down, [320] * 3, norm)
-digest = hashlib.sha256(numeric_class(DType.BFLOAT16, torch.device("cpu"), "{quant}").encode())
+computes = numerics(DType.BFLOAT16, torch.device("cpu"), "{quant}")
+digest = hashlib.sha256(computes.numeric_class.encode())
 for rows in (2, 64, 130):
     x = torch.randn(rows, 512)
     for _ in range(3):
