@@ -46,13 +46,10 @@ def children(node: int, n: int) -> tuple[int, ...]:
 
 
 def cover(owned: Iterable[int], n: int) -> tuple[int, ...]:
-    """The maximal complete subtrees whose units are all in `owned`, ascending by first unit.
-
-    Raises `ValueError` when a unit is out of range.
+    """The maximal complete subtrees all of whose units are `owned`, or in subtrees that are,
+    ascending by first unit. Raises `ValueError` on an unknown node.
     """
-    have = set(owned)
-    if have and not 0 <= min(have) <= max(have) < n:
-        raise ValueError(f"units {min(have)} to {max(have)} are not all among the {n} of the tree")
+    have = {_canonical(*_place(node, n), n) for node in owned}
     additions = plan_additions(have, n)
     used = {node for left, right, _ in additions for node in (left, right)}
     tops = (have | {result for _, _, result in additions}) - used

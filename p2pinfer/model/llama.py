@@ -8,7 +8,7 @@ of a stage has; the rest is by unit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
@@ -86,9 +86,10 @@ class AttentionHalf:
         attend: Callable[[Tensor, Tensor, Tensor], Tensor],
         owned: AbstractSet[int],
     ) -> dict[int, Tensor]:
-        """[rows, hidden] float32 per unit that is `owned`, of `h` [rows, hidden], the prepared
-        input. `attend` is `StepAttention.attend` of this layer: it writes the KV of all units."""
-        return _by_unit(self.units, self.out, attend(*self.qkv(h, angles)), owned)
+        """[rows, hidden] float32 per unit that is `owned`, or sums of them by tree node, of `h`
+        [rows, hidden], the prepared input. `attend` is `StepAttention.attend` of this layer: it
+        writes the KV of all units."""
+        return dict(self.out(attend(*self.qkv(h, angles)), owned))
 
     def keys_values(self, h: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
         """K and V, each [rows, units, head_dim], of `h` [rows, hidden]: in the KV's number format
@@ -110,9 +111,9 @@ class MlpHalf:
     products: UnitProducts
 
     def partials(self, h: Tensor, owned: AbstractSet[int]) -> dict[int, Tensor]:
-        """[rows, hidden] float32 per unit that is `owned`, of `h` [rows, hidden], the prepared
-        input."""
-        return _by_unit(self.units, self.products, h, owned)
+        """[rows, hidden] float32 per unit that is `owned`, or sums of them by tree node, of `h`
+        [rows, hidden], the prepared input."""
+        return dict(self.products(h, owned))
 
     @property
     def nbytes(self) -> int:
@@ -130,19 +131,12 @@ class VocabHead:
     def logits(self, h: Tensor, owned: AbstractSet[int]) -> dict[int, Tensor]:
         """[rows, unit width] float32 per unit that is `owned`, of `h` [rows, hidden], the
         prepared output of the last layer."""
-        return _by_unit(self.units, self.products, h, owned)
+        return dict(self.products(h, owned))
 
     @property
     def nbytes(self) -> int:
         """Bytes of weight that one pass reads."""
         return self.products.nbytes
-
-
-def _by_unit(
-    units: Sequence[int], products: UnitProducts, x: Tensor, owned: AbstractSet[int]
-) -> dict[int, Tensor]:
-    wanted = [place for place, unit in enumerate(units) if unit in owned]
-    return {units[place]: result for place, result in products(x, wanted).items()}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from p2pinfer.model.unit_products import (
     Rows,
     TensorSource,
     UnitProducts,
+    Units,
     slice_of,
 )
 
@@ -72,15 +74,37 @@ class QuantisedProjection:
 
 
 class QuantisedProducts:
-    """A graph with one output per unit."""
+    """A graph with one output per unit, and one for each sum of them.
 
-    def __init__(self, session: Session, weights: Iterable[QuantisedWeight]) -> None:
+    `graph` has the units' products already, by the names that `_name` gives them, and `shape` is
+    the shape of each.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        inputs: Mapping[str, Value],
+        units: Units,
+        shapes: Sequence[Value],
+        weights: Iterable[QuantisedWeight],
+    ) -> None:
         self.nbytes = sum(weight.nbytes for weight in weights)
-        self._session = session
+        self._units = units.numbers
+        outputs = dict(zip(units.numbers, shapes, strict=True))
+        for left, right, result in units.additions:
+            graph.node("Add", [_name(left), _name(right)], [_name(result)])
+            outputs[result] = outputs[left]
+        added = {node for left, right, _ in units.additions for node in (left, right)}
+        self._tops = [node for node in outputs if node not in added]
+        self._places = {node: place for place, node in enumerate(outputs)}
+        named = {_name(node): value for node, value in outputs.items()}
+        self._session = Session(graph, inputs, named)
 
-    def __call__(self, x: Tensor, wanted: Iterable[int], /) -> dict[int, Tensor]:
+    def __call__(self, x: Tensor, wanted: AbstractSet[int], /) -> dict[int, Tensor]:
         outputs = self._session.run(x.shape[-2], x)
-        return {place: outputs[place] for place in wanted}
+        apart = [unit for unit in self._units if unit in wanted]
+        nodes = apart if len(apart) < len(self._units) else self._tops
+        return {node: outputs[self._places[node]] for node in nodes}
 
 
 class QuantisedPacker:
@@ -121,42 +145,50 @@ class QuantisedPacker:
         """See `Packer.projection`."""
         return QuantisedProjection(weight, heads, norm)
 
-    def separate(self, weights: Sequence[QuantisedWeight]) -> UnitProducts:
+    def separate(self, units: Units, weights: Sequence[QuantisedWeight]) -> UnitProducts:
         """See `Packer.separate`."""
-        graph, outputs, count = Graph(), {}, len(weights)
+        graph, count = Graph(), len(weights)
         parts = graph.split("x", [1] * count, [f"x{place}" for place in range(count)], axis=0)
-        for place, weight in enumerate(weights):
-            name = graph.product(parts[place], weight, f"y{place}")
-            outputs[name] = Value((1, ROWS, weight.rows))
+        for unit, part, weight in zip(units.numbers, parts, weights, strict=True):
+            graph.product(part, weight, _name(unit))
         inputs = {"x": Value((count, ROWS, weights[0].inputs))}
-        return QuantisedProducts(Session(graph, inputs, outputs), weights)
+        shapes = [Value((1, ROWS, weight.rows)) for weight in weights]
+        return QuantisedProducts(graph, inputs, units, shapes, weights)
 
-    def fanned(self, weights: Sequence[QuantisedWeight], norm: Norm) -> UnitProducts:
+    def fanned(self, units: Units, weights: Sequence[QuantisedWeight], norm: Norm) -> UnitProducts:
         """See `Packer.fanned`."""
-        graph, outputs = Graph(), {}
+        graph = Graph()
         normed = graph.norm("x", norm, "normed")
-        for place, weight in enumerate(weights):
-            outputs[graph.product(normed, weight, f"y{place}")] = _rows_of(weight.rows)
+        for unit, weight in zip(units.numbers, weights, strict=True):
+            graph.product(normed, weight, _name(unit))
         inputs = {"x": _rows_of(weights[0].inputs)}
-        return QuantisedProducts(Session(graph, inputs, outputs), weights)
+        shapes = [_rows_of(weight.rows) for weight in weights]
+        return QuantisedProducts(graph, inputs, units, shapes, weights)
 
     def gated(
         self,
+        units: Units,
         gate_up: QuantisedWeight,
         down: Sequence[QuantisedWeight],
         widths: Sequence[int],
         norm: Norm,
     ) -> UnitProducts:
         """See `Packer.gated`."""
-        graph, outputs, total = Graph(), {}, sum(widths)
+        graph, total = Graph(), sum(widths)
         both = graph.product(graph.norm("x", norm, "normed"), gate_up, "gate_up")
         gate, up = graph.split(both, [total, total], ["gate", "up"])
         active = graph.silu_mul(gate, up, "active")
         parts = graph.split(active, widths, [f"active{place}" for place in range(len(down))])
-        for place, weight in enumerate(down):
-            outputs[graph.product(parts[place], weight, f"y{place}")] = _rows_of(weight.rows)
-        session = Session(graph, {"x": _rows_of(gate_up.inputs)}, outputs)
-        return QuantisedProducts(session, (gate_up, *down))
+        for unit, part, weight in zip(units.numbers, parts, down, strict=True):
+            graph.product(part, weight, _name(unit))
+        inputs = {"x": _rows_of(gate_up.inputs)}
+        shapes = [_rows_of(weight.rows) for weight in down]
+        return QuantisedProducts(graph, inputs, units, shapes, (gate_up, *down))
+
+
+def _name(node: int) -> str:
+    """Of a unit's product, or of a sum of them, in a graph."""
+    return f"y{node}"
 
 
 def _rows_of(width: int) -> Value:

@@ -28,7 +28,7 @@ def _cover(owned: tuple[int, ...], units: int) -> tuple[int, ...]:
 
 
 def subtree_sums(partials: Mapping[int, Tensor], units: int) -> dict[int, Tensor]:
-    """Add one node's unit partials (by unit number, each [rows, hidden]) as far as they go.
+    """Add one node's partials (by tree node, each [rows, hidden]) as far as they go.
 
     Returns the sums of the maximal complete subtrees, by tree node, in ascending order.
     """

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from p2pinfer.core.coverage import KvUnit
 from p2pinfer.core.holdings import Holding
-from p2pinfer.core.units import Slice, group_size
+from p2pinfer.core.units import Slice, group_size, unit_count
 from p2pinfer.model.attention import Rows, Run, StepAttention, make_rows
 from p2pinfer.model.input_store import InputStore
 from p2pinfer.model.linear import padded_rows
@@ -27,7 +27,7 @@ from p2pinfer.model.llama import TORCH_DTYPES, Trunk
 from p2pinfer.model.part import Part, units_of
 from p2pinfer.model.reduction import whole_sum
 from p2pinfer.model.rope import Angles, Rope
-from p2pinfer.types import DType, ModelSpec
+from p2pinfer.types import DType, ModelSpec, UnitKind
 from p2pinfer.wire.messages import Slot
 
 ATTENTION, MLP = 0, 1
@@ -43,8 +43,8 @@ class NeedHidden:
 
 @dataclass(frozen=True)
 class NeedSum:
-    """My unit partials of a half layer of a stage, each [rows, hidden] in the `wire_dtype` of the
-    model; send me the sum of all."""
+    """My partials of a half layer of a stage, by unit or, where some are added already, by tree
+    node, each [rows, hidden] in the `wire_dtype` of the model; send me the sum of all."""
 
     stage: int
     layer: int
@@ -193,6 +193,8 @@ class StageRunner:
         self._inputs = inputs
         self._hidden = model.hidden_size
         self._group = group_size(model)
+        self.units = unit_count(model, UnitKind.HEAD), unit_count(model, UnitKind.MLP)
+        """By half, how many units the model has."""
         self._quant = model.quant
         self._kv_dtype = TORCH_DTYPES[model.kv_dtype]
         self._sum_dtype = TORCH_DTYPES[DType(model.wire_dtype)]
@@ -339,7 +341,7 @@ def run_alone(runner: StageRunner, slots: Sequence[Slot]) -> list[Tensor]:
         need = next(run)
         while True:
             assert isinstance(need, NeedSum), "who has all units needs no hidden states"
-            need = run.send(whole_sum(need.partials, len(need.partials)))
+            need = run.send(whole_sum(need.partials, runner.units[need.half]))
     except StopIteration as done:
         logits: list[Tensor] = done.value
         return logits

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from p2pinfer.core.holdings import Holding
-from p2pinfer.core.units import MLP_PADDED_MULTIPLE, QUANT_FORMATS, Slice, group_size, unit_bounds
+from p2pinfer.core.tree import plan_additions
+from p2pinfer.core.units import (
+    MLP_PADDED_MULTIPLE,
+    QUANT_FORMATS,
+    Slice,
+    group_size,
+    unit_bounds,
+    unit_count,
+)
 from p2pinfer.model.aside import Aside
 from p2pinfer.model.config import LlamaConfig
 from p2pinfer.model.llama import (
@@ -36,6 +44,7 @@ from p2pinfer.model.unit_products import (
     Packer,
     Rows,
     TensorSource,
+    Units,
     slice_of,
 )
 from p2pinfer.types import ModelSpec, UnitKind
@@ -151,7 +160,8 @@ class StageLoader:
         packer, norm = self._packer, self._norm(f"model.layers.{layer}.{ATTENTION_NORM}")
         heads = Heads(len(units), group_size(self._model), self._model.head_dim)
         turned = yield from aside.start(lambda: packer.projection(qkv, heads, norm))
-        out = yield from aside.start(lambda: packer.separate(own))
+        summed = self._summed(UnitKind.HEAD, units)
+        out = yield from aside.start(lambda: packer.separate(summed, own))
         return lambda: AttentionHalf(units=tuple(units), qkv=turned.result(), out=out.result())
 
     def _qkv_rows(self, layer: int, units: Sequence[int]) -> list[Rows]:
@@ -194,8 +204,8 @@ class StageLoader:
             yield down[-1].nbytes
         widths = [each.height for each in rows[: len(units)]]
         norm = self._norm(f"model.layers.{layer}.{MLP_NORM}")
-        packer = self._packer
-        products = yield from aside.start(lambda: packer.gated(gate_up, down, widths, norm))
+        packer, summed = self._packer, self._summed(UnitKind.MLP, units)
+        products = yield from aside.start(lambda: packer.gated(summed, gate_up, down, widths, norm))
         return lambda: MlpHalf(tuple(units), products.result())
 
     def _gate_up_rows(self, layer: int, units: Sequence[int]) -> list[Rows]:
@@ -225,8 +235,17 @@ class StageLoader:
             heads.append(self._packer.alone(read))
             yield heads[-1].nbytes
         norm = self._norm(FINAL_NORM)
-        products = yield from aside.start(lambda: self._packer.fanned(heads, norm))
+        apart = Units(tuple(units))
+        products = yield from aside.start(lambda: self._packer.fanned(apart, heads, norm))
         return lambda: VocabHead(tuple(units), products.result())
+
+    def _summed(self, kind: UnitKind, units: Sequence[int]) -> Units:
+        """Units whose partials are added as far as they go; each is rounded before, where sums are
+        in another format than products, and is not added there."""
+        if self._model.wire_dtype != "float32":
+            return Units(tuple(units))
+        additions = plan_additions(units, unit_count(self._model, kind))
+        return Units(tuple(units), tuple(additions))
 
     def _vocab_rows(self, units: Sequence[int]) -> list[Rows]:
         tied = self._config.tie_word_embeddings

@@ -7,7 +7,9 @@ This module has the packer of unquantised weights; `quantised_products` that of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from itertools import accumulate, pairwise
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
@@ -91,10 +93,19 @@ class Projection(Protocol):
         ...
 
 
-class UnitProducts(Protocol):
-    """One product per unit, [rows, out] float32, of those units whose places are `wanted`."""
+class Units(NamedTuple):
+    """The numbers of units, and which of their products may be added up where they are made: left,
+    right and result of each addition, by tree node (`core/tree`)."""
 
-    def __call__(self, x: Tensor, wanted: Iterable[int], /) -> Mapping[int, Tensor]: ...
+    numbers: tuple[int, ...]
+    additions: tuple[tuple[int, int, int], ...] = ()
+
+
+class UnitProducts(Protocol):
+    """One product per unit, [rows, out] float32, of those of its units that are `wanted`; or, by
+    the tree's other nodes, sums of them in their place."""
+
+    def __call__(self, x: Tensor, wanted: AbstractSet[int], /) -> Mapping[int, Tensor]: ...
 
     @property
     def nbytes(self) -> int:
@@ -142,16 +153,16 @@ class Packer(Protocol[Piece, Whole]):
         """`weight` has the rows of `q_proj` of all units, then of `k_proj` and of `v_proj`."""
         ...
 
-    def separate(self, weights: Sequence[Whole]) -> UnitProducts:
+    def separate(self, units: Units, weights: Sequence[Whole]) -> UnitProducts:
         """A product for each unit with an input of its own: `x` is [units, rows, in]."""
         ...
 
-    def fanned(self, weights: Sequence[Whole], norm: Norm) -> UnitProducts:
+    def fanned(self, units: Units, weights: Sequence[Whole], norm: Norm) -> UnitProducts:
         """A product for each unit with one input for all: `x` is [rows, in]."""
         ...
 
     def gated(
-        self, gate_up: Whole, down: Sequence[Whole], widths: Sequence[int], norm: Norm
+        self, units: Units, gate_up: Whole, down: Sequence[Whole], widths: Sequence[int], norm: Norm
     ) -> UnitProducts:
         """down(silu(gate(x)) * up(x)) for each unit: `x` is [rows, in].
 
@@ -182,42 +193,44 @@ class Turned:
 class Separate:
     """See `Packer.separate`."""
 
-    def __init__(self, weights: Sequence[Linear]) -> None:
-        self._weights = tuple(weights)
+    def __init__(self, units: Units, weights: Sequence[Linear]) -> None:
+        self._weights = dict(zip(units.numbers, weights, strict=True))
         self.nbytes = sum(weight.nbytes for weight in weights)
 
-    def __call__(self, x: Tensor, wanted: Iterable[int], /) -> dict[int, Tensor]:
-        rows_of = x.unbind()
-        return {place: self._weights[place](rows_of[place]).float() for place in wanted}
+    def __call__(self, x: Tensor, wanted: AbstractSet[int], /) -> dict[int, Tensor]:
+        inputs = zip(self._weights.items(), x.unbind(), strict=True)
+        return {unit: weight(own).float() for (unit, weight), own in inputs if unit in wanted}
 
 
 class Fanned:
     """See `Packer.fanned`."""
 
-    def __init__(self, weights: Sequence[Linear]) -> None:
-        self._weights = tuple(weights)
+    def __init__(self, units: Units, weights: Sequence[Linear]) -> None:
+        self._weights = dict(zip(units.numbers, weights, strict=True))
         self.nbytes = sum(weight.nbytes for weight in weights)
 
-    def __call__(self, x: Tensor, wanted: Iterable[int], /) -> dict[int, Tensor]:
-        return {place: self._weights[place](x).float() for place in wanted}
+    def __call__(self, x: Tensor, wanted: AbstractSet[int], /) -> dict[int, Tensor]:
+        return {unit: weight(x).float() for unit, weight in self._weights.items() if unit in wanted}
 
 
 class Gated:
     """See `Packer.gated`."""
 
-    def __init__(self, gate_up: Linear, down: Sequence[Linear], widths: Sequence[int]) -> None:
+    def __init__(
+        self, units: Units, gate_up: Linear, down: Sequence[Linear], widths: Sequence[int]
+    ) -> None:
         self._gate_up = gate_up
-        self._down = tuple(down)
-        self._bounds = [(sum(widths[:i]), sum(widths[: i + 1])) for i in range(len(widths))]
+        bounds = pairwise(accumulate(widths, initial=0))
+        self._down = list(zip(units.numbers, down, bounds, strict=True))
         self.nbytes = gate_up.nbytes + sum(weight.nbytes for weight in down)
 
-    def __call__(self, x: Tensor, wanted: Iterable[int], /) -> dict[int, Tensor]:
+    def __call__(self, x: Tensor, wanted: AbstractSet[int], /) -> dict[int, Tensor]:
         active = _silu_mul(self._gate_up(x))
-        sums: dict[int, Tensor] = {}
-        for place in wanted:
-            start, end = self._bounds[place]
-            sums[place] = self._down[place](active[:, start:end].contiguous()).float()
-        return sums
+        return {
+            unit: down(active[:, start:end].contiguous()).float()
+            for unit, down, (start, end) in self._down
+            if unit in wanted
+        }
 
 
 def _silu_mul(gate_up: Tensor) -> Tensor:
@@ -262,19 +275,24 @@ class FloatPacker:
         """See `Packer.projection`."""
         return Turned(weight, heads)
 
-    def separate(self, weights: Sequence[Linear]) -> UnitProducts:
+    def separate(self, units: Units, weights: Sequence[Linear]) -> UnitProducts:
         """See `Packer.separate`."""
-        return Separate(weights)
+        return Separate(units, weights)
 
-    def fanned(self, weights: Sequence[Linear], norm: Norm) -> UnitProducts:
+    def fanned(self, units: Units, weights: Sequence[Linear], norm: Norm) -> UnitProducts:
         """See `Packer.fanned`."""
-        return Fanned(weights)
+        return Fanned(units, weights)
 
     def gated(
-        self, gate_up: Linear, down: Sequence[Linear], widths: Sequence[int], norm: Norm
+        self,
+        units: Units,
+        gate_up: Linear,
+        down: Sequence[Linear],
+        widths: Sequence[int],
+        norm: Norm,
     ) -> UnitProducts:
         """See `Packer.gated`."""
-        return Gated(gate_up, down, widths)
+        return Gated(units, gate_up, down, widths)
 
     def _place(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._device, self._dtype)

@@ -8,12 +8,13 @@ import sys
 import pytest
 import torch
 
+from p2pinfer.core import tree
 from p2pinfer.core.units import QUANT_FORMATS
 from p2pinfer.model.product_graph import KEPT_ROWS
 from p2pinfer.model.quantise import dequantise, quantise, stacked
 from p2pinfer.model.quantised_products import QuantisedLinear, QuantisedPacker
 from p2pinfer.model.rope import Angles
-from p2pinfer.model.unit_products import Columns, Heads, Norm, Rows, Turned
+from p2pinfer.model.unit_products import Columns, Heads, Norm, Rows, Turned, Units
 from tests.random_models import TensorTable
 
 SHAPES = ((48, 16), (64, 80), (96, 33), (200, 72), (224, 192), (256, 2048), (2048, 1536))
@@ -52,7 +53,7 @@ from p2pinfer.types import DType
 from p2pinfer.core.units import QUANT_FORMATS
 from p2pinfer.model.quantise import quantise
 from p2pinfer.model.quantised_products import QuantisedPacker
-from p2pinfer.model.unit_products import Norm
+from p2pinfer.model.unit_products import Norm, Units
 
 use_threads({threads}, "{quant}")
 assert torch.get_num_threads() == 1
@@ -61,13 +62,14 @@ form = QUANT_FORMATS["{quant}"]
 packer = QuantisedPacker(None, form)
 down = [quantise(torch.randn(512, 320), form) for _ in range(3)]
 norm = Norm(torch.randn(512), 1e-5)
-mlp = packer.gated(quantise(torch.randn(1920, 512), form), down, [320] * 3, norm)
+gate_up = quantise(torch.randn(1920, 512), form)
+mlp = packer.gated(Units((0, 1, 2)), gate_up, down, [320] * 3, norm)
 computes = numerics(DType.BFLOAT16, torch.device("cpu"), "{quant}")
 digest = hashlib.sha256(computes.numeric_class.encode())
 for rows in (2, 64, 130):
     x = torch.randn(rows, 512)
     for _ in range(3):
-        for partial in mlp(x, range(3)).values():
+        for partial in mlp(x, {{0, 1, 2}}).values():
             digest.update(partial.numpy().tobytes())
 print(digest.hexdigest())
 """
@@ -146,17 +148,25 @@ def test_a_graph_computes_what_its_products_do(quant: str) -> None:
         packer.alone(Columns("down", a, b, w)) for (a, b), w in zip(bounds, widths, strict=True)
     ]
     norm = Norm(torch.randn(96), 1e-5)
-    together = packer.gated(gate_up, down, widths, norm)
+    units = Units((4, 5, 6), tuple(tree.plan_additions((4, 5, 6), 8)))
+    together = packer.gated(units, gate_up, down, widths, norm)
     for rows in (2, KEPT_ROWS + 2):
         x = torch.randn(rows, 96)
         normed = torch.nn.functional.rms_norm(x, (96,), *norm)
         gate, up = QuantisedLinear(gate_up)(normed).clone().split(256, dim=1)
         active = torch.nn.functional.silu(gate) * up
-        partials = together(x, (0, 2))
-        assert partials.keys() == {0, 2}
+        partials = {unit: sums.clone() for unit, sums in together(x, {4, 6}).items()}
+        assert partials.keys() == {4, 6}
         for place, start in ((0, 0), (2, 192)):
-            own = QuantisedLinear(down[place])(active[:, start : start + 64].contiguous())
-            assert torch.allclose(partials[place], own, rtol=1e-2, atol=0.05 * own.abs().max())
+            own, got = QuantisedLinear(down[place]), partials[4 + place]
+            exact = own(active[:, start : start + 64].contiguous())
+            assert torch.allclose(got, exact, rtol=1e-2, atol=0.05 * exact.abs().max())
+        partials |= {5: together(x, {5})[5].clone()}
+        added = together(x, {4, 5, 6})
+        # Of eight units, these are two of a subtree and one of the next.
+        assert added.keys() == {6, 1 << tree.INDEX_BITS | 2}
+        assert torch.equal(added[1 << tree.INDEX_BITS | 2], partials[4] + partials[5])
+        assert torch.equal(added[6], partials[6])
 
 
 @pytest.mark.parametrize("quant", QUANT_FORMATS)

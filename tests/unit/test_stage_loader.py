@@ -12,7 +12,7 @@ from p2pinfer.model.config import load_config, model_spec
 from p2pinfer.model.quantise import QuantisedWeight
 from p2pinfer.model.quantised_products import QuantisedPacker
 from p2pinfer.model.stage_loader import StageLoader
-from p2pinfer.model.unit_products import Norm, UnitProducts
+from p2pinfer.model.unit_products import Norm, UnitProducts, Units
 from p2pinfer.model.weights import Weights
 from tests.lockstep import CPU, Lockstep
 from tests.random_models import write_random_model
@@ -28,9 +28,11 @@ def test_a_graph_that_takes_long_is_made_aside(tmp_path: Path) -> None:
     heard = threading.Event()
 
     class Slow(QuantisedPacker):
-        def fanned(self, weights: Sequence[QuantisedWeight], norm: Norm) -> UnitProducts:
+        def fanned(
+            self, units: Units, weights: Sequence[QuantisedWeight], norm: Norm
+        ) -> UnitProducts:
             assert heard.wait(DEADLINE_S)
-            return super().fanned(weights, norm)
+            return super().fanned(units, weights, norm)
 
     weights = Weights(Checkpoint.open(folder, config))
     held = Lockstep(folder, quant="int8").topologies[0].holdings[0]
