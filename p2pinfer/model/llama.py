@@ -1,8 +1,8 @@
 """Llama (Touvron et al., 2023) by layers and units: what one node computes of one stage.
 
 The residual is float32, whole and bit-identical on every node of a stage. A half layer takes it
-normed and yields one partial per unit; the caller adds the partials of all nodes along the fixed
-tree. Norms, biases that are added after a sum, and the embedding are the `Trunk`, which every node
+normed and yields one partial per unit, or what it has added of them; the caller adds those of all
+nodes along the fixed tree. Norms, biases that are added after a sum, and the embedding are the `Trunk`, which every node
 of a stage has; the rest is by unit.
 """
 
