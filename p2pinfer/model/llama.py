@@ -2,8 +2,8 @@
 
 The residual is float32, whole and bit-identical on every node of a stage. A half layer takes it
 normed and yields one partial per unit, or what it has added of them; the caller adds those of all
-nodes along the fixed tree. Norms, biases that are added after a sum, and the embedding are the `Trunk`, which every node
-of a stage has; the rest is by unit.
+nodes along the fixed tree. Norms, biases that are added after a sum, and the embedding are the
+`Trunk`, which every node of a stage has; the rest is by unit.
 """
 
 from __future__ import annotations
