@@ -89,7 +89,7 @@ class AttentionHalf:
         """[rows, hidden] float32 per unit that is `owned`, or sums of them by tree node, of `h`
         [rows, hidden], the prepared input. `attend` is `StepAttention.attend` of this layer: it
         writes the KV of all units."""
-        return dict(self.out(attend(*self.qkv(h, angles)), owned))
+        return self.out(attend(*self.qkv(h, angles)), owned)
 
     def keys_values(self, h: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
         """K and V, each [rows, units, head_dim], of `h` [rows, hidden]: in the KV's number format
@@ -107,13 +107,12 @@ class AttentionHalf:
 class MlpHalf:
     """MLP units of one layer: `gate_proj` and `up_proj` as one product, `down_proj` per unit."""
 
-    units: tuple[int, ...]
     products: UnitProducts
 
     def partials(self, h: Tensor, owned: AbstractSet[int]) -> dict[int, Tensor]:
         """[rows, hidden] float32 per unit that is `owned`, or sums of them by tree node, of `h`
         [rows, hidden], the prepared input."""
-        return dict(self.products(h, owned))
+        return self.products(h, owned)
 
     @property
     def nbytes(self) -> int:
@@ -125,13 +124,12 @@ class MlpHalf:
 class VocabHead:
     """Slices of `lm_head`, by vocab unit."""
 
-    units: tuple[int, ...]
     products: UnitProducts
 
     def logits(self, h: Tensor, owned: AbstractSet[int]) -> dict[int, Tensor]:
         """[rows, unit width] float32 per unit that is `owned`, of `h` [rows, hidden], the
         prepared output of the last layer."""
-        return dict(self.products(h, owned))
+        return self.products(h, owned)
 
     @property
     def nbytes(self) -> int:

@@ -76,8 +76,8 @@ class QuantisedProjection:
 class QuantisedProducts:
     """A graph with one output per unit, and one for each sum of them.
 
-    `graph` has the units' products already, by the names that `_name` gives them, and `shape` is
-    the shape of each.
+    `graph` has the units' products already, by the names that `_name` gives them, and `shapes`
+    are theirs.
     """
 
     def __init__(

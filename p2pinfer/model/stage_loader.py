@@ -206,7 +206,7 @@ class StageLoader:
         norm = self._norm(f"model.layers.{layer}.{MLP_NORM}")
         packer, summed = self._packer, self._summed(UnitKind.MLP, units)
         products = yield from aside.start(lambda: packer.gated(summed, gate_up, down, widths, norm))
-        return lambda: MlpHalf(tuple(units), products.result())
+        return lambda: MlpHalf(products.result())
 
     def _gate_up_rows(self, layer: int, units: Sequence[int]) -> list[Rows]:
         """Those of `gate_proj` by unit, then those of `up_proj`."""
@@ -237,7 +237,7 @@ class StageLoader:
         norm = self._norm(FINAL_NORM)
         apart = Units(tuple(units))
         products = yield from aside.start(lambda: self._packer.fanned(apart, heads, norm))
-        return lambda: VocabHead(tuple(units), products.result())
+        return lambda: VocabHead(products.result())
 
     def _summed(self, kind: UnitKind, units: Sequence[int]) -> Units:
         """Units whose partials are added as far as they go; each is rounded before, where sums are

@@ -7,7 +7,7 @@ This module has the packer of unquantised weights; `quantised_products` that of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from itertools import accumulate, pairwise
 from typing import NamedTuple, Protocol, TypeVar
@@ -105,7 +105,7 @@ class UnitProducts(Protocol):
     """One product per unit, [rows, out] float32, of those of its units that are `wanted`; or, by
     the tree's other nodes, sums of them in their place."""
 
-    def __call__(self, x: Tensor, wanted: AbstractSet[int], /) -> Mapping[int, Tensor]: ...
+    def __call__(self, x: Tensor, wanted: AbstractSet[int], /) -> dict[int, Tensor]: ...
 
     @property
     def nbytes(self) -> int:

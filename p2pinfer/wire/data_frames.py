@@ -40,10 +40,10 @@ KV_HEADER = Struct("<qIHH32s")
 _MOVING = Struct("<qq")
 """step and link_seq: what alone differs between a step's partials and those of the next step."""
 
-_BEFORE = 16
+_BEFORE = Struct("<qq").size
 _AFTER = _BEFORE + _MOVING.size
 _ENTRIES = Struct("<H")
-_ENTRIES_AT = 38
+_ENTRIES_AT = Struct("<qqqqBBHBB").size
 
 HEADS = 4096
 """Heads of partials that are remembered, in each direction: they come again with every step."""
@@ -202,11 +202,12 @@ def unpack(kind: type[DataFrame], body: memoryview) -> DataFrame:
     """
     if len(body) < HEADER.size:
         raise RemoteProtocolError(f"{len(body)} bytes are too few for a data header")
-    if kind is Partial:
-        return _read_partial(body)
+    return _READERS[kind](body)
+
+
+def _read_header(kind: type[DataFrame], body: memoryview) -> tuple[Header, WireDType]:
     header = Header._make(HEADER.unpack_from(body))
-    dtype = _check_header(kind, header)
-    return _READERS[kind](body, header, dtype)
+    return header, _check_header(kind, header)
 
 
 class _PartialHead(NamedTuple):
@@ -225,7 +226,7 @@ class _PartialHead(NamedTuple):
 def _read_partial(body: memoryview) -> Partial:
     step, link_seq = _MOVING.unpack_from(body, _BEFORE)
     if step < 0 or link_seq < 0:
-        _check_header(Partial, Header._make(HEADER.unpack_from(body)))
+        _read_header(Partial, body)
     (entries,) = _ENTRIES.unpack_from(body, _ENTRIES_AT)
     start = HEADER.size + 2 * entries + -2 * entries % ALIGNMENT
     head = _partial_head(body[:_BEFORE].tobytes(), body[_AFTER:start].tobytes())
@@ -246,8 +247,7 @@ def _read_partial(body: memoryview) -> Partial:
 def _partial_head(before: bytes, after: bytes) -> _PartialHead:
     """What header and table say, without step and link_seq, which lie between these bytes."""
     body = memoryview(b"".join((before, bytes(_MOVING.size), after)))
-    header = Header._make(HEADER.unpack_from(body))
-    dtype = _check_header(Partial, header)
+    header, dtype = _read_header(Partial, body)
     parts = _read_table(body, header.entries)
     _check_parts(parts)
     fence, shape = Fence(header.term, header.epoch), (header.entries, header.rows, header.cols)
@@ -256,7 +256,8 @@ def _partial_head(before: bytes, after: bytes) -> _PartialHead:
     )
 
 
-def _read_hidden(body: memoryview, header: Header, dtype: WireDType) -> Hidden:
+def _read_hidden(body: memoryview) -> Hidden:
+    header, dtype = _read_header(Hidden, body)
     return Hidden(
         fence=Fence(header.term, header.epoch),
         step=header.step,
@@ -267,7 +268,8 @@ def _read_hidden(body: memoryview, header: Header, dtype: WireDType) -> Hidden:
     )
 
 
-def _read_candidates(body: memoryview, header: Header, dtype: WireDType) -> Candidates:
+def _read_candidates(body: memoryview) -> Candidates:
+    header, dtype = _read_header(Candidates, body)
     units = _read_table(body, header.entries)
     _check_units(units)
     start = HEADER.size + _table(header.entries).size
@@ -291,7 +293,8 @@ def _read_candidates(body: memoryview, header: Header, dtype: WireDType) -> Cand
     )
 
 
-def _read_logits(body: memoryview, header: Header, dtype: WireDType) -> Logits:
+def _read_logits(body: memoryview) -> Logits:
+    header, dtype = _read_header(Logits, body)
     units = _read_table(body, header.entries)
     _check_units(units)
     start = HEADER.size + _table(header.entries).size
@@ -317,7 +320,8 @@ def _check_kv(request_id: int, start: int, unit: int, layers: int, rows: int) ->
         raise RemoteProtocolError(f"positions end at {start + rows}, beyond {MAX_POSITIONS}")
 
 
-def _read_kv_delta(body: memoryview, header: Header, dtype: WireDType) -> KvDelta:
+def _read_kv_delta(body: memoryview) -> KvDelta:
+    header, dtype = _read_header(KvDelta, body)
     if len(body) < HEADER.size + KV_HEADER.size:
         raise RemoteProtocolError(f"{len(body)} bytes are too few for a KV header")
     request_id, start, unit, layers, digest = KV_HEADER.unpack_from(body, HEADER.size)
@@ -337,7 +341,8 @@ def _read_kv_delta(body: memoryview, header: Header, dtype: WireDType) -> KvDelt
     )
 
 
-_READERS: dict[type[DataFrame], Callable[[memoryview, Header, WireDType], DataFrame]] = {
+_READERS: dict[type[DataFrame], Callable[[memoryview], DataFrame]] = {
+    Partial: _read_partial,
     Hidden: _read_hidden,
     Candidates: _read_candidates,
     Logits: _read_logits,
@@ -348,7 +353,7 @@ _READERS: dict[type[DataFrame], Callable[[memoryview, Header, WireDType], DataFr
 
 
 class _Fields(NamedTuple):
-    """What differs between the kinds: header fields, the bytes before the tensors, the tensors."""
+    """What differs between most kinds: header fields, bytes before the tensors, the tensors."""
 
     stage: int
     entries: int
@@ -366,30 +371,31 @@ def pack(frame: DataFrame) -> list[bytes | memoryview]:
     """
     kind = type(frame)
     try:
-        if isinstance(frame, Partial):
-            return _pack_partial(frame)
-        fields = _WRITERS[kind](frame)
-        header = Header(
-            frame.fence.term,
-            frame.fence.epoch,
-            frame.step,
-            frame.link_seq,
-            frame.sender,
-            fields.stage,
-            0,
-            0,
-            fields.dtype,
-            fields.entries,
-            fields.rows,
-            fields.cols,
-        )
-        _check_header(kind, header)
-        return [HEADER.pack(*header), fields.prefix, *(t.data for t in fields.tensors)]
+        return _WRITERS[kind](frame)
     except (RemoteProtocolError, error, ValueError) as cause:
         raise LocalProtocolError(f"{kind.__name__} cannot be sent: {cause}") from cause
 
 
-def _pack_partial(frame: Partial) -> list[bytes | memoryview]:
+def _written(frame: DataFrame, fields: _Fields) -> list[bytes | memoryview]:
+    header = Header(
+        frame.fence.term,
+        frame.fence.epoch,
+        frame.step,
+        frame.link_seq,
+        frame.sender,
+        fields.stage,
+        0,
+        0,
+        fields.dtype,
+        fields.entries,
+        fields.rows,
+        fields.cols,
+    )
+    _check_header(type(frame), header)
+    return [HEADER.pack(*header), fields.prefix, *(t.data for t in fields.tensors)]
+
+
+def _write_partial(frame: Partial) -> list[bytes | memoryview]:
     before, after = _partial_bytes(
         _PartialHead(
             frame.fence,
@@ -421,12 +427,13 @@ def _partial_bytes(head: _PartialHead) -> tuple[bytes, bytes]:
     return packed[:_BEFORE], packed[_AFTER:]
 
 
-def _write_hidden(frame: Hidden) -> _Fields:
+def _write_hidden(frame: Hidden) -> list[bytes | memoryview]:
     rows, cols = frame.tensor.shape
-    return _Fields(frame.stage, 0, rows, cols, b"", (frame.tensor,), frame.tensor.dtype)
+    fields = _Fields(frame.stage, 0, rows, cols, b"", (frame.tensor,), frame.tensor.dtype)
+    return _written(frame, fields)
 
 
-def _write_candidates(frame: Candidates) -> _Fields:
+def _write_candidates(frame: Candidates) -> list[bytes | memoryview]:
     _check_units(frame.units)
     shape = frame.ids.shape
     rows, count, cols = shape
@@ -439,27 +446,31 @@ def _write_candidates(frame: Candidates) -> _Fields:
         raise ValueError("ids must be INT32, logits and lse FLOAT32")
     prefix = _table(count).pack(*frame.units)
     tensors = (frame.ids, frame.logits, frame.lse)
-    return _Fields(0, count, rows, cols, prefix, tensors, frame.logits.dtype)
+    fields = _Fields(0, count, rows, cols, prefix, tensors, frame.logits.dtype)
+    return _written(frame, fields)
 
 
-def _write_logits(frame: Logits) -> _Fields:
+def _write_logits(frame: Logits) -> list[bytes | memoryview]:
     _check_units((frame.unit,))
     rows, cols = frame.tensor.shape
     prefix = _table(1).pack(frame.unit)
-    return _Fields(0, 1, rows, cols, prefix, (frame.tensor,), frame.tensor.dtype)
+    fields = _Fields(0, 1, rows, cols, prefix, (frame.tensor,), frame.tensor.dtype)
+    return _written(frame, fields)
 
 
-def _write_kv_delta(frame: KvDelta) -> _Fields:
+def _write_kv_delta(frame: KvDelta) -> list[bytes | memoryview]:
     layers, pair, rows, cols = frame.tensor.shape
     digest = bytes.fromhex(frame.log_digest)
     if pair != 2 or len(digest) != 32:
         raise ValueError("the tensor must be [layers, 2, rows, head_dim], the digest 32 bytes")
     prefix = KV_HEADER.pack(frame.request_id, frame.start, frame.unit, layers, digest)
     _check_kv(frame.request_id, frame.start, frame.unit, layers, rows)
-    return _Fields(frame.stage, 0, rows, cols, prefix, (frame.tensor,), frame.tensor.dtype)
+    fields = _Fields(frame.stage, 0, rows, cols, prefix, (frame.tensor,), frame.tensor.dtype)
+    return _written(frame, fields)
 
 
-_WRITERS: dict[type[DataFrame], Callable[..., _Fields]] = {
+_WRITERS: dict[type[DataFrame], Callable[..., list[bytes | memoryview]]] = {
+    Partial: _write_partial,
     Hidden: _write_hidden,
     Candidates: _write_candidates,
     Logits: _write_logits,
