@@ -21,6 +21,13 @@ TERMINATE_S: Final = 1.0
 """How long it may take to obey SIGTERM, after which it is killed."""
 
 
+KEPT_PRIMITIVES: Final = 128
+"""Products of one shape and row count that oneDNN, and torch's own layer above it, each keep ready.
+One takes up to a megabyte; left alone they keep 1,024, and a worker grows by most of a gigabyte as
+batches of all sizes come by. To make one anew takes about half a millisecond, once for all layers
+of a step."""
+
+
 class WorkerProcess:
     """A running worker and the pipe to it."""
 
@@ -90,6 +97,8 @@ def _environment(threads: int) -> dict[str, str]:
         # torch allocates, and what other libraries do (glibc 2.35 and later).
         THP_MEM_ALLOC_ENABLE="1",
         GLIBC_TUNABLES=_tunables(os.environ.get("GLIBC_TUNABLES", "")),
+        ONEDNN_PRIMITIVE_CACHE_CAPACITY=str(KEPT_PRIMITIVES),
+        LRU_CACHE_CAPACITY=str(KEPT_PRIMITIVES),
         # The tokenizer's thread pool is of no use beside torch's.
         TOKENIZERS_PARALLELISM="false",
     )

@@ -223,3 +223,37 @@ def test_a_worker_that_does_not_listen_is_killed(
     worker.stop()
     with pytest.raises(ProcessLookupError):
         os.kill(worker.pid, 0)
+
+
+def test_a_worker_does_not_grow_with_every_size_of_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the product library keeps ready of each row count has a limit: without one, as many row
+    counts as these take more than 600 MiB."""
+    (tmp_path / "many_sizes.py").write_text(
+        textwrap.dedent("""
+        import select, sys
+        import psutil
+        import torch
+        from p2pinfer.core.events import LinkLost
+        from p2pinfer.model.linear import pack
+        from p2pinfer.pipe import worker_side
+        pipe = worker_side(int(sys.argv[2]))
+        torch.set_num_threads(1)
+        shapes = (384, 256), (256, 64), (512, 256), (256, 128), (640, 256)
+        products = [(pack(torch.randn(rows, inputs)), inputs) for rows, inputs in shapes]
+        memory = psutil.Process().memory_info
+        before = memory().rss
+        for rows in range(4, 260):
+            for product, inputs in products:
+                product(torch.zeros(rows, inputs))
+        grown = (memory().rss - before) >> 20
+        pipe.send(LinkLost(node_id=str(grown).zfill(16)))
+        select.select((pipe,), (), ())
+        """)
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    worker = WorkerProcess(threads=1, module="many_sizes")
+    grown_mib = int(getattr(first_report(worker), "node_id", ""))
+    worker.stop()
+    assert grown_mib < 250
