@@ -59,6 +59,7 @@ from p2pinfer.lifeline import die_with_parent
 from p2pinfer.limits import MAX_CONTROL_BYTES, MAX_VOCAB
 from p2pinfer.node_setup import LocalModel, await_worker_ports, node_config, worker_config
 from p2pinfer.pipe import PipeClosed
+from p2pinfer.priority import be_prompt
 from p2pinfer.serving import Serving
 from p2pinfer.signals import StopSignals
 from p2pinfer.state_dir import StateDir
@@ -212,6 +213,8 @@ class Daemon:
 
     def run(self) -> Exit:
         """Turn until the core says `Exit`, which is returned."""
+        # Not before: the worker, which imports for long, would inherit it.
+        be_prompt()
         watchdog = notify.watchdog_interval()
         poller, version = zmq.Poller(), -1
         asked = False

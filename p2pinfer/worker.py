@@ -57,7 +57,7 @@ from p2pinfer.limits import MAX_BULK_BYTES, MAX_STEP_BYTES
 from p2pinfer.measurement import introduction
 from p2pinfer.model.quantised_copies import copies_folder
 from p2pinfer.pipe import PipeClosed, WorkerConfig, WorkerPipe, worker_side
-from p2pinfer.priority import be_last
+from p2pinfer.priority import be_last, be_prompt
 from p2pinfer.replicator import Replicator, partners
 from p2pinfer.step_engine import Clock, StepEngine
 from p2pinfer.step_links import LinkBroken, StepBroken, StepLinks, StepOverdue
@@ -461,6 +461,7 @@ def _serve(pipe: WorkerPipe) -> None:
     while (config := pipe.receive()) is None:
         select.select((pipe,), (), ())
     assert isinstance(config, WorkerConfig)
+    be_prompt()
     if config.cpus and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, config.cpus)
     use_threads(config.threads, config.model.quant if config.model else "none")

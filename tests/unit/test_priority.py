@@ -6,10 +6,11 @@ import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from p2pinfer.priority import LAST, be_last
+from p2pinfer.priority import LAST, PROMPT_NS, be_last, be_prompt
 
 DEADLINE_S = 30.0
 
@@ -31,3 +32,33 @@ def test_who_is_last_still_has_a_share() -> None:
             started = loader.submit(lambda: packer.submit(mine)).result(DEADLINE_S)
             assert started.result(DEADLINE_S) == (LAST, os.SCHED_OTHER)
     assert mine() == before
+
+
+def time_slice() -> int:
+    """Of the calling thread, in nanoseconds, as the system has it."""
+    facts = (Path("/proc/thread-self") / "sched").read_text().splitlines()
+    return next(int(line.split(":")[1]) for line in facts if line.startswith("se.slice"))
+
+
+def tells_time_slices() -> bool:
+    """Linux 6.12 and later, where it was built to tell."""
+    try:
+        return time_slice() > 0
+    except (OSError, StopIteration):
+        return False
+
+
+@pytest.mark.skipif(not tells_time_slices(), reason="the system does not tell time slices")
+def test_who_is_prompt_has_short_slices_until_it_is_last() -> None:
+    """So have the threads that it starts; who is last afterwards has those of everybody else."""
+    usual = time_slice()
+    assert usual > PROMPT_NS
+    with ThreadPoolExecutor(1) as stepper:
+        stepper.submit(be_prompt).result(DEADLINE_S)
+        assert stepper.submit(time_slice).result(DEADLINE_S) == PROMPT_NS
+        with stepper.submit(ThreadPoolExecutor, 1).result(DEADLINE_S) as helper:
+            started = stepper.submit(lambda: helper.submit(time_slice)).result(DEADLINE_S)
+            assert started.result(DEADLINE_S) == PROMPT_NS
+            helper.submit(be_last).result(DEADLINE_S)
+            assert helper.submit(time_slice).result(DEADLINE_S) == usual
+    assert time_slice() == usual
