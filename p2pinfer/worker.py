@@ -19,7 +19,6 @@ from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 
-import click
 import torch
 import zmq
 
@@ -52,11 +51,10 @@ from p2pinfer.core.topology import Topology, kv_room, topology
 from p2pinfer.device import choose_device, use_threads
 from p2pinfer.errors import P2pinferError, RemoteProtocolError, UsageError
 from p2pinfer.leader import Leader
-from p2pinfer.lifeline import die_with_parent
 from p2pinfer.limits import MAX_BULK_BYTES, MAX_STEP_BYTES
 from p2pinfer.measurement import introduction
 from p2pinfer.model.quantised_copies import copies_folder
-from p2pinfer.pipe import PipeClosed, WorkerConfig, WorkerPipe, worker_side
+from p2pinfer.pipe import PipeClosed, WorkerConfig, WorkerPipe
 from p2pinfer.priority import be_last, be_prompt
 from p2pinfer.replicator import Replicator, partners
 from p2pinfer.step_engine import Clock, StepEngine
@@ -443,21 +441,11 @@ class Worker:
         )
 
 
-@click.command()
-@click.option("--pipe-fd", type=int, required=True)
-def main(pipe_fd: int) -> None:
-    """Run a worker; started by the daemon, not by people."""
-    die_with_parent()
-    # Ctrl-C in a terminal reaches the whole group: the daemon alone decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    pipe = worker_side(pipe_fd)
-    try:
-        _serve(pipe)
-    except PipeClosed:
-        raise SystemExit(1) from None
+def serve(pipe: WorkerPipe) -> None:
+    """Work for the daemon at the other end of a pipe until it says to stop.
 
-
-def _serve(pipe: WorkerPipe) -> None:
+    Raises `PipeClosed` when it is gone.
+    """
     while (config := pipe.receive()) is None:
         select.select((pipe,), (), ())
     assert isinstance(config, WorkerConfig)
@@ -490,7 +478,3 @@ def _obey_signals(worker: Worker) -> None:
     if hasattr(signal, "SIGUSR1"):
         signal.signal(signal.SIGUSR1, obey)
         signal.signal(signal.SIGUSR2, obey)
-
-
-if __name__ == "__main__":
-    main()

@@ -12,7 +12,7 @@ from typing import Final
 from p2pinfer.lifeline import child_environment
 from p2pinfer.pipe import DaemonPipe, daemon_side
 
-WORKER_MODULE: Final = "p2pinfer.worker"
+WORKER_MODULE: Final = "p2pinfer.worker_main"
 
 STOP_S: Final = 2.0
 """How long a worker may take to finish what it is doing, after which it is terminated."""

@@ -24,11 +24,11 @@ def start(config: Path | None, **flags: object) -> int:
     Started again it goes back to its cluster, whatever --join says, until `node leave`.
     """
     from p2pinfer.config import load_settings
+    from p2pinfer.priority import imported
 
     settings = load_settings(flags, config)
-    from p2pinfer.daemon import run_node  # only now: a wrong flag is told at once
-
-    return run_node(settings)
+    # Only now: a wrong flag is told at once.
+    return int(imported("p2pinfer.daemon").run_node(settings))
 
 
 @node.command()

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from p2pinfer.priority import LAST, PROMPT_NS, be_last, be_prompt
+from p2pinfer.priority import LAST, PROMPT_NS, STARTING, be_last, be_prompt, imported
 
 DEADLINE_S = 30.0
+NAME = "imported_at_a_low_priority"
 
 
 def mine() -> tuple[int, int]:
@@ -62,3 +63,27 @@ def test_who_is_prompt_has_short_slices_until_it_is_last() -> None:
             helper.submit(be_last).result(DEADLINE_S)
             assert helper.submit(time_slice).result(DEADLINE_S) == usual
     assert time_slice() == usual
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module that nobody has imported."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, NAME, raising=False)
+    return tmp_path / f"{NAME}.py"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
+def test_a_module_is_imported_at_a_low_priority_and_nothing_else_is(module: Path) -> None:
+    """Nodes of this machine that compute come first."""
+    module.write_text("import os, threading\nat = os.getpriority(0, threading.get_native_id())\n")
+    usual = mine()
+    assert imported(NAME).at == STARTING
+    assert mine() == usual
+
+
+def test_what_a_module_raises_is_not_lost(module: Path) -> None:
+    """It is raised where the module was asked for."""
+    module.write_text("raise RuntimeError('no such kernel')\n")
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        imported(NAME)

@@ -1,0 +1,31 @@
+"""The worker's process: imports what computes out of the way of others, and serves the daemon."""
+
+from __future__ import annotations
+
+import signal
+
+import click
+
+from p2pinfer.lifeline import die_with_parent
+from p2pinfer.pipe import PipeClosed, worker_side
+from p2pinfer.priority import imported
+
+
+@click.command()
+@click.option("--pipe-fd", type=int, required=True)
+def main(pipe_fd: int) -> None:
+    """Run a worker; started by the daemon, not by people."""
+    die_with_parent()
+    # Ctrl-C in a terminal reaches the whole group: the daemon alone decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    pipe = worker_side(pipe_fd)
+    # With torch, seconds on a busy machine.
+    worker = imported("p2pinfer.worker")
+    try:
+        worker.serve(pipe)
+    except PipeClosed:
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()
