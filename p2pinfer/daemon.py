@@ -137,6 +137,7 @@ class Daemon:
         state: StateDir,
         signals: StopSignals,
     ) -> None:
+        be_prompt()
         self._settings = settings
         self._signals = signals
         self._log = logs.node_logger(settings.name)
@@ -149,7 +150,9 @@ class Daemon:
         with ExitStack() as undo:
             self._pair = self._listen(undo, FORMER_WORKER_S if state.read() else 0.0)
             # Started before the model is hashed: importing torch takes as long.
-            self._worker = WorkerProcess(settings.threads, quant=settings.quant)
+            self._worker = WorkerProcess(
+                settings.threads, quant=settings.quant, cores=len(settings.cpus) or None
+            )
             undo.callback(self._worker.stop)
             spec = model.spec(settings, self._hashing) if model else None
             self._serving = Serving(
@@ -213,8 +216,6 @@ class Daemon:
 
     def run(self) -> Exit:
         """Turn until the core says `Exit`, which is returned."""
-        # Not before: the worker, which imports for long, would inherit it.
-        be_prompt()
         watchdog = notify.watchdog_interval()
         poller, version = zmq.Poller(), -1
         asked = False

@@ -36,7 +36,7 @@ def use_threads(count: int, quant: str) -> None:
     """Give `count` threads to the library that multiplies weights that are quantised so, and no
     other thread to anything else: what two libraries start would keep each other from the cores.
 
-    Attention has threads of its own where torch multiplies, whose others sleep meanwhile. Those of
+    Attention has threads of its own where torch multiplies, whose others sleep soon. Those of
     onnxruntime look for work without sleep: beside them a second thread gained nothing.
     """
     if quant == "none":

@@ -18,9 +18,9 @@ LAST: Final = 19
 """The highest nice value. Not `SCHED_IDLE`: beside busy programs such a thread hardly computes, and
 when it does it may hold the interpreter's lock that a step is waiting for."""
 
-STARTING = 10
+STARTING: Final = 10
 """The nice value of a thread that imports: beside one that computes it gets a tenth of a processor,
-enough to start in seconds where none is free."""
+enough to start in tens of seconds where none is free."""
 
 PROMPT_NS: Final = 100_000
 """The time slice, in nanoseconds, of threads that others wait for; the least that Linux grants.
@@ -29,6 +29,7 @@ Whoever wakes up with a shorter slice than who is computing need not wait for th
 than a half layer takes."""
 
 USUAL_NS: Final = 0
+"""The length that the system chooses."""
 
 _SCHED_SETATTR: Final = {"x86_64": 314, "aarch64": 274}
 """Number of the system call, for which most C libraries have no function."""
@@ -59,7 +60,8 @@ def imported(name: str) -> ModuleType:
     """A module, imported at a low priority if threads have one of their own: the processors may
     belong to replies of other nodes. What the module raises when it is imported is raised here.
 
-    In a thread, since who is not root cannot take a priority back.
+    In a thread, since who is not root cannot take a priority back. Threads that the module starts
+    while it is imported keep the low one. Ctrl-C is obeyed when the import has ended.
     """
     with ThreadPoolExecutor(1, "import", lambda: _be_nice(STARTING)) as importing:
         return importing.submit(import_module, name).result()
@@ -68,7 +70,9 @@ def imported(name: str) -> ModuleType:
 def _be_nice(value: int) -> None:
     if sys.platform == "linux":
         with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), value)
+            thread = threading.get_native_id()
+            usual = os.getpriority(os.PRIO_PROCESS, thread)
+            os.setpriority(os.PRIO_PROCESS, thread, max(value, usual))
             _slice(USUAL_NS)
 
 
@@ -82,7 +86,8 @@ def be_prompt() -> None:
 
 
 def _slice(nanoseconds: int) -> None:
-    """Ask for time slices of this length for the calling thread, unless its policy has none."""
+    """Ask for time slices of this length for the calling thread, if it has the usual policy. A
+    refusal is no error."""
     thread = threading.get_native_id()
     call = _SCHED_SETATTR.get(platform.machine())
     if call is None or os.sched_getscheduler(thread) != os.SCHED_OTHER:
@@ -94,5 +99,7 @@ def _slice(nanoseconds: int) -> None:
         runtime=nanoseconds,
     )
     # Older systems take the length and ignore it; what filters system calls refuses it.
-    given = ctypes.c_long(call), ctypes.c_long(thread), ctypes.byref(wanted), ctypes.c_long(0)
-    ctypes.CDLL(None).syscall(*given)
+    flags = 0
+    ctypes.CDLL(None).syscall(
+        ctypes.c_long(call), ctypes.c_long(thread), ctypes.byref(wanted), ctypes.c_long(flags)
+    )

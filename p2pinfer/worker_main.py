@@ -20,9 +20,11 @@ def main(pipe_fd: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     pipe = worker_side(pipe_fd)
     # With torch, seconds on a busy machine.
-    worker = imported("p2pinfer.worker")
+    imported("p2pinfer.worker")
+    from p2pinfer.worker import serve
+
     try:
-        worker.serve(pipe)
+        serve(pipe)
     except PipeClosed:
         raise SystemExit(1) from None
 

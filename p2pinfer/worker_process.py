@@ -9,6 +9,7 @@ import subprocess
 import sys
 from typing import Final
 
+from p2pinfer.config import available_cpus
 from p2pinfer.lifeline import child_environment
 from p2pinfer.pipe import DaemonPipe, daemon_side
 
@@ -27,17 +28,25 @@ One takes up to a megabyte; left alone they keep 1,024, and a worker grows by mo
 batches of all sizes come by. To make one anew takes about half a millisecond, once for all layers
 of a step."""
 
-
 SPINS: Final = 10_000
-"""How often a thread of OpenMP looks for the next product before it sleeps, some tenths of a
-millisecond. Products of single units are shorter than it takes to wake a thread: with two threads
-that never spin, bfloat16 decodes 1.2 times slower."""
+"""How often a thread of OpenMP looks for the next product before it sleeps: tenths of a millisecond
+or less, as long as the processor's pause instruction takes. Products of single units are shorter
+than it takes to wake a thread."""
 
 
 class WorkerProcess:
     """A running worker and the pipe to it."""
 
-    def __init__(self, threads: int, *, quant: str = "none", module: str = WORKER_MODULE) -> None:
+    def __init__(
+        self,
+        threads: int,
+        *,
+        quant: str = "none",
+        cores: int | None = None,
+        module: str = WORKER_MODULE,
+    ) -> None:
+        """`cores` are how many processors its threads will have, by default all that this process
+        may use."""
         here, there = socket.socketpair()
         with there:
             self._process = subprocess.Popen(
@@ -45,7 +54,7 @@ class WorkerProcess:
                 pass_fds=(there.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # stdout is for results
-                env=_environment(threads, quant),
+                env=environment(threads, quant, cores or available_cpus()),
                 # Not in the terminal's group: Ctrl-C means what the daemon makes of it.
                 process_group=0,
             )
@@ -91,24 +100,33 @@ def _tunables(given: str) -> str:
     return given if kind in given else ":".join(filter(None, (given, f"{kind}=1")))
 
 
-def _environment(threads: int, quant: str) -> dict[str, str]:
-    """What must be said before torch is imported: OpenMP reads it when it is loaded.
+def environment(threads: int, quant: str, cores: int) -> dict[str, str]:
+    """What a worker must be told before it imports torch: OpenMP reads it when it is loaded.
 
-    Threads that spin while they wait take the cores from the node's other processes, and from the
-    threads of the library that multiplies quantised weights.
+    Threads wait for the next product awake only where torch multiplies and each of them has a core.
+    Otherwise they would take the cores from one another, or from the threads of the library that
+    multiplies quantised weights.
     """
-    count, spins = str(threads), SPINS if threads > 1 and quant == "none" else 0
+    count = str(threads)
+    spins = SPINS if quant == "none" and 1 < threads <= cores else 0
+    chosen = {
+        "GOMP_SPINCOUNT": str(spins),
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(KEPT_PRIMITIVES),
+        "LRU_CACHE_CAPACITY": str(KEPT_PRIMITIVES),
+    }
     return child_environment(
         OMP_NUM_THREADS=count,
         MKL_NUM_THREADS=count,
         OMP_WAIT_POLICY="passive",
-        GOMP_SPINCOUNT=str(spins),
+        # numpy's, which nothing here needs: it would start while numpy is imported, and keep the
+        # low priority of that.
+        OPENBLAS_NUM_THREADS="1",
         # Weights on huge pages: fewer misses of the address cache while they are streamed. What
         # torch allocates, and what other libraries do (glibc 2.35 and later).
         THP_MEM_ALLOC_ENABLE="1",
         GLIBC_TUNABLES=_tunables(os.environ.get("GLIBC_TUNABLES", "")),
-        ONEDNN_PRIMITIVE_CACHE_CAPACITY=str(KEPT_PRIMITIVES),
-        LRU_CACHE_CAPACITY=str(KEPT_PRIMITIVES),
         # The tokenizer's thread pool is of no use beside torch's.
         TOKENIZERS_PARALLELISM="false",
+        # Who tunes these knows better.
+        **{name: os.environ.get(name, value) for name, value in chosen.items()},
     )

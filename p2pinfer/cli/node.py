@@ -28,7 +28,10 @@ def start(config: Path | None, **flags: object) -> int:
 
     settings = load_settings(flags, config)
     # Only now: a wrong flag is told at once.
-    return int(imported("p2pinfer.daemon").run_node(settings))
+    imported("p2pinfer.daemon")
+    from p2pinfer.daemon import run_node
+
+    return run_node(settings)
 
 
 @node.command()

@@ -44,6 +44,7 @@ _BEFORE = Struct("<qq").size
 _AFTER = _BEFORE + _MOVING.size
 _ENTRIES = Struct("<H")
 _ENTRIES_AT = Struct("<qqqqBBHBB").size
+assert HEADER.format.startswith("<qqqqBBHBBH"), "these are its fields"
 
 HEADS = 4096
 """Heads of partials that are remembered, in each direction: they come again with every step."""
@@ -429,8 +430,9 @@ def _partial_bytes(head: _PartialHead) -> tuple[bytes, bytes]:
 
 def _write_hidden(frame: Hidden) -> list[bytes | memoryview]:
     rows, cols = frame.tensor.shape
-    fields = _Fields(frame.stage, 0, rows, cols, b"", (frame.tensor,), frame.tensor.dtype)
-    return _written(frame, fields)
+    return _written(
+        frame, _Fields(frame.stage, 0, rows, cols, b"", (frame.tensor,), frame.tensor.dtype)
+    )
 
 
 def _write_candidates(frame: Candidates) -> list[bytes | memoryview]:
@@ -446,16 +448,14 @@ def _write_candidates(frame: Candidates) -> list[bytes | memoryview]:
         raise ValueError("ids must be INT32, logits and lse FLOAT32")
     prefix = _table(count).pack(*frame.units)
     tensors = (frame.ids, frame.logits, frame.lse)
-    fields = _Fields(0, count, rows, cols, prefix, tensors, frame.logits.dtype)
-    return _written(frame, fields)
+    return _written(frame, _Fields(0, count, rows, cols, prefix, tensors, frame.logits.dtype))
 
 
 def _write_logits(frame: Logits) -> list[bytes | memoryview]:
     _check_units((frame.unit,))
     rows, cols = frame.tensor.shape
     prefix = _table(1).pack(frame.unit)
-    fields = _Fields(0, 1, rows, cols, prefix, (frame.tensor,), frame.tensor.dtype)
-    return _written(frame, fields)
+    return _written(frame, _Fields(0, 1, rows, cols, prefix, (frame.tensor,), frame.tensor.dtype))
 
 
 def _write_kv_delta(frame: KvDelta) -> list[bytes | memoryview]:
@@ -465,8 +465,9 @@ def _write_kv_delta(frame: KvDelta) -> list[bytes | memoryview]:
         raise ValueError("the tensor must be [layers, 2, rows, head_dim], the digest 32 bytes")
     prefix = KV_HEADER.pack(frame.request_id, frame.start, frame.unit, layers, digest)
     _check_kv(frame.request_id, frame.start, frame.unit, layers, rows)
-    fields = _Fields(frame.stage, 0, rows, cols, prefix, (frame.tensor,), frame.tensor.dtype)
-    return _written(frame, fields)
+    return _written(
+        frame, _Fields(frame.stage, 0, rows, cols, prefix, (frame.tensor,), frame.tensor.dtype)
+    )
 
 
 _WRITERS: dict[type[DataFrame], Callable[..., list[bytes | memoryview]]] = {

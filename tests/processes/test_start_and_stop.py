@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -15,10 +16,13 @@ import pytest
 from p2pinfer.client import Client
 from p2pinfer.cluster import LocalCluster, free_base_port
 from p2pinfer.errors import ClusterError, UsageError
+from p2pinfer.priority import PROMPT_NS, STARTING
 from p2pinfer.types import SamplingParams
 from p2pinfer.wire.messages import Accepted, Finished
+from tests.faults.blows import processes
 from tests.faults.watching import facts, kill, status, until
 from tests.processes.command_line import DEADLINE_S, all_gone, family, finish, node_flags, start_cli
+from tests.processes.time_slices import grants_time_slices, time_slice
 
 PROMPT = "Once upon a time"
 
@@ -56,6 +60,25 @@ def test_a_request_before_the_cluster_is_ready_waits_and_is_served(tmp_path: Pat
         assert isinstance(list(events)[-1], Finished)
     finally:
         cluster.stop()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
+def test_a_node_imports_at_a_low_priority_and_computes_at_the_usual_one(tmp_path: Path) -> None:
+    """No thread that a step waits for is left with the priority of an import; they all have the
+    short time slices, where the system has them."""
+    with LocalCluster(1, threads=2, base_port=free_base_port(1), folder=tmp_path) as cluster:
+        until(lambda: status(cluster.nodes[0]).get("ready"), what="the node")
+        usual = os.getpriority(os.PRIO_PROCESS, 0)
+        for process in processes(cluster.nodes[0]):
+            threads = [thread.id for thread in process.threads()]
+            nice = {thread: os.getpriority(os.PRIO_PROCESS, thread) for thread in threads}
+            assert STARTING not in set(nice.values()) - {usual}
+            slices = {
+                time_slice(Path(f"/proc/{process.pid}/task/{thread}/sched"))
+                for thread in threads
+                if nice[thread] == usual
+            }
+            assert slices == {PROMPT_NS} or not grants_time_slices()
 
 
 def test_a_node_waits_for_what_is_left_of_its_former_life(tmp_path: Path) -> None:

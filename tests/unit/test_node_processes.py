@@ -18,9 +18,10 @@ from p2pinfer.lifeline import PARENT_VARIABLE, child_environment, die_with_paren
 from p2pinfer.pipe import PipeClosed
 from p2pinfer.signals import StopSignals
 from p2pinfer.state_dir import NODE_ID_FILE, StateDir
-from p2pinfer.worker_process import WorkerProcess
+from p2pinfer.worker_process import SPINS, WorkerProcess, environment
 
 DEADLINE_S = 20
+PRODUCTS_DEADLINE_S = 100
 
 
 def test_a_node_keeps_its_identity(tmp_path: Path) -> None:
@@ -169,9 +170,9 @@ def fake_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "fake_worker"
 
 
-def first_report(worker: WorkerProcess) -> object:
+def first_report(worker: WorkerProcess, deadline_s: float = DEADLINE_S) -> object:
     """The worker's first report, within the deadline; raises `PipeClosed` if there is none."""
-    assert select.select((worker.pipe,), (), (), DEADLINE_S)[0]
+    assert select.select((worker.pipe,), (), (), deadline_s)[0]
     return worker.pipe.receive()
 
 
@@ -236,12 +237,13 @@ def test_a_worker_does_not_grow_with_every_size_of_batch(
         import psutil
         import torch
         from p2pinfer.core.events import LinkLost
-        from p2pinfer.model.linear import pack
+        from p2pinfer.model.linear import PrepackedLinear, pack
         from p2pinfer.pipe import worker_side
         pipe = worker_side(int(sys.argv[2]))
         torch.set_num_threads(1)
         shapes = (384, 256), (256, 64), (512, 256), (256, 128), (640, 256)
         products = [(pack(torch.randn(rows, inputs)), inputs) for rows, inputs in shapes]
+        assert all(isinstance(product, PrepackedLinear) for product, _ in products)
         memory = psutil.Process().memory_info
         before = memory().rss
         for rows in range(4, 260):
@@ -254,6 +256,22 @@ def test_a_worker_does_not_grow_with_every_size_of_batch(
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
     worker = WorkerProcess(threads=1, module="many_sizes")
-    grown_mib = int(getattr(first_report(worker), "node_id", ""))
-    worker.stop()
+    try:
+        grown_mib = int(getattr(first_report(worker, PRODUCTS_DEADLINE_S), "node_id", ""))
+    finally:
+        worker.stop()
     assert grown_mib < 250
+
+
+@pytest.mark.parametrize(
+    ("threads", "quant", "cores", "spins"),
+    [(1, "none", 2, 0), (2, "none", 2, SPINS), (2, "int4", 2, 0), (2, "none", 1, 0)],
+)
+def test_only_threads_that_multiply_on_cores_of_their_own_wait_awake(
+    threads: int, quant: str, cores: int, spins: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the user has set stays as it is."""
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    assert environment(threads, quant, cores)["GOMP_SPINCOUNT"] == str(spins)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "77")
+    assert environment(threads, quant, cores)["GOMP_SPINCOUNT"] == "77"
