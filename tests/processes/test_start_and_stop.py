@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from p2pinfer.wire.messages import Accepted, Finished
 from tests.faults.blows import processes
 from tests.faults.watching import facts, kill, status, until
 from tests.processes.command_line import DEADLINE_S, all_gone, family, finish, node_flags, start_cli
-from tests.processes.time_slices import grants_time_slices, time_slice
+from tests.time_slices import grants_time_slices, time_slice
 
 PROMPT = "Once upon a time"
 
@@ -70,15 +71,14 @@ def test_a_node_imports_at_a_low_priority_and_computes_at_the_usual_one(tmp_path
         until(lambda: status(cluster.nodes[0]).get("ready"), what="the node")
         usual = os.getpriority(os.PRIO_PROCESS, 0)
         for process in processes(cluster.nodes[0]):
-            threads = [thread.id for thread in process.threads()]
-            nice = {thread: os.getpriority(os.PRIO_PROCESS, thread) for thread in threads}
-            assert STARTING not in set(nice.values()) - {usual}
-            slices = {
-                time_slice(Path(f"/proc/{process.pid}/task/{thread}/sched"))
-                for thread in threads
-                if nice[thread] == usual
-            }
-            assert slices == {PROMPT_NS} or not grants_time_slices()
+            slices = set()
+            for thread in process.threads():
+                with suppress(ProcessLookupError, FileNotFoundError):  # it has ended meanwhile
+                    nice = os.getpriority(os.PRIO_PROCESS, thread.id)
+                    assert nice == usual or nice != STARTING
+                    if nice == usual and grants_time_slices():
+                        slices.add(time_slice(Path(f"/proc/{process.pid}/task/{thread.id}/sched")))
+            assert slices == ({PROMPT_NS} if grants_time_slices() else set())
 
 
 def test_a_node_waits_for_what_is_left_of_its_former_life(tmp_path: Path) -> None:

@@ -230,7 +230,7 @@ def test_a_worker_does_not_grow_with_every_size_of_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the product library keeps ready of each row count has a limit: without one, as many row
-    counts as these take more than 600 MiB."""
+    counts as these take more than 600 MiB; with it about 100."""
     (tmp_path / "many_sizes.py").write_text(
         textwrap.dedent("""
         import select, sys

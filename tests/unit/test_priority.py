@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from p2pinfer.priority import LAST, PROMPT_NS, STARTING, be_last, be_prompt, imported
-from tests.processes.time_slices import grants_time_slices, time_slice
+from tests.time_slices import grants_time_slices, time_slice
 
 DEADLINE_S = 30.0
 NAME = "imported_at_a_low_priority"

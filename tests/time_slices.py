@@ -8,6 +8,7 @@ from pathlib import Path
 from p2pinfer.priority import be_prompt
 
 MINE = Path("/proc/thread-self/sched")
+DEADLINE_S = 10.0
 
 
 def time_slice(of: Path = MINE) -> int:
@@ -23,7 +24,7 @@ def grants_time_slices() -> bool:
     try:
         usual = time_slice()
         with ThreadPoolExecutor(1) as other:
-            other.submit(be_prompt).result()
-            return other.submit(time_slice).result() < usual
+            other.submit(be_prompt).result(DEADLINE_S)
+            return other.submit(time_slice).result(DEADLINE_S) < usual
     except (OSError, StopIteration):
         return False
