@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
-from itertools import accumulate, pairwise
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
@@ -190,16 +189,57 @@ class Turned:
         return q, turned[:, units * group :], v
 
 
+class UnitLinears:
+    """A product for each unit with an input of its own, added up where all are wanted.
+
+    All results lie in one tensor, and a level of the tree is one addition as long as it pairs all
+    neighbours there: of few rows each call of torch takes longer than what it does.
+    """
+
+    def __init__(self, units: Units, weights: Sequence[Linear]) -> None:
+        self._units = list(zip(units.numbers, weights, strict=True))
+        self._nodes, self._additions = units.numbers, units.additions
+        self._whole_levels = 0
+        while pairs := len(self._nodes) // 2:
+            level = self._additions[:pairs]
+            neighbours = list(zip(self._nodes[0::2], self._nodes[1::2], strict=False))
+            if len(self._nodes) % 2 or [pair[:2] for pair in level] != neighbours:
+                break
+            self._whole_levels += 1
+            self._nodes = tuple(result for _, _, result in level)
+            self._additions = self._additions[pairs:]
+        self.nbytes = sum(weight.nbytes for weight in weights)
+
+    def __call__(self, x: Sequence[Tensor], wanted: AbstractSet[int], /) -> dict[int, Tensor]:
+        """`x` is [rows, in] for each unit."""
+        products = {
+            unit: weight(own)
+            for (unit, weight), own in zip(self._units, x, strict=True)
+            if unit in wanted
+        }
+        if len(products) < len(self._units):
+            return {unit: product.float() for unit, product in products.items()}
+        return self._added(list(products.values()))
+
+    def _added(self, products: list[Tensor]) -> dict[int, Tensor]:
+        sums = torch.stack(products).float()
+        for _ in range(self._whole_levels):
+            sums = sums[0::2] + sums[1::2]
+        by_node = dict(zip(self._nodes, sums.unbind(), strict=True))
+        for left, right, result in self._additions:
+            by_node[result] = by_node.pop(left) + by_node.pop(right)
+        return by_node
+
+
 class Separate:
     """See `Packer.separate`."""
 
     def __init__(self, units: Units, weights: Sequence[Linear]) -> None:
-        self._weights = dict(zip(units.numbers, weights, strict=True))
-        self.nbytes = sum(weight.nbytes for weight in weights)
+        self._linears = UnitLinears(units, weights)
+        self.nbytes = self._linears.nbytes
 
     def __call__(self, x: Tensor, wanted: AbstractSet[int], /) -> dict[int, Tensor]:
-        inputs = zip(self._weights.items(), x.unbind(), strict=True)
-        return {unit: weight(own).float() for (unit, weight), own in inputs if unit in wanted}
+        return self._linears(x.unbind(), wanted)
 
 
 class Fanned:
@@ -220,17 +260,20 @@ class Gated:
         self, units: Units, gate_up: Linear, down: Sequence[Linear], widths: Sequence[int]
     ) -> None:
         self._gate_up = gate_up
-        bounds = pairwise(accumulate(widths, initial=0))
-        self._down = list(zip(units.numbers, down, bounds, strict=True))
-        self.nbytes = gate_up.nbytes + sum(weight.nbytes for weight in down)
+        self._down = UnitLinears(units, down)
+        self._widths = list(widths)
+        self.nbytes = gate_up.nbytes + self._down.nbytes
 
     def __call__(self, x: Tensor, wanted: AbstractSet[int], /) -> dict[int, Tensor]:
         active = _silu_mul(self._gate_up(x))
-        return {
-            unit: down(active[:, start:end].contiguous()).float()
-            for unit, down, (start, end) in self._down
-            if unit in wanted
-        }
+        return self._down(self._by_unit(active), wanted)
+
+    def _by_unit(self, active: Tensor) -> Sequence[Tensor]:
+        """Columns of each unit by themselves, [rows, width]."""
+        if len(set(self._widths)) > 1:
+            return [own.contiguous() for own in torch.split(active, self._widths, dim=1)]
+        by_unit = active.view(-1, len(self._widths), self._widths[0]).transpose(0, 1)
+        return by_unit.contiguous().unbind()
 
 
 def _silu_mul(gate_up: Tensor) -> Tensor:
@@ -240,9 +283,10 @@ def _silu_mul(gate_up: Tensor) -> Tensor:
     if gate_up.device.type != "cpu" or torch.get_num_threads() == 1:
         return functional.silu(gate) * up
     piece = max(1, (PARALLEL_ELEMENTS - 1) // width)
-    return torch.cat(
-        [functional.silu(gate[i : i + piece]) * up[i : i + piece] for i in range(0, rows, piece)]
-    )
+    pieces = [
+        functional.silu(gate[i : i + piece]) * up[i : i + piece] for i in range(0, rows, piece)
+    ]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 class FloatPacker:

@@ -131,7 +131,7 @@ def holding_some(folder: Path, *, standbys: bool = False) -> tuple[Node, Plan]:
         need = next(run)
         try:
             while True:
-                need = run.send(torch.ones(need.partials[0].shape))
+                need = run.send(torch.ones(next(iter(need.partials.values())).shape))
         except StopIteration:
             pass
     node.write(1, 3)
