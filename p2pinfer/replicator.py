@@ -181,8 +181,9 @@ class Replicator:
             self._asked = now
             for owner, question in self._replicas.asks(now):
                 self._links.send(owner, question)
-        for owner, credit in self._replicas.grants():
-            self._links.send(owner, credit)
+        for owner, credit in tuple(self._replicas.grants()):
+            if not self._links.send(owner, credit):
+                self._replicas.ungranted(owner, credit)
         return sent or read or answered
 
     def drain(self) -> None:

@@ -410,5 +410,11 @@ class Replicas:
         self._fresh = frozenset()
         for owner, used in sorted(self._used.items()):
             if used >= WINDOW_BYTES // 4:
-                self._used[owner] = 0
-                yield owner, Credit(fence=self._plan.fence, bytes=used)
+                granted = min(used, WINDOW_BYTES)
+                self._used[owner] -= granted
+                yield owner, Credit(fence=self._plan.fence, bytes=granted)
+
+    def ungranted(self, owner: int, credit: Credit) -> None:
+        """A link did not take this credit: it is granted again with what is used next. Otherwise
+        the window would be smaller by it for as long as anything comes."""
+        self._used[owner] += credit.bytes

@@ -189,9 +189,13 @@ class Standby(Node):
         """Ask and grant what is to be asked and granted."""
         asks = [question for owner, question in self.replicas.asks(now)]
         grants = [credit for owner, credit in self.replicas.grants()]
-        self.windows += any(credit.bytes == WINDOW * ROW for credit in grants)
-        for message in (*asks, *grants):
-            self.back.send(message)
+        for question in asks:
+            self.back.send(question)
+        for credit in grants:
+            if self.back.send(credit):
+                self.windows += credit.bytes == WINDOW * ROW
+            else:
+                self.replicas.ungranted(0, credit)
 
 
 class Owner(Node):

@@ -382,6 +382,22 @@ def test_credit_is_a_window_at_first_and_then_what_was_used() -> None:
     assert [*replicas.grants()] == []
 
 
+def test_credit_that_a_link_does_not_take_is_granted_again() -> None:
+    """With what is used meanwhile, but never more than a window at once."""
+    replicas, logs = replicas_of()
+    logs.write(FENCE, slot(0, 20))
+    ((owner, window),) = replicas.grants()
+    replicas.ungranted(owner, window)
+    take(replicas, frame(logs, 0, 4), 1.0)
+    assert [*replicas.grants()] == [(0, window)]
+    take(replicas, frame(logs, 4, 8), 1.0)
+    ((owner, used),) = replicas.grants()
+    assert used.bytes == 8 * ROW
+    replicas.ungranted(owner, used)
+    assert [*replicas.grants()] == [(0, used)]
+    assert [*replicas.grants()] == []
+
+
 def test_a_member_that_keeps_nothing_grants_nothing() -> None:
     """It has no owners to speak with."""
     replicas, logs = replicas_of(3)
