@@ -21,6 +21,9 @@ from p2pinfer.model.rope import Angles, rotate
 PARALLEL_ELEMENTS = 32768
 """torch splits elementwise work above this size over threads, at places that make new tails."""
 
+FEW_ROWS = 16
+"""So few are handled for all units at once; of more the memory that this takes costs more."""
+
 
 class TensorSource(Protocol):
     """Where weights come from, slice by slice; names are those of the checkpoint."""
@@ -192,8 +195,9 @@ class Turned:
 class UnitLinears:
     """A product for each unit with an input of its own, added up where all are wanted.
 
-    All results lie in one tensor, and a level of the tree is one addition as long as it pairs all
-    neighbours there: of few rows each call of torch takes longer than what it does.
+    That is done for few rows only, of which each call of torch takes longer than what it does: all
+    results lie in one tensor then, and a level of the tree is one addition as long as it pairs all
+    neighbours there.
     """
 
     def __init__(self, units: Units, weights: Sequence[Linear]) -> None:
@@ -217,7 +221,7 @@ class UnitLinears:
             for (unit, weight), own in zip(self._units, x, strict=True)
             if unit in wanted
         }
-        if len(products) < len(self._units):
+        if len(products) < len(self._units) or x[0].shape[0] > FEW_ROWS:
             return {unit: product.float() for unit, product in products.items()}
         return self._added(list(products.values()))
 
@@ -270,7 +274,7 @@ class Gated:
 
     def _by_unit(self, active: Tensor) -> Sequence[Tensor]:
         """Columns of each unit by themselves, [rows, width]."""
-        if len(set(self._widths)) > 1:
+        if len(set(self._widths)) > 1 or active.shape[0] > FEW_ROWS:
             return [own.contiguous() for own in torch.split(active, self._widths, dim=1)]
         by_unit = active.view(-1, len(self._widths), self._widths[0]).transpose(0, 1)
         return by_unit.contiguous().unbind()

@@ -12,7 +12,7 @@ from torch import Tensor
 from p2pinfer.core import tree
 from p2pinfer.model.linear import pack
 from p2pinfer.model.reduction import subtree_sums
-from p2pinfer.model.unit_products import FloatPacker, Norm, Units
+from p2pinfer.model.unit_products import FEW_ROWS, FloatPacker, Norm, Units
 
 HIDDEN, WIDTH = 64, 32
 DTYPES = (torch.float32, torch.bfloat16)
@@ -47,18 +47,19 @@ def same(left: dict[int, Tensor], right: dict[int, Tensor]) -> bool:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("of", "own"), OWN, ids=str)
-@pytest.mark.parametrize("rows", [4, 70])
+@pytest.mark.parametrize("rows", [4, FEW_ROWS, 70])
 def test_units_with_inputs_of_their_own_are_added_as_by_the_tree(
     of: int, own: tuple[int, ...], rows: int, dtype: torch.dtype
 ) -> None:
-    """The sums have the bits that adding one by one has; who wants some units gets them apart."""
+    """The sums have the bits that adding one by one has; who wants some units, or has many rows,
+    gets them apart."""
     torch.manual_seed(of)
     units = Units(own, tuple(tree.plan_additions(own, of)))
     weights = linears([WIDTH] * len(own), dtype)
     x = torch.randn(len(own), rows, WIDTH, dtype=dtype)
     together = packer(dtype).separate(units, weights)
     apart = {unit: weight(each).float() for unit, weight, each in zip(own, weights, x, strict=True)}
-    assert same(together(x, set(own)), subtree_sums(apart, of))
+    assert same(together(x, set(own)), subtree_sums(apart, of) if rows <= FEW_ROWS else apart)
     some = set(own[1:])
     assert same(together(x, some), {unit: apart[unit] for unit in some})
     assert same(packer(dtype).separate(Units(own), weights)(x, set(own)), apart)
@@ -66,7 +67,7 @@ def test_units_with_inputs_of_their_own_are_added_as_by_the_tree(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("widths", [(32, 32, 32, 32), (48, 32, 32, 16)], ids=str)
-@pytest.mark.parametrize("rows", [4, 70])
+@pytest.mark.parametrize("rows", [4, FEW_ROWS, 70])
 def test_gated_units_are_added_as_by_the_tree(
     widths: tuple[int, ...], rows: int, dtype: torch.dtype
 ) -> None:
@@ -85,5 +86,5 @@ def test_gated_units_are_added_as_by_the_tree(
         unit: weight(each.contiguous()).float()
         for unit, weight, each in zip(own, down, active, strict=True)
     }
-    assert same(together(x, set(own)), subtree_sums(apart, of))
+    assert same(together(x, set(own)), subtree_sums(apart, of) if rows <= FEW_ROWS else apart)
     assert same(together(x, {3}), {3: apart[3]})
