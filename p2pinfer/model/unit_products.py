@@ -266,6 +266,7 @@ class Gated:
         self._gate_up = gate_up
         self._down = UnitLinears(units, down)
         self._widths = list(widths)
+        self._even = len(set(widths)) == 1
         self.nbytes = gate_up.nbytes + self._down.nbytes
 
     def __call__(self, x: Tensor, wanted: AbstractSet[int], /) -> dict[int, Tensor]:
@@ -274,7 +275,7 @@ class Gated:
 
     def _by_unit(self, active: Tensor) -> Sequence[Tensor]:
         """Columns of each unit by themselves, [rows, width]."""
-        if len(set(self._widths)) > 1 or active.shape[0] > FEW_ROWS:
+        if not self._even or active.shape[0] > FEW_ROWS:
             return [own.contiguous() for own in torch.split(active, self._widths, dim=1)]
         by_unit = active.view(-1, len(self._widths), self._widths[0]).transpose(0, 1)
         return by_unit.contiguous().unbind()
