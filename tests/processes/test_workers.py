@@ -195,11 +195,11 @@ def test_a_new_plan_goes_on_where_kv_ends(folder: Path) -> None:
 
     With the same units all KV stays but that of the step in hand; with others, none.
     """
-    params = SamplingParams(max_tokens=200, ignore_eos=True)
-    expected = greedy(folder, 200, DType.FLOAT32)
+    params = SamplingParams(max_tokens=300, ignore_eos=True)
+    expected = greedy(folder, 300, DType.FLOAT32)
     with Fleet(folder, 2) as fleet:
         fleet.submit(1, PROMPT, params)
-        fleet.stats(0, 20)
+        fleet.some_of(1, 20)
         answers = fleet.adopt(fleet.plan(Fence(1, 2)))
         lengths = [len(answer.logs[0].tokens) for answer in answers]
         assert all(
@@ -207,7 +207,7 @@ def test_a_new_plan_goes_on_where_kv_ends(folder: Path) -> None:
             for length, positions in zip(lengths, covered(answers), strict=True)
         )
         fleet.await_report(0, lambda r: isinstance(r, FenceSettled) and r.fence == Fence(1, 2))
-        fleet.stats(0, 20)
+        fleet.some_of(1, 40 + max(lengths) - len(PROMPT))
         fleet.layout = "layers"
         answers = fleet.adopt(fleet.plan(Fence(1, 3)))
         assert covered(answers) == [0, 0]
@@ -311,12 +311,13 @@ def test_a_new_standby_catches_up(folder: Path) -> None:
 
 def test_logs_are_cut_and_extended_to_what_was_agreed(folder: Path) -> None:
     """Whoever has too much or too little, the reply goes on as if nothing had been."""
-    params = SamplingParams(max_tokens=100, ignore_eos=True)
-    expected = greedy(folder, 100, DType.FLOAT32)
+    new = 300
+    expected = greedy(folder, new, DType.FLOAT32)
     with Fleet(folder, 2) as fleet:
-        fleet.submit(1, PROMPT, params)
-        fleet.stats(0, 30)
+        fleet.submit(1, PROMPT, SamplingParams(max_tokens=new, ignore_eos=True))
+        told = 30
         for epoch, change in ((2, -7), (3, 11)):
+            fleet.some_of(1, told)
             answers = fleet.load(fleet.plan(Fence(1, epoch)))
             log = answers[0].logs[0]
             length = len(log.tokens) + change
@@ -329,14 +330,14 @@ def test_logs_are_cut_and_extended_to_what_was_agreed(folder: Path) -> None:
                     request_id=1,
                     prompt_ids=tuple(PROMPT),
                     received=tokens[len(PROMPT) :],
-                    params=params,
+                    params=SamplingParams(max_tokens=new, ignore_eos=True),
                     computed=min(*covered(answers), length - 1),
                 )
             )
-            fleet.stats(0, 20)
+            told = length - len(PROMPT) + 20
         ended = fleet.await_report(0, lambda r: isinstance(r, RequestEnded))
         assert isinstance(ended, RequestEnded)
-        assert (ended.fence, ended.reason, ended.total_tokens) == (Fence(1, 3), "length", 100)
+        assert (ended.fence, ended.reason, ended.total_tokens) == (Fence(1, 3), "length", new)
         drawn = {
             token.index: token.token
             for report in fleet.reports[0]
@@ -344,7 +345,7 @@ def test_logs_are_cut_and_extended_to_what_was_agreed(folder: Path) -> None:
             for token in report.tokens
         }
         assert all(expected[index] == token for index, token in drawn.items())
-        assert 99 in drawn
+        assert new - 1 in drawn
 
 
 def test_a_halted_worker_keeps_its_logs(folder: Path) -> None:
@@ -352,7 +353,7 @@ def test_a_halted_worker_keeps_its_logs(folder: Path) -> None:
     params = SamplingParams(max_tokens=200, ignore_eos=True)
     with Fleet(folder, 2) as fleet:
         fleet.submit(1, PROMPT, params)
-        fleet.stats(0, 20)
+        fleet.some_of(1, 20)
         for worker in fleet.workers:
             worker.pipe.send(Halt())
         fleet.stats(0, 0)
@@ -373,7 +374,7 @@ def test_a_step_that_a_member_leaves_fails_soon(
     params = SamplingParams(max_tokens=400, ignore_eos=True)
     with Fleet(folder, 2, least_step_s=2.0) as fleet:
         fleet.submit(1, PROMPT, params)
-        fleet.stats(0, 20)
+        fleet.some_of(1, 20)
         os.kill(fleet.workers[1].pid, way)
         began = time.monotonic()
         failed = fleet.failure(0)
@@ -412,14 +413,14 @@ def test_a_witness_has_the_logs_and_no_model(folder: Path) -> None:
         assert ready.numeric_class == ""
         fleet.submit(1, PROMPT, params)
         assert fleet.reply(1) == greedy(folder, 60, DType.FLOAT32)
-        fleet.submit(2, PROMPT, params)
-        fleet.stats(2, 70)
+        fleet.submit(2, PROMPT, SamplingParams(max_tokens=300, ignore_eos=True))
+        fleet.some_of(2, 10)
         answers = fleet.adopt(fleet.plan(Fence(1, 2)))
         length = len(PROMPT) + 8
         assert all(answer.logs[0].request_id == 2 for answer in answers)
         assert answers[2].logs[0].tokens[:length] == answers[0].logs[0].tokens[:length]
         os.kill(fleet.workers[2].pid, signal.SIGKILL)
-        assert fleet.reply(2) == greedy(folder, 60, DType.FLOAT32)
+        assert fleet.reply(2) == greedy(folder, 300, DType.FLOAT32)
         assert not any(isinstance(report, StepFailed) for report in fleet.reports[0])
 
 
