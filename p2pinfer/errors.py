@@ -1,8 +1,9 @@
 """The whole error tree, ordered by who must act.
 
 `UsageError`: the person at this machine (exit code 2). `RemoteProtocolError`: the peer that sent
-the bytes. `ClusterError`: the cluster's operator or a later retry (exit code 1); its `code` is one
-of the error codes of `proto_spec.md` and `retryable` says whether the same call may succeed later.
+the bytes. `StepBroken`: the leader, by a new epoch. `ClusterError`: the cluster's operator or a
+later retry (exit code 1); its `code` is one of the error codes of `proto_spec.md` and `retryable`
+says whether the same call may succeed later.
 """
 
 from __future__ import annotations
@@ -26,6 +27,27 @@ class LocalProtocolError(P2pinferError):
 
 class RemoteProtocolError(P2pinferError):
     """A peer sent bytes that are no message of this protocol. The frame is dropped and counted."""
+
+
+class StepBroken(P2pinferError):
+    """A step cannot be finished: a new epoch is the cure. `node_id` is the member at fault.
+
+    `broken`: it computed what is no number.
+    """
+
+    def __init__(self, node_id: str, reason: str, *, broken: bool = False) -> None:
+        super().__init__(f"{reason} (member {node_id})")
+        self.node_id = node_id
+        self.reason = reason
+        self.broken = broken
+
+
+class LinkBroken(StepBroken):
+    """The step link to or from the member may have lost frames."""
+
+
+class StepOverdue(StepBroken):
+    """The member owes its part for longer than any step should take."""
 
 
 class ClusterError(P2pinferError):

@@ -12,10 +12,10 @@ from p2pinfer.core.orders import GaveWay, StartRequest, TokenLog
 from p2pinfer.core.step_maker import StepMaker, StepReport
 from p2pinfer.core.token_log import TokenLogs
 from p2pinfer.core.units import Slice, unit_bounds, unit_count
-from p2pinfer.errors import RemoteProtocolError
+from p2pinfer.errors import RemoteProtocolError, StepBroken, StepOverdue
 from p2pinfer.model.sampling import UnitCandidates, draw, gather, whole_offer
 from p2pinfer.step_engine import StepEngine
-from p2pinfer.step_links import StepBroken, StepLinks, StepOverdue
+from p2pinfer.step_links import StepLinks
 from p2pinfer.types import Fence, SamplingParams, UnitKind
 from p2pinfer.wire.messages import Candidates, LogitsRequest, Slot, Step
 

@@ -23,6 +23,7 @@ import zmq
 
 from p2pinfer.errors import RemoteProtocolError
 from p2pinfer.limits import MAX_NODES, MAX_STEP_BYTES
+from p2pinfer.transport import Frame
 from p2pinfer.wire.codec import HEADER, frame_length
 
 MAX_INCOMING: Final = 2 * MAX_NODES
@@ -64,13 +65,17 @@ class _Outgoing:
         self.unsent: deque[memoryview] = deque()
         self.unsent_bytes = 0
 
-    def send(self, frame: bytes) -> bool:
+    def send(self, frame: Frame) -> bool:
         """Send a frame or keep the rest of it. False: too much waits. Raises `OSError`: broken."""
         if self.unsent_bytes > MAX_UNSENT_BYTES:
             return False
-        self.unsent.append(memoryview(frame))
-        self.unsent_bytes += len(frame)
-        self.flush()
+        sent = 0
+        if not self.unsent:
+            with suppress(BlockingIOError):
+                sent = self.link.send(frame)
+        if sent < len(frame):
+            self.unsent.append(memoryview(bytes(memoryview(frame)[sent:])))
+            self.unsent_bytes += len(frame) - sent
         return True
 
     def flush(self) -> None:
@@ -122,23 +127,21 @@ class _Incoming:
                 if self._filled == len(self._frame):
                     arrived.append((self.route, self._frame.toreadonly()))
                     self._frame = memoryview(b"")
-            else:
-                try:
-                    self._cut(self._start + scratch[:size], arrived)
-                except RemoteProtocolError:
-                    arrived.append((self.route, None))
-                    return
+            elif not self.cut(self._start + scratch[:size], arrived):
+                return
             if size < len(free):
                 return
 
-    def _cut(self, data: bytes, arrived: deque[Arrival]) -> None:
+    def cut(self, data: bytes, arrived: deque[Arrival]) -> bool:
+        """Append the frames of what has come since the last whole one, as `read` does. False: the
+        connection is to end."""
         at = 0
         while len(data) - at >= HEADER.size:
             try:
                 end = at + frame_length(data[at : at + HEADER.size])
             except RemoteProtocolError:
-                arrived.append((self.route, data[at : at + HEADER.size]))
-                raise
+                arrived += (self.route, data[at : at + HEADER.size]), (self.route, None)
+                return False
             if end > len(data):
                 self._frame = memoryview(bytearray(end - at))
                 self._filled = len(data) - at
@@ -148,6 +151,12 @@ class _Incoming:
                 arrived.append((self.route, data[at:end]))
                 at = end
         self._start = data[at:]
+        return True
+
+    @property
+    def within_frame(self) -> bool:
+        """Whether a part of a frame has come, and the rest of it has not."""
+        return bool(self._frame) or bool(self._start)
 
 
 class LocalLinks:
@@ -165,6 +174,7 @@ class LocalLinks:
         self._waiting: dict[int, str] = {}
         """Boot ids of peers that take no more for now, by file descriptor."""
         self._given_up: set[str] = set()
+        self._by_route: dict[bytes, _Incoming] = {}
         self._arrived: deque[Arrival] = deque()
         self._accepted = 0
         self._scratch = memoryview(bytearray(READ_BYTES))
@@ -221,8 +231,8 @@ class LocalLinks:
 
     # --- frames -----------------------------------------------------------------------------------
 
-    def send(self, boot_id: str, frame: bytes) -> bool:
-        """Send a frame, or keep what of it does not fit until `read`.
+    def send(self, boot_id: str, frame: Frame) -> bool:
+        """Send a frame, or keep a copy of what does not fit until `read`.
 
         False: there is no connection to that peer, it broke, or too much waits for the peer; the
         peer is then given up.
@@ -268,6 +278,31 @@ class LocalLinks:
             if self._arrived or time.perf_counter() >= until:
                 return bool(self._arrived)
 
+    def receive_into(self, route: bytes, memory: memoryview, until: float) -> int:
+        """Receive what comes next on a connection, at most as much as `memory` holds.
+
+        Returns how many bytes came `until` that time (monotonic), without sleeping; 0 also where
+        something that came before is still to be received, and where the connection has ended,
+        which `read` will tell.
+        """
+        peer = self._by_route.get(route)
+        if peer is None or self._arrived or peer.within_frame:
+            return 0
+        while True:
+            try:
+                return peer.link.recv_into(memory)
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    return 0
+            except OSError:
+                return 0
+
+    def put_back(self, route: bytes, data: bytes) -> None:
+        """What `receive_into` received is for `receive`, as if `read` had taken it in."""
+        peer = self._by_route[route]
+        if not peer.cut(data, self._arrived):
+            self._end(peer.link.fileno())
+
     def receive(self) -> Arrival | None:
         """The next frame that `read` took in, or the end of a connection after its last one."""
         return self._arrived.popleft() if self._arrived else None
@@ -302,7 +337,7 @@ class LocalLinks:
             link.setblocking(False)
             self._accepted += 1
             route = b"local" + self._accepted.to_bytes(8, "little")
-            self._incoming[link.fileno()] = _Incoming(link, route)
+            self._incoming[link.fileno()] = self._by_route[route] = _Incoming(link, route)
             self._poller.register(link.fileno(), zmq.POLLIN)
 
     def _stop_listening(self) -> None:
@@ -321,6 +356,7 @@ class LocalLinks:
 
     def _end(self, descriptor: int) -> None:
         peer = self._incoming.pop(descriptor)
+        del self._by_route[peer.route]
         self._poller.unregister(descriptor)
         peer.link.close()
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -17,14 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from p2pinfer.core import tree
 from p2pinfer.core.step_checks import write_down
 from p2pinfer.core.step_clock import StepClock
 from p2pinfer.core.token_log import TokenLogs
-from p2pinfer.core.topology import Role, Topology
-from p2pinfer.core.units import Slice, unit_bounds
-from p2pinfer.errors import RemoteProtocolError
-from p2pinfer.model.reduction import subtree_sums, whole_sum
+from p2pinfer.core.topology import Topology
+from p2pinfer.core.units import unit_bounds
+from p2pinfer.errors import RemoteProtocolError, StepBroken
 from p2pinfer.model.runner import GiveHidden, NeedHidden, NeedSum, StageRunner
 from p2pinfer.model.sampling import (
     UnitCandidates,
@@ -34,20 +31,19 @@ from p2pinfer.model.sampling import (
 )
 from p2pinfer.model.stopwatch import ATTENTION, PRODUCTS
 from p2pinfer.replicator import Replicator
-from p2pinfer.step_links import StepBroken, StepLinks
-from p2pinfer.step_tensors import from_wire, is_finite, to_wire
+from p2pinfer.step_links import StepLinks
+from p2pinfer.step_sums import StepSums
+from p2pinfer.step_tensors import check_tensor, from_wire, to_wire
 from p2pinfer.types import UnitKind
 from p2pinfer.wire.messages import (
     Candidates,
     Hidden,
     Logits,
     LogitsRequest,
-    Partial,
     Slot,
     Step,
     StepAck,
 )
-from p2pinfer.wire.tensors import Tensor as WireTensor
 
 DECODE_ROWS = 8
 """A step of so few rows decodes: it takes what reading the weights takes."""
@@ -98,6 +94,7 @@ class StepEngine:
         """The step in hand; 0 between steps."""
         self._runner = runner
         self._links = links
+        self._sums = StepSums(topology, links)
         self._logs = logs
         self._step_clock = step_clock
         self._replicator = replicator
@@ -205,7 +202,7 @@ class StepEngine:
             self._links.breathe()
             match need:
                 case NeedSum():
-                    answer = self._sum(step, need, rows)
+                    answer = self._sums.total(step.step, need, rows)
                 case NeedHidden():
                     answer = self._hidden(step, need, rows)
                 case GiveHidden():
@@ -223,114 +220,18 @@ class StepEngine:
 
     # --- exchanges --------------------------------------------------------------------------------
 
-    def _sum(self, step: Step, need: NeedSum, rows: int) -> torch.Tensor:
-        role, units = self._role(need.stage), self.topology.units[need.half]
-        parts = subtree_sums(need.partials, units) if need.partials else {}
-        if shares := self.topology.shares(role, need.half, rows):
-            return self._shared_sum(step, need, parts, shares)
-        if parts and role.peers:
-            self._send_parts(step, need, parts, role.peers)
-        return self._added(step, need, parts, rows)
-
-    def _shared_sum(
-        self,
-        step: Step,
-        need: NeedSum,
-        parts: dict[int, torch.Tensor],
-        shares: Mapping[int, Slice],
-    ) -> torch.Tensor:
-        """The sum whose rows the members of the stage add for one another."""
-        me, root = self.topology.me, tree.root(self.topology.units[need.half])
-        cut = {
-            member: {node: part[rows.start : rows.end] for node, part in parts.items()}
-            for member, rows in shares.items()
-        }
-        others = [member for member in shares if member != me]
-        for member in others if parts else ():
-            self._send_parts(step, need, cut[member], (member,))
-        mine = self._added(step, need, cut[me], shares[me].end - shares[me].start)
-        self._send_parts(step, need, {root: mine}, others)
-        arrived = self._links.collect(
-            self._links.inbox.wholes,
-            (step.step, need.layer, need.half),
-            {member: member for member in others},
-        )
-        pieces = {me: mine}
-        for member, whole in arrived.items():
-            rows = shares[member].end - shares[member].start
-            self._check(member, whole.tensor, whole.tensor.shape[1] == rows, "a sum")
-            pieces[member] = from_wire(whole.tensor)[0].to(mine.device)
-        return torch.cat([pieces[member] for member in shares])
-
-    def _added(
-        self, step: Step, need: NeedSum, parts: dict[int, torch.Tensor], rows: int
-    ) -> torch.Tensor:
-        """The sum of these parts and of those that others have sent, [rows, hidden]."""
-        units, senders = self.topology.units[need.half], self._role(need.stage).senders(need.half)
-        if not senders:
-            return whole_sum(parts, units)
-        arrived = self._links.collect(
-            self._links.inbox.partials,
-            (step.step, need.layer, need.half),
-            {sender: sender for sender in senders},
-        )
-        device = next(iter(parts.values())).device if parts else torch.device("cpu")
-        for member, partial in arrived.items():
-            self._check(member, partial.tensor, partial.tensor.shape[1] == rows, "a partial")
-            sums = from_wire(partial.tensor)
-            parts.update(zip(partial.parts, sums.to(device).unbind(), strict=True))
-        return whole_sum(parts, units)
-
-    def _role(self, stage: int) -> Role:
-        role = self.topology.role(stage)
-        assert role is not None, "the runner computes what is owned"
-        return role
-
-    def _send_parts(
-        self, step: Step, need: NeedSum, parts: dict[int, torch.Tensor], peers: Sequence[int]
-    ) -> None:
-        t = self.topology
-        stacked = (
-            next(iter(parts.values()))[None]
-            if len(parts) == 1
-            else torch.stack(list(parts.values()))
-        )
-        tensor = to_wire(stacked)
-        if not is_finite(tensor):
-            raise StepBroken(self._id(t.me), "a partial that is not finite", broken=True)
-        for peer in peers:
-            frame = Partial(
-                fence=t.plan.fence,
-                step=step.step,
-                link_seq=self._links.next_sequence(peer),
-                sender=t.me,
-                stage=need.stage,
-                layer=need.layer,
-                half=need.half,
-                parts=tuple(parts),
-                tensor=tensor,
-            )
-            self._links.send(peer, frame)
-
     def _hidden(self, step: Step, need: NeedHidden, rows: int) -> torch.Tensor:
-        sender = self._role(need.stage).hidden_from
+        sender = self.topology.role_of(need.stage).hidden_from
         assert sender is not None
         arrived = self._links.collect(
             self._links.inbox.hidden, (step.step, need.stage - 1), {sender: sender}
         )
         hidden = arrived[sender].tensor
-        self._check(sender, hidden, hidden.shape[0] == rows, "hidden states")
+        check_tensor(self._id(sender), hidden, hidden.shape[0] == rows, "hidden states")
         return from_wire(hidden)
 
-    def _check(self, member: int, tensor: WireTensor, fits: bool, what: str) -> None:
-        """Raise `StepBroken` for what cannot be computed with."""
-        if not fits:
-            raise StepBroken(self._id(member), f"{what} of the wrong size")
-        if not is_finite(tensor):
-            raise StepBroken(self._id(member), f"{what} not finite", broken=True)
-
     def _give(self, step: Step, need: GiveHidden) -> None:
-        t, receivers = self.topology, self._role(need.stage).hidden_to
+        t, receivers = self.topology, self.topology.role_of(need.stage).hidden_to
         if not receivers:
             return
         tensor = to_wire(need.hidden)

@@ -26,10 +26,10 @@ from p2pinfer.core.step_checks import StepMessage
 from p2pinfer.core.step_gate import Drop, File, Gap, StepGate
 from p2pinfer.core.step_paths import Trouble, may_stay_awake, needed, trouble
 from p2pinfer.core.topology import Topology
-from p2pinfer.errors import P2pinferError, RemoteProtocolError
+from p2pinfer.errors import LinkBroken, RemoteProtocolError, StepBroken, StepOverdue
 from p2pinfer.inbox import Inbox
 from p2pinfer.local_links import LocalLinks
-from p2pinfer.transport import LinkEvent, LinkKind, SocketPair
+from p2pinfer.transport import Frame, LinkEvent, LinkKind, SocketPair
 from p2pinfer.types import Member
 from p2pinfer.wire.codec import decode, encode
 from p2pinfer.wire.messages import (
@@ -48,6 +48,7 @@ from p2pinfer.wire.messages import (
     Step,
     StepAck,
 )
+from p2pinfer.wire.partial_frame import PartialFrame
 
 EVENTS_EVERY_S = 0.05
 """How often the monitors of the links are looked at: they stay off the path of a token."""
@@ -63,29 +64,8 @@ LINK_TIMEOUT_S = 5.0
 tried again after 2 s."""
 
 
-class StepBroken(P2pinferError):
-    """A step cannot be finished; `node_id` is the member at fault.
-
-    `broken`: it computed what is no number.
-    """
-
-    def __init__(self, node_id: str, reason: str, *, broken: bool = False) -> None:
-        super().__init__(f"{reason} (member {node_id})")
-        self.node_id = node_id
-        self.reason = reason
-        self.broken = broken
-
-
-class LinkBroken(StepBroken):
-    """The step link to or from the member may have lost frames."""
-
-
-class StepOverdue(StepBroken):
-    """The member owes its part for longer than any step should take."""
-
-
 Key = TypeVar("Key", int, tuple[int, int], tuple[int, int, int])
-Frame = TypeVar("Frame")
+Filed = TypeVar("Filed")
 
 
 @dataclass
@@ -244,9 +224,16 @@ class StepLinks:
 
     def send(self, member: int, message: Message) -> None:
         """Send one numbered frame; raises `StepBroken` when a link that is needed takes no more."""
+        self._send(member, encode(message))
+
+    def send_partial(self, member: int, partial: PartialFrame, step: int, layer: int) -> None:
+        """Send the partial of a layer; raises `StepBroken` as `send` does."""
+        partial.stamp(step, self.next_sequence(member), layer)
+        self._send(member, partial.sealed())
+
+    def _send(self, member: int, frame: Frame) -> None:
         active = self._gate.active
         assert active is not None
-        frame = encode(message)
         if not self._put_out(active, member, frame):
             self._trouble(active, member, "takes no frame")
             return
@@ -254,7 +241,7 @@ class StepLinks:
         self.traffic.local_messages += member in self._near
         self.traffic.bytes += len(frame)
 
-    def _put_out(self, active: Topology, member: int, frame: bytes) -> bool:
+    def _put_out(self, active: Topology, member: int, frame: Frame) -> bool:
         """Send by the way that is the member's while the plan is in force; whether it is taken."""
         peer = active.plan.members[member]
         if member in self._near:
@@ -273,8 +260,8 @@ class StepLinks:
         self._deadline = time.monotonic() + limit_s
 
     def collect(
-        self, box: dict[Key, dict[int, Frame]], key: Key, wanted: Mapping[int, int]
-    ) -> dict[int, Frame]:
+        self, box: dict[Key, dict[int, Filed]], key: Key, wanted: Mapping[int, int]
+    ) -> dict[int, Filed]:
         """Wait until `box[key]` has every name in `wanted` and take it.
 
         `wanted` maps a name (a member, or a vocab unit) to the member that owes it. Raises
@@ -292,6 +279,29 @@ class StepLinks:
         finally:
             self.traffic.wait_s += time.perf_counter() - began
         return box.pop(key, {})
+
+    def receive_due(self, member: int, due: PartialFrame, step: int, layer: int) -> bool:
+        """Receive the partial of a layer that is due from a member into the memory of `due`, where
+        it comes next on a local link while this node may stay awake. False: `collect` takes what
+        came instead, and waits for what did not come.
+        """
+        active, filed = self._gate.active, self.inbox.partials
+        route = self._gate.local_route(member)
+        if active is None or route is None or member in filed.get((step, layer, due.half), ()):
+            return False
+        began = time.monotonic()
+        due.stamp(step, self._gate.due(member), layer)
+        size = self.local.receive_into(route, due.memory, began + self._patience_s)
+        now = time.monotonic()
+        self.traffic.wait_s += now - began
+        if size == len(due.memory) and due.arrived():
+            self._gate.took(member)
+            self._heard[active.plan.members[member].node_id] = now
+            return True
+        if size:
+            self.local.put_back(route, bytes(due.memory[:size]))
+            self._take(far=False)
+        return False
 
     def idle(self, timeout_s: float, also: zmq.Socket[bytes] | None = None) -> None:
         """Wait for a frame or an order, or until `also` has something to read, at most

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from p2pinfer.errors import StepBroken
 from p2pinfer.wire.tensors import Tensor as WireTensor
 from p2pinfer.wire.tensors import WireDType
 
-_BFLOAT16_EXPONENT = np.uint16(0x7F80)
+_Numbers = NDArray[Any]
+"""float32, or the bits of bfloat16 as int16."""
+
+_BFLOAT16_EXPONENT = np.int16(0x7F80)
 """All of these bits are set in an infinity and in a NaN, and in nothing else."""
 
 
@@ -42,11 +47,46 @@ def from_wire(tensor: WireTensor) -> Tensor:
     return torch.from_numpy(values.copy())
 
 
+class FrameTensor:
+    """A float32 or bfloat16 tensor that lies in a frame which is sent and received again and again:
+    `values` are written and read in place."""
+
+    def __init__(self, tensor: WireTensor) -> None:
+        self._numbers = _numbers(tensor)
+        dtype = torch.bfloat16 if tensor.dtype is WireDType.BFLOAT16 else torch.float32
+        self.values = torch.from_numpy(self._numbers).view(dtype).view(tensor.shape)
+
+    def is_finite(self) -> bool:
+        """As the function of that name, of what is in it now."""
+        return _are_finite(self._numbers)
+
+
+def check_tensor(node_id: str, tensor: WireTensor, fits: bool, what: str) -> None:
+    """Raise `StepBroken` for what a member has sent that cannot be computed with."""
+    if not fits:
+        raise StepBroken(node_id, f"{what} of the wrong size")
+    if not is_finite(tensor):
+        raise not_finite(node_id, what)
+
+
+def not_finite(node_id: str, what: str) -> StepBroken:
+    """To be raised where a member has computed what is no number."""
+    return StepBroken(node_id, f"{what} that is not finite", broken=True)
+
+
 def is_finite(tensor: WireTensor) -> bool:
     """Whether a float32 or bfloat16 wire tensor has no infinity and no NaN (of float32 the sum of
     squares keeps either, as it would a number beyond 1e18, which no model that works has)."""
-    if tensor.dtype is WireDType.BFLOAT16:
-        exponents = np.frombuffer(tensor.data, np.uint16) & _BFLOAT16_EXPONENT
-        return not (exponents == _BFLOAT16_EXPONENT).any()
-    values = np.frombuffer(tensor.data, np.float32)
-    return math.isfinite(np.dot(values, values))
+    return _are_finite(_numbers(tensor))
+
+
+def _numbers(tensor: WireTensor) -> _Numbers:
+    """The float32 of a tensor, or the bits of its bfloat16."""
+    bits = tensor.dtype is WireDType.BFLOAT16
+    return np.frombuffer(tensor.data, np.int16 if bits else np.float32)
+
+
+def _are_finite(numbers: _Numbers) -> bool:
+    if numbers.dtype == np.int16:
+        return not ((numbers & _BFLOAT16_EXPONENT) == _BFLOAT16_EXPONENT).any()
+    return math.isfinite(np.dot(numbers, numbers))

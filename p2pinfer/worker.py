@@ -49,7 +49,14 @@ from p2pinfer.core.step_clock import StepClock
 from p2pinfer.core.token_log import TokenLogs
 from p2pinfer.core.topology import Topology, kv_room, topology
 from p2pinfer.device import choose_device, use_threads
-from p2pinfer.errors import P2pinferError, RemoteProtocolError, UsageError
+from p2pinfer.errors import (
+    LinkBroken,
+    P2pinferError,
+    RemoteProtocolError,
+    StepBroken,
+    StepOverdue,
+    UsageError,
+)
 from p2pinfer.leader import Leader
 from p2pinfer.limits import MAX_BULK_BYTES, MAX_STEP_BYTES
 from p2pinfer.measurement import introduction
@@ -58,7 +65,7 @@ from p2pinfer.pipe import PipeClosed, WorkerConfig, WorkerPipe
 from p2pinfer.priority import be_last, be_prompt
 from p2pinfer.replicator import Replicator, partners
 from p2pinfer.step_engine import Clock, StepEngine
-from p2pinfer.step_links import LinkBroken, StepBroken, StepLinks, StepOverdue
+from p2pinfer.step_links import StepLinks
 from p2pinfer.transport import PairLimits, SocketPair
 from p2pinfer.types import Fence
 from p2pinfer.unit_holder import UnitHolder

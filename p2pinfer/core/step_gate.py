@@ -174,6 +174,22 @@ class StepGate:
 
     # --- frames -----------------------------------------------------------------------------------
 
+    def local_route(self, member: int) -> bytes | None:
+        """The route within this machine on which a member has sent frames of the plan in force."""
+        for route, sender in self._members.items():
+            if sender == member and route in self._local:
+                return route
+        return None
+
+    def due(self, member: int) -> int:
+        """The number of the next frame of a member of the plan in force."""
+        return self._numbers[member]
+
+    def took(self, member: int) -> None:
+        """The frame that was due from a member came on its route, and is what `arrived` would file
+        (whoever called `due` has seen to that)."""
+        self._numbers[member] += 1
+
     def arrived(self, route: bytes, nbytes: int, message: ControlMessage | DataFrame) -> Verdict:
         """Judge a frame of `nbytes` that came on `route`."""
         opening = self._routes.get(route)

@@ -100,6 +100,12 @@ class Topology(Struct, frozen=True, kw_only=True):
                 return role
         return None
 
+    def role_of(self, stage: int) -> Role:
+        """My part in a stage of which I own something."""
+        role = self.role(stage)
+        assert role is not None, "what is computed is owned"
+        return role
+
     def shares(self, role: Role, half: int, rows: int) -> Mapping[int, Slice]:
         """The rows of a sum that each member of a stage adds for all; empty: each adds all of them.
 

@@ -59,18 +59,26 @@ def encode(message: Message) -> bytes:
     Raises `LocalProtocolError` when the message breaks its schema, a rule or a limit: a defect of
     this program, since a peer would drop the frame.
     """
+    return b"".join(pieces(message))
+
+
+def pieces(message: Message) -> list[bytes | memoryview]:
+    """The pieces of a frame in order, of a data frame the bytes of each tensor last and not copied.
+
+    Raises `LocalProtocolError` as `encode` does.
+    """
     row = BY_KIND[type(message)]
     if isinstance(message, DataFrame):
-        pieces = data_frames.pack(message)
+        body = data_frames.pack(message)
     else:
-        pieces = [_pack_control(message, row)]
-    length = sum(map(len, pieces))
+        body = [_pack_control(message, row)]
+    length = sum(map(len, body))
     limit = max_frame_bytes(row)
     if HEADER.size + length > limit:
         raise LocalProtocolError(
             f"{row.name} cannot be sent: {HEADER.size + length} bytes are above {limit}"
         )
-    return b"".join((HEADER.pack(MAGIC, MAJOR, MINOR, row.id, length, 0), *pieces))
+    return [HEADER.pack(MAGIC, MAJOR, MINOR, row.id, length, 0), *body]
 
 
 def _pack_control(message: ControlMessage, row: MessageType) -> bytes:

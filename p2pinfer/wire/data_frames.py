@@ -224,12 +224,17 @@ class _PartialHead(NamedTuple):
     shape: tuple[int, int, int]
 
 
+def partial_head_bytes(entries: int) -> int:
+    """Bytes of the body of a partial before its tensor."""
+    return HEADER.size + 2 * entries + -2 * entries % ALIGNMENT
+
+
 def _read_partial(body: memoryview) -> Partial:
     step, link_seq = _MOVING.unpack_from(body, _BEFORE)
     if step < 0 or link_seq < 0:
         _read_header(Partial, body)
     (entries,) = _ENTRIES.unpack_from(body, _ENTRIES_AT)
-    start = HEADER.size + 2 * entries + -2 * entries % ALIGNMENT
+    start = partial_head_bytes(entries)
     head = _partial_head(body[:_BEFORE].tobytes(), body[_AFTER:start].tobytes())
     return Partial(
         fence=head.fence,

@@ -311,11 +311,11 @@ def test_a_new_standby_catches_up(folder: Path) -> None:
 
 def test_logs_are_cut_and_extended_to_what_was_agreed(folder: Path) -> None:
     """Whoever has too much or too little, the reply goes on as if nothing had been."""
-    new = 300
+    new, told = 300, 30
+    params = SamplingParams(max_tokens=new, ignore_eos=True)
     expected = greedy(folder, new, DType.FLOAT32)
     with Fleet(folder, 2) as fleet:
-        fleet.submit(1, PROMPT, SamplingParams(max_tokens=new, ignore_eos=True))
-        told = 30
+        fleet.submit(1, PROMPT, params)
         for epoch, change in ((2, -7), (3, 11)):
             fleet.some_of(1, told)
             answers = fleet.load(fleet.plan(Fence(1, epoch)))
@@ -330,7 +330,7 @@ def test_logs_are_cut_and_extended_to_what_was_agreed(folder: Path) -> None:
                     request_id=1,
                     prompt_ids=tuple(PROMPT),
                     received=tokens[len(PROMPT) :],
-                    params=SamplingParams(max_tokens=new, ignore_eos=True),
+                    params=params,
                     computed=min(*covered(answers), length - 1),
                 )
             )
@@ -344,8 +344,7 @@ def test_logs_are_cut_and_extended_to_what_was_agreed(folder: Path) -> None:
             if isinstance(report, TokensCommitted)
             for token in report.tokens
         }
-        assert all(expected[index] == token for index, token in drawn.items())
-        assert new - 1 in drawn
+        assert drawn == {index: expected[index] for index in (*drawn, new - 1)}
 
 
 def test_a_halted_worker_keeps_its_logs(folder: Path) -> None:

@@ -133,6 +133,55 @@ def test_a_frame_may_come_byte_by_byte(node: MakeNode) -> None:
     ]
 
 
+def test_what_comes_next_may_be_received_into_memory_of_ones_own(node: MakeNode) -> None:
+    """What it is not for is put back, and comes whole and in order."""
+    here, there = node(), node()
+    there.links.reach([here.boot_id])
+    there.links.send(here.boot_id, FRAMES[0])
+    until(lambda: len(here.frames) == 1, here)
+    (route, _), memory = here.arrived[0], memoryview(bytearray(len(FRAMES[1])))
+    assert here.links.receive_into(b"another", memory, 0.0) == 0
+    assert here.links.receive_into(route, memory, 0.0) == 0
+    there.links.send(here.boot_id, FRAMES[1])
+    assert here.links.receive_into(route, memory, time.monotonic() + DEADLINE_S) == len(memory)
+    assert memory == FRAMES[1]
+    there.links.send(here.boot_id, FRAMES[2] + FRAMES[3])
+    size = here.links.receive_into(route, memory, time.monotonic() + DEADLINE_S)
+    here.links.put_back(route, bytes(memory[:size]))
+    assert here.links.receive_into(route, memory, 0.0) == 0, "a frame is half there"
+    until(lambda: len(here.frames) == 3, here)
+    assert here.frames == [FRAMES[0], FRAMES[2], FRAMES[3]]
+    there.links.shutdown()
+    assert here.links.receive_into(route, memory, time.monotonic() + DEADLINE_S) == 0
+    until(lambda: here.ends == 1, here)
+
+
+def test_what_is_put_back_may_begin_no_frame(node: MakeNode) -> None:
+    """Then the connection ends, as if it had been read."""
+    here = node()
+    with connected(here) as link:
+        link.sendall(FRAMES[0])
+        until(lambda: len(here.frames) == 1, here)
+        link.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        (route, _), memory = here.arrived[0], memoryview(bytearray(256))
+        size = here.links.receive_into(route, memory, time.monotonic() + DEADLINE_S)
+        here.links.put_back(route, bytes(memory[:size]))
+        assert link.recv(1) == b""
+    here.turn()
+    assert here.ends == 1
+
+
+def test_memory_of_the_sender_is_its_own_again(node: MakeNode) -> None:
+    """What did not fit into the socket is kept as it was when it was sent."""
+    here, there = node(), node()
+    there.links.reach([here.boot_id])
+    memory = bytearray(LARGE)
+    assert there.links.send(here.boot_id, memoryview(memory))
+    memory[len(memory) // 2 :] = bytes(len(memory) - len(memory) // 2)
+    until(lambda: len(here.frames) == 1, here, there)
+    assert here.frames == [LARGE]
+
+
 def test_two_that_send_each_other_megabytes_do_not_wait_for_ever(node: MakeNode) -> None:
     """What does not fit is kept and sent on while what comes is read; small frames stay behind."""
     one, other = node(), node()

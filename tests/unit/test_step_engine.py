@@ -9,10 +9,11 @@ from p2pinfer.core.orders import StartRequest
 from p2pinfer.core.step_clock import UNKNOWN_S, StepClock
 from p2pinfer.core.token_log import TokenLogs
 from p2pinfer.core.topology import topology
+from p2pinfer.errors import StepBroken
 from p2pinfer.leader import Leader
 from p2pinfer.replicator import Replicator
 from p2pinfer.step_engine import StepEngine
-from p2pinfer.step_links import StepBroken, StepLinks, Traffic
+from p2pinfer.step_links import StepLinks, Traffic
 from p2pinfer.types import Fence, SamplingParams
 from p2pinfer.wire.messages import Message, Slot, Step
 from tests.lockstep import members

@@ -83,6 +83,22 @@ def test_frames_in_order_are_filed() -> None:
     assert work.active.plan == FIRST
 
 
+def test_a_frame_that_was_due_may_be_taken_without_being_judged() -> None:
+    """Its number counts as any other; of links within this machine it is known whose they are as
+    soon as a frame of the plan has come on them."""
+    work = gate()
+    work.opened(OTHER, opening(0), local=True)
+    assert work.local_route(0) is None
+    assert work.arrived(OTHER, 10, step(0)) == File(0)
+    assert (work.local_route(0), work.local_route(1)) == (OTHER, None)
+    assert work.due(0) == 1
+    work.took(0)
+    assert work.due(0) == 2
+    assert work.arrived(OTHER, 10, partial(2, 0)) == File(0)
+    assert work.lost(OTHER) == 0
+    assert work.local_route(0) is None
+
+
 @pytest.mark.parametrize("number", [2, 0, 7])
 def test_a_gap_or_a_repetition_is_a_lost_frame(number: int) -> None:
     """Both say who is at fault, and what was due."""
