@@ -139,7 +139,8 @@ def _one_thread(device: torch.device) -> Iterator[None]:
 class _Tile(NamedTuple):
     """Some units' part of a tile by the memory of one cache: where its queries are put together,
     [1, units, padded query rows, head_dim] with zeros beyond them; the same by position and head;
-    where its keys and values lie; where its results go, [units, query rows, head_dim]."""
+    where its keys and values lie, by layer [1, units, keys, head_dim]; where its results go,
+    [1, units, query rows, head_dim]."""
 
     tile: Tile
     query: Tensor
@@ -158,7 +159,8 @@ class _Share(NamedTuple):
 class StepAttention:
     """Attention of one step's rows over one cache, in which all of its requests are open.
 
-    What does not change from layer to layer is made once. Results are in `dtype`.
+    What does not change from layer to layer is made once, and together: between products, which
+    leave no cache as it was, a view takes torch many times as long. Results are in `dtype`.
     """
 
     def __init__(self, cache: KvCache, rows: int, of_step: Rows, group: int, dtype: torch.dtype):
@@ -171,7 +173,9 @@ class StepAttention:
             new = cache.layers(run.request_id, run.start, run.end)
             self._written.append((run.row, last, *new))
         self._out = torch.zeros((units, rows, group * head_dim), dtype=dtype, device=self._device)
-        into = self._out.view(units, rows * group, head_dim)
+        self._whole = len(of_step.tiles) == 1 and of_step.tiles[0].length == rows
+        """One tile, and so one run, has all rows."""
+        into = self._out.view(1, units, rows * group, head_dim)
         tiles = []
         for tile in of_step.tiles:
             count = tile.length * group
@@ -180,9 +184,10 @@ class StepAttention:
                 (1, units, padded, head_dim), dtype=shape.dtype, device=self._device
             )
             by_head = query[0, :, :count].view(units, tile.length, group, head_dim)
-            past = cache.layers(tile.request_id, 0, tile.keys)
+            keys, values = cache.layers(tile.request_id, 0, tile.keys)
+            past = Layers(tuple(each[None] for each in keys), tuple(each[None] for each in values))
             first = tile.row * group
-            tiles.append(_Tile(tile, query, by_head, past, into[:, first : first + count]))
+            tiles.append(_Tile(tile, query, by_head, past, into[:, :, first : first + count]))
         work = sum(each.query.shape[1] * each.query.shape[2] * each.tile.keys for each in tiles)
         threads = _Threads.count if work >= SHARED and self._device.type == "cpu" else 1
         self._shares = _shared(tiles, units, min(threads, units))
@@ -192,14 +197,13 @@ class StepAttention:
         """Write the new keys and values of a layer (0 is the cache's first) by position, then
         attend.
 
-        `q` [rows, units, group, head_dim], `k` and `v` [rows, units, head_dim]; they are rounded to
+        `q` [units, rows, group, head_dim], `k` and `v` [units, rows, head_dim]; they are rounded to
         the cache's number format. Returns [units, rows, group * head_dim], good until the next
         call; rows outside every tile are zero.
         """
-        q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
         for row, last, keys, values in self._written:
-            keys[layer].copy_(k[:, row:last])
-            values[layer].copy_(v[:, row:last])
+            keys[layer].copy_(k if self._whole else k[:, row:last])
+            values[layer].copy_(v if self._whole else v[:, row:last])
         mine, *others = self._shares
         helpers = [_submit(self._attend, layer, q, share) for share in others]
         with _one_thread(self._device):
@@ -212,14 +216,14 @@ class StepAttention:
         if len(self._shares) > 1:
             q = q[share.units]
         for tile, query, by_head, past, into in share.tiles:
-            by_head.copy_(q[:, tile.row : tile.row + tile.length])
+            by_head.copy_(q if self._whole else q[:, tile.row : tile.row + tile.length])
             mixed = functional.scaled_dot_product_attention(
                 query,
-                past.keys[layer][None],
-                past.values[layer][None],
+                past.keys[layer],
+                past.values[layer],
                 attn_mask=tile.mask if tile.mask is not None else self._mask(tile),
             )
-            into.copy_(mixed[0, :, : into.shape[1]])
+            into.copy_(mixed.narrow(2, 0, into.shape[2]))
 
     def _mask(self, tile: Tile) -> Tensor:
         return _tile_mask(tile.start, tile.length, self._group, self._kv_dtype, self._device)
@@ -240,5 +244,5 @@ def _shared(tiles: Sequence[_Tile], units: int, count: int) -> list[_Share]:
 
 
 def _of_units(whole: _Tile, cut: slice) -> _Tile:
-    past = Layers(*(tuple(layer[cut] for layer in each) for each in whole.past))
-    return _Tile(whole.tile, whole.query[:, cut], whole.by_head[cut], past, whole.into[cut])
+    past = Layers(*(tuple(layer[:, cut] for layer in each) for each in whole.past))
+    return _Tile(whole.tile, whole.query[:, cut], whole.by_head[cut], past, whole.into[:, cut])

@@ -92,7 +92,7 @@ class AttentionHalf:
         return self.out(attend(*self.qkv(h, angles)), owned)
 
     def keys_values(self, h: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
-        """K and V, each [rows, units, head_dim], of `h` [rows, hidden]: in the KV's number format
+        """K and V, each [units, rows, head_dim], of `h` [rows, hidden]: in the KV's number format
         the very bits that `partials` writes, since it is the same product."""
         _, k, v = self.qkv(h, angles)
         return k, v

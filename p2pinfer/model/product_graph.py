@@ -11,7 +11,7 @@ pool for each, their threads keep one another from the cores.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -171,10 +171,18 @@ class _Bound(NamedTuple):
 
 
 class Session:
-    """A graph ready to compute, with inputs and outputs by their names."""
+    """A graph ready to compute, with inputs and outputs by their names.
+
+    `arrange` makes of the outputs, [rows, width] each, what `run` returns: once for the buffers
+    that are kept, so that it may be views only.
+    """
 
     def __init__(
-        self, graph: Graph, inputs: Mapping[str, Value], outputs: Mapping[str, Value]
+        self,
+        graph: Graph,
+        inputs: Mapping[str, Value],
+        outputs: Mapping[str, Value],
+        arrange: Callable[[Sequence[Tensor]], tuple[Tensor, ...]] = tuple,
     ) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = ERRORS_ONLY
@@ -196,14 +204,15 @@ class Session:
         )
         self._inputs = dict(inputs)
         self._outputs = dict(outputs)
+        self._arrange = arrange
         self._rows_together = graph.rows_together
         self._kept: tuple[list[Tensor], list[Tensor]] | None = None
         self._bound: dict[int, _Bound] = {}
 
     @PRODUCTS
     def run(self, rows: int, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Compute the outputs, in their order and each [rows, width], of `inputs`, which have as
-        many elements as theirs. They are good until the next call."""
+        """Compute the outputs of `inputs`, which have the shapes of theirs but for dimensions of 1
+        before. They are good until the next call."""
         filler = -rows % self._rows_together
         if rows > KEPT_ROWS:
             if filler:
@@ -243,7 +252,7 @@ class Session:
             shape = value.of(computed)
             binding.bind_output(name, "cpu", 0, np.float32, shape, memory.data_ptr())
             made.append(memory.view(-1)[: prod(shape)].view(computed, -1)[:rows])
-        return _Bound(tuple(taken), tuple(made), binding)
+        return _Bound(tuple(taken), self._arrange(made), binding)
 
 
 def _described(values: Mapping[str, Value]) -> list[ValueInfoProto]:

@@ -64,13 +64,18 @@ class QuantisedProjection:
                 "sin": angles,
             },
             {name: Value((1, ROWS, width)) for name, width in widths.items()},
+            self._by_unit,
         )
 
     def __call__(self, x: Tensor, angles: Angles, /) -> tuple[Tensor, Tensor, Tensor]:
-        rows, (units, group, dim) = x.shape[0], self._heads
-        q, k, v = self._session.run(rows, x[None], *angles)
-        by_unit = (rows, units, dim)
-        return q.view(rows, units, group, dim), k.view(by_unit), v.view(by_unit)
+        q, k, v = self._session.run(x.shape[0], x, *angles)
+        return q, k, v
+
+    def _by_unit(self, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Queries, keys and values, which come as [rows, units * heads of each * dim]."""
+        units, _, dim = self._heads
+        q, k, v = (each.view(-1, units, each.shape[1] // units // dim, dim) for each in outputs)
+        return q.transpose(0, 1), k[:, :, 0].transpose(0, 1), v[:, :, 0].transpose(0, 1)
 
 
 class QuantisedProducts:

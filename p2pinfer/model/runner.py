@@ -162,8 +162,8 @@ class _Owned:
                     h = functional.pad(h, (0, 0, 0, filler))
                 k, v = half.keys_values(h, angles)
                 for place in places:
-                    stored.keys[index][place] = k[:rows, place]
-                    stored.values[index][place] = v[:rows, place]
+                    stored.keys[index][place] = k[place, :rows]
+                    stored.values[index][place] = v[place, :rows]
                 yield
             if places:
                 cache.wrote(request_id, end)
@@ -225,15 +225,16 @@ class StageRunner:
         of_step = make_rows(runs, self._group, self._kv_dtype, self._device)
         angles = self._angles(self._owned[0].trunk.rope, runs, padded - rows)
         x = torch.zeros((padded, self._hidden), dtype=torch.float32, device=self._device)
+        own = x[:rows]
         reached = 0
         for owned in self._owned:
             trunk = owned.trunk
             if trunk.embedding is not None:
-                x[:rows] = self._embed(trunk.embedding, slots)
+                own.copy_(self._embed(trunk.embedding, slots))
             elif trunk.span.start != reached:
                 hidden = yield NeedHidden(owned.stage)
                 assert hidden is not None
-                x[:rows] = hidden
+                own.copy_(hidden)
             attention = owned.attention(padded, of_step, self._group)
             for index, layer in enumerate(trunk.layers):
                 number = trunk.span.start + index
@@ -241,16 +242,16 @@ class StageRunner:
                 if owned.inputs is not None:
                     owned.inputs.write(index, runs, h)
                 partials = owned.attend(index, h, angles, attention)
-                total = yield self._need(owned, number, ATTENTION, partials, rows)
-                self._add(x[:rows], total, layer.attention_bias)
+                total = yield NeedSum(owned.stage, number, ATTENTION, self._sent(partials, rows))
+                self._add(own, total, layer.attention_bias)
                 partials = owned.multiply(index, trunk.prepared(x, layer.mlp_norm))
-                total = yield self._need(owned, number, MLP, partials, rows)
-                self._add(x[:rows], total, layer.mlp_bias)
+                total = yield NeedSum(owned.stage, number, MLP, self._sent(partials, rows))
+                self._add(own, total, layer.mlp_bias)
             owned.wrote(runs)
             reached = trunk.span.end
             if reached == self._layers:
                 return self._logits(owned, x, slots)
-            yield GiveHidden(owned.stage, x[:rows])
+            yield GiveHidden(owned.stage, own)
         return []
 
     def open(self, request_id: int, positions: int) -> None:
@@ -302,18 +303,17 @@ class StageRunner:
         ids = torch.tensor([token for slot in slots for token in slot.tokens], dtype=torch.int64)
         return embedding[ids].to(self._device, torch.float32)
 
-    def _need(
-        self, owned: _Owned, layer: int, half: int, partials: dict[int, Tensor], rows: int
-    ) -> NeedSum:
-        if self._sum_dtype is not torch.float32 or padded_rows(rows, self._quant) != rows:
-            partials = {unit: p[:rows].to(self._sum_dtype) for unit, p in partials.items()}
-        return NeedSum(owned.stage, layer, half, partials)
+    def _sent(self, partials: dict[int, Tensor], rows: int) -> dict[int, Tensor]:
+        """Partials as they are added up: without filler rows, in the format of sums."""
+        if self._sum_dtype is torch.float32 and padded_rows(rows, self._quant) == rows:
+            return partials
+        return {unit: p[:rows].to(self._sum_dtype) for unit, p in partials.items()}
 
     @staticmethod
     def _add(x: Tensor, total: Tensor | None, bias: Tensor | None) -> None:
         """Add a half layer's sum in place; a row-parallel bias is added once, after it."""
         assert total is not None
-        x += total.to(x.device)
+        x += total if x.is_cpu else total.to(x.device)
         if bias is not None:
             x += bias
 

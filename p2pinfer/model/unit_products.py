@@ -85,8 +85,8 @@ class Projection(Protocol):
     """Queries, keys and values of a layer's head units."""
 
     def __call__(self, x: Tensor, angles: Angles, /) -> tuple[Tensor, Tensor, Tensor]:
-        """Of `x` [rows, in], turned by `angles`: queries [rows, units, group, head_dim] and keys
-        [rows, units, head_dim]; and values [rows, units, head_dim]. Good until the next call."""
+        """Of `x` [rows, in], turned by `angles`: queries [units, rows, group, head_dim] and keys
+        [units, rows, head_dim]; and values [units, rows, head_dim]. Good until the next call."""
         ...
 
     @property
@@ -189,7 +189,7 @@ class Turned:
         turned = rotate(qkv[:, : turning * head_dim].view(rows, turning, head_dim), angles)
         q = turned[:, : units * group].view(rows, units, group, head_dim)
         v = qkv[:, turning * head_dim :].view(rows, units, head_dim)
-        return q, turned[:, units * group :], v
+        return q.transpose(0, 1), turned[:, units * group :].transpose(0, 1), v.transpose(0, 1)
 
 
 class UnitLinears:

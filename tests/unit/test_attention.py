@@ -46,8 +46,8 @@ def attended(cache: KvCache, runs: list[Run], group: int, seed: int) -> list[Ten
     step = StepAttention(
         cache, rows, make_rows(runs, group, cache.shape.dtype, CPU), group, torch.float32
     )
-    q = torch.randn((rows, units, group, HEAD_DIM), generator=draw)
-    k, v = (torch.randn((rows, units, HEAD_DIM), generator=draw) for _ in range(2))
+    q = torch.randn((units, rows, group, HEAD_DIM), generator=draw)
+    k, v = (torch.randn((units, rows, HEAD_DIM), generator=draw) for _ in range(2))
     with torch.no_grad():
         return [step.attend(layer, q, k, v).clone() for layer in range(LAYERS)]
 
@@ -89,7 +89,7 @@ def test_what_a_helper_raises_is_raised() -> None:
     attention.use_threads(2)
     of_step = make_rows([Run(0, 0, keys - 1, keys)], 1, torch.float32, CPU)
     step = StepAttention(cache, 1, of_step, 1, torch.float32)
-    k = torch.zeros((1, 2, HEAD_DIM))
+    k = torch.zeros((2, 1, HEAD_DIM))
     queries_of_one_unit = torch.zeros((1, 1, 1, HEAD_DIM))
     with pytest.raises(RuntimeError, match="shape"):
         step.attend(0, queries_of_one_unit, k, k)

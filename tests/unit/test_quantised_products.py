@@ -189,7 +189,7 @@ def test_a_projection_norms_multiplies_and_turns(heads: Heads, quant: str) -> No
         assert torch.allclose(got, expected, rtol=1e-2, atol=0.05 * expected.abs().max())
     for start, end in ((0, 1), (7, 8), (3, 10), (1, KEPT_ROWS + 2)):
         some = projection(x[start:end], Angles(*(each[start:end] for each in angles)))
-        assert all(torch.equal(a, b[start:end]) for a, b in zip(some, whole, strict=True))
+        assert all(torch.equal(a, b[:, start:end]) for a, b in zip(some, whole, strict=True))
 
 
 @pytest.mark.parametrize("quant", QUANT_FORMATS)
