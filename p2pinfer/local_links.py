@@ -69,13 +69,16 @@ class _Outgoing:
         """Send a frame or keep the rest of it. False: too much waits. Raises `OSError`: broken."""
         if self.unsent_bytes > MAX_UNSENT_BYTES:
             return False
+        self.flush()
         sent = 0
         if not self.unsent:
             with suppress(BlockingIOError):
                 sent = self.link.send(frame)
         if sent < len(frame):
-            self.unsent.append(memoryview(bytes(memoryview(frame)[sent:])))
-            self.unsent_bytes += len(frame) - sent
+            rest = memoryview(frame)[sent:]
+            # Other memory than that of bytes is the sender's again.
+            self.unsent.append(rest if isinstance(frame, bytes) else memoryview(bytes(rest)))
+            self.unsent_bytes += len(rest)
         return True
 
     def flush(self) -> None:

@@ -260,12 +260,16 @@ class StepLinks:
         self._deadline = time.monotonic() + limit_s
 
     def collect(
-        self, box: dict[Key, dict[int, Filed]], key: Key, wanted: Mapping[int, int]
+        self,
+        box: dict[Key, dict[int, Filed]],
+        key: Key,
+        wanted: Mapping[int, int],
+        *,
+        awake: bool = True,
     ) -> dict[int, Filed]:
-        """Wait until `box[key]` has every name in `wanted` and take it.
-
-        `wanted` maps a name (a member, or a vocab unit) to the member that owes it. Raises
-        `StepOverdue`, naming the first that did not come before the step's time was over.
+        """Wait until `box[key]` has every name in `wanted` and take it; not `awake` where that was
+        tried before. `wanted` maps a name (a member, or a vocab unit) to the member that owes it.
+        Raises `StepOverdue`, naming the first that did not come in the step's time.
         """
         began = time.perf_counter()
         try:
@@ -275,15 +279,21 @@ class StepLinks:
                     assert active is not None
                     owing = next(member for name, member in wanted.items() if name not in arrived)
                     raise StepOverdue(active.plan.members[owing].node_id, "a step is overdue")
-                self._poll(self._deadline)
+                self._poll(self._deadline, awake=awake)
         finally:
             self.traffic.wait_s += time.perf_counter() - began
         return box.pop(key, {})
 
-    def receive_due(self, member: int, due: PartialFrame, step: int, layer: int) -> bool:
+    def awake_until(self) -> float:
+        """When a wait that begins now is to sleep (monotonic, seconds)."""
+        return time.monotonic() + self._patience_s
+
+    def receive_due(
+        self, member: int, due: PartialFrame, step: int, layer: int, until: float
+    ) -> bool:
         """Receive the partial of a layer that is due from a member into the memory of `due`, where
-        it comes next on a local link while this node may stay awake. False: `collect` takes what
-        came instead, and waits for what did not come.
+        it comes next on a local link `until` then. False: it did not; what came instead is filed,
+        and `collect` waits for the rest. Raises `StepBroken` as `collect` does.
         """
         active, filed = self._gate.active, self.inbox.partials
         route = self._gate.local_route(member)
@@ -291,7 +301,7 @@ class StepLinks:
             return False
         began = time.monotonic()
         due.stamp(step, self._gate.due(member), layer)
-        size = self.local.receive_into(route, due.memory, began + self._patience_s)
+        size = self.local.receive_into(route, due.memory, until)
         now = time.monotonic()
         self.traffic.wait_s += now - began
         if size == len(due.memory) and due.arrived():
@@ -323,9 +333,10 @@ class StepLinks:
             self._interrupt()
             self.pump()
 
-    def _poll(self, deadline: float) -> None:
+    def _poll(self, deadline: float, *, awake: bool = True) -> None:
         now = time.monotonic()
-        if now - self._events_at < EVENTS_EVERY_S and self.local.glance(self._patience_s):
+        patience_s = self._patience_s if awake else 0.0
+        if now - self._events_at < EVENTS_EVERY_S and self.local.glance(patience_s):
             self._take(far=False)
             return
         left = min(EVENTS_EVERY_S, max(0.0, deadline - now))

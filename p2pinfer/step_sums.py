@@ -8,9 +8,10 @@ are full of weights then, and what is neither made nor looked up again is not wa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Final, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
+import numpy as np
 import torch
 
 from p2pinfer.core import tree
@@ -25,10 +26,8 @@ from p2pinfer.types import Plan
 from p2pinfer.wire.partial_frame import PartialFrame
 
 KEPT_ROWS: Final = 16
-"""Frames of so few rows are kept."""
-
-KEPT_HALVES: Final = 64
-"""Of so many, by stage, half and rows; then they are made anew."""
+"""Frames of so few rows are kept, those of the last number of rows for each half of a stage: a few
+megabytes for the largest of models."""
 
 
 class _Sums:
@@ -47,14 +46,37 @@ class _Sums:
         self.nodes = tuple(nodes)
         self.values = self.tensor.values.unbind()
 
+    def by_node(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """The sums, in place, by their tree nodes."""
+        return zip(self.nodes, self.values, strict=True)
+
+
+class _Addition(NamedTuple):
+    """`result` = `left` + `right`: arrays, where numpy knows their format, and otherwise tensors.
+
+    Between products, which leave no cache as it was, numpy takes half of torch's time.
+    """
+
+    left: Any
+    right: Any
+    result: Any
+
+    def do(self) -> None:
+        """Add them up."""
+        add = torch.add if isinstance(self.left, torch.Tensor) else np.add
+        add(self.left, self.right, out=self.result)
+
 
 class _Half(NamedTuple):
-    """What goes out, and comes in by member, for one half of any layer of a stage."""
+    """What goes out, and comes in by member, for one half of any layer of a stage; how that is
+    added up, and where the total of it lies then."""
 
+    rows: int
     mine: _Sums | None
-    due: tuple[tuple[int, _Sums], ...]
     peers: tuple[int, ...]
-    device: torch.device
+    due: tuple[tuple[int, _Sums], ...]
+    additions: tuple[_Addition, ...]
+    total: torch.Tensor
 
 
 class StepSums:
@@ -63,17 +85,18 @@ class StepSums:
     def __init__(self, topology: Topology, links: StepLinks) -> None:
         self._topology = topology
         self._links = links
-        self._halves: dict[tuple[int, int, int], _Half] = {}
+        self._halves: dict[tuple[int, int], _Half] = {}
 
     def total(self, step: int, need: NeedSum, rows: int) -> torch.Tensor:
         """The sum of these partials and of those of all others, [rows, hidden]: good until the next
         call. Raises `StepBroken` when a peer's frame does not come or is wrong."""
         units = self._topology.units[need.half]
         parts = subtree_sums(need.partials, units) if need.partials else {}
-        if rows <= KEPT_ROWS:
-            self._exchange(step, need, parts, rows)
-            return whole_sum(parts, units)
         role = self._topology.role_of(need.stage)
+        if not role.peers:
+            return whole_sum(parts, units)
+        if rows <= KEPT_ROWS:
+            return self._of_few(step, need, parts, rows)
         if shares := self._topology.shares(role, need.half, rows):
             return self._shared(step, need, parts, shares)
         self._send_new(step, need, parts, role.peers)
@@ -82,39 +105,52 @@ class StepSums:
 
     # --- few rows ---------------------------------------------------------------------------------
 
-    def _exchange(
+    def _of_few(
         self, step: int, need: NeedSum, parts: dict[int, torch.Tensor], rows: int
-    ) -> None:
-        """Send these parts, and add to them what others send: by frames that are kept."""
-        half = self._halves.get((need.stage, need.half, rows)) or self._half(need, parts, rows)
+    ) -> torch.Tensor:
+        """Send these parts and add what others send, by memory that is kept."""
+        half = self._halves.get((need.stage, need.half))
+        if half is None or half.rows != rows:
+            half = self._halves[need.stage, need.half] = self._half(need, parts, rows)
         if half.mine is not None:
             self._send(step, need.layer, half.mine, parts, half.peers)
-        for place, (sender, due) in enumerate(half.due):
-            if not self._links.receive_due(sender, due.frame, step, need.layer):
-                late = [sender for sender, _ in half.due[place:]]
-                self._collect(step, need, parts, rows, late)
-                return
-            if not due.tensor.is_finite():
+        late, until = [], self._links.awake_until()
+        for sender, due in half.due:
+            if not self._links.receive_due(sender, due.frame, step, need.layer, until):
+                late.append(sender)
+            elif not due.tensor.is_finite():
                 raise not_finite(self._id(sender), "a partial")
-            values = due.values
-            if half.device.type != "cpu":
-                values = tuple(value.to(half.device) for value in values)
-            parts.update(zip(due.nodes, values, strict=True))
+        if late:
+            return self._of_late(step, need, half, late)
+        for addition in half.additions:
+            addition.do()
+        return half.total
+
+    def _of_late(self, step: int, need: NeedSum, half: _Half, late: Sequence[int]) -> torch.Tensor:
+        """The sum where the parts of some did not come as they were due."""
+        there = [sums for sender, sums in half.due if sender not in late]
+        if half.mine is not None:
+            there.append(half.mine)
+        parts = {node: value for sums in there for node, value in sums.by_node()}
+        self._collect(step, need, parts, half.rows, late, awake=False)
+        return whole_sum(parts, self._topology.units[need.half])
 
     def _half(self, need: NeedSum, parts: Mapping[int, torch.Tensor], rows: int) -> _Half:
         plan, me = self._topology.plan, self._topology.me
-        role = self._topology.role_of(need.stage)
-        due = [
+        role, units = self._topology.role_of(need.stage), self._topology.units[need.half]
+        mine = _Sums(plan, me, need, tuple(parts), rows) if parts else None
+        due = tuple(
             (sender, _Sums(plan, sender, need, role.parts[need.half][sender], rows))
             for sender in role.senders(need.half)
-        ]
-        device = next(iter(parts.values())).device if parts else torch.device("cpu")
-        mine = _Sums(plan, me, need, tuple(parts), rows) if parts and role.peers else None
-        if len(self._halves) >= KEPT_HALVES:
-            self._halves.clear()
-        half = _Half(mine, tuple(due), role.peers, device)
-        self._halves[need.stage, need.half, rows] = half
-        return half
+        )
+        everything = [*((mine,) if mine else ()), *(sums for _, sums in due)]
+        values = {node: value for sums in everything for node, value in sums.by_node()}
+        additions = []
+        for left, right, result in tree.plan_additions(values, units):
+            values[result] = torch.empty_like(values[left])
+            operands = (_operand(values[node]) for node in (left, right, result))
+            additions.append(_Addition(*operands))
+        return _Half(rows, mine, role.peers, due, tuple(additions), values[tree.root(units)])
 
     # --- many rows --------------------------------------------------------------------------------
 
@@ -169,7 +205,7 @@ class StepSums:
         parts: Mapping[int, torch.Tensor],
         peers: Sequence[int],
     ) -> None:
-        for node, value in zip(sums.nodes, sums.values, strict=True):
+        for node, value in sums.by_node():
             value.copy_(parts[node])
         if not sums.tensor.is_finite():
             raise not_finite(self._id(self._topology.me), "a partial")
@@ -183,6 +219,8 @@ class StepSums:
         parts: dict[int, torch.Tensor],
         rows: int,
         senders: Sequence[int],
+        *,
+        awake: bool = True,
     ) -> None:
         """Wait for the partials of these members, and add them to the parts."""
         if not senders:
@@ -191,6 +229,7 @@ class StepSums:
             self._links.inbox.partials,
             (step, need.layer, need.half),
             {sender: sender for sender in senders},
+            awake=awake,
         )
         device = next(iter(parts.values())).device if parts else torch.device("cpu")
         for sender, partial in arrived.items():
@@ -201,3 +240,8 @@ class StepSums:
 
     def _id(self, member: int) -> str:
         return self._topology.plan.members[member].node_id
+
+
+def _operand(values: torch.Tensor) -> Any:
+    """What is given to an addition: numpy does not know bfloat16."""
+    return values if values.dtype is torch.bfloat16 else values.numpy()

@@ -71,7 +71,7 @@ def check_tensor(node_id: str, tensor: WireTensor, fits: bool, what: str) -> Non
 
 def not_finite(node_id: str, what: str) -> StepBroken:
     """To be raised where a member has computed what is no number."""
-    return StepBroken(node_id, f"{what} that is not finite", broken=True)
+    return StepBroken(node_id, f"{what} not finite", broken=True)
 
 
 def is_finite(tensor: WireTensor) -> bool:

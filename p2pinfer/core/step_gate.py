@@ -186,8 +186,9 @@ class StepGate:
         return self._numbers[member]
 
     def took(self, member: int) -> None:
-        """The frame that was due from a member came on its route, and is what `arrived` would file
-        (whoever called `due` has seen to that)."""
+        """The frame that was due from a member came on its `local_route`, and is one that `arrived`
+        would file: of the fence in force, with the number that was due, of the step in hand, with
+        the parts and the shape that the plan has for it."""
         self._numbers[member] += 1
 
     def arrived(self, route: bytes, nbytes: int, message: ControlMessage | DataFrame) -> Verdict:

@@ -16,7 +16,7 @@ from p2pinfer.wire.messages import Partial
 from p2pinfer.wire.tensors import ITEM_BYTES, Tensor, WireDType
 
 _STAMP = Struct("<qqBBH")
-"""step, link_seq, sender, stage, layer."""
+"""step, link_seq, sender, stage, layer: of these the third and fourth never change."""
 
 _STAMP_AT = codec.HEADER.size + Struct("<qq").size
 assert data_frames.HEADER.format.startswith("<qq" + _STAMP.format[1:]), "these are its fields"
@@ -45,7 +45,7 @@ class PartialFrame:
         start = codec.HEADER.size + data_frames.partial_head_bytes(len(parts))
         self.memory = memoryview(bytearray(start + nbytes))
         self.tensor = Tensor(dtype, whole, self.memory[start:])
-        self.half, self.parts = half, parts
+        self.half = half
         self._sender, self._stage = sender, stage
         empty = Partial(
             fence=fence,

@@ -171,12 +171,17 @@ def test_what_is_put_back_may_begin_no_frame(node: MakeNode) -> None:
     assert here.ends == 1
 
 
-def test_memory_of_the_sender_is_its_own_again(node: MakeNode) -> None:
+def test_memory_of_the_sender_is_its_own_again(
+    node: MakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What did not fit into the socket is kept as it was when it was sent."""
+    monkeypatch.setattr(local_links, "BUFFER_BYTES", 1 << 16)
     here, there = node(), node()
     there.links.reach([here.boot_id])
     memory = bytearray(LARGE)
     assert there.links.send(here.boot_id, memoryview(memory))
+    here.turn(0)
+    assert not here.frames, "the rest of it waits"
     memory[len(memory) // 2 :] = bytes(len(memory) - len(memory) // 2)
     until(lambda: len(here.frames) == 1, here, there)
     assert here.frames == [LARGE]
