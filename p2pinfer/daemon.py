@@ -59,7 +59,7 @@ from p2pinfer.lifeline import die_with_parent
 from p2pinfer.limits import MAX_CONTROL_BYTES, MAX_VOCAB
 from p2pinfer.node_setup import LocalModel, await_worker_ports, node_config, worker_config
 from p2pinfer.pipe import PipeClosed
-from p2pinfer.priority import be_prompt
+from p2pinfer.priority import be_prompt, keep_off
 from p2pinfer.serving import Serving
 from p2pinfer.signals import StopSignals
 from p2pinfer.state_dir import StateDir
@@ -109,6 +109,7 @@ def run_node(settings: NodeSettings) -> int:
     die_with_parent()
     logs.configure()
     model = None if settings.witness else LocalModel.open(settings)
+    keep_off(settings.cpus)
     with StateDir(settings.state_dir) as state, StopSignals() as signals:
         try:
             daemon = Daemon(settings, model, state, signals)

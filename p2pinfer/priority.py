@@ -1,5 +1,5 @@
-"""Giving way to everybody else on this machine who wants to compute; and being there at once when
-one is waited for."""
+"""Giving way to everybody else on this machine who wants to compute, or to the worker on its own
+processors; and being there at once when one is waited for."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 import threading
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib import import_module
@@ -74,6 +75,15 @@ def _be_nice(value: int) -> None:
             usual = os.getpriority(os.PRIO_PROCESS, thread)
             os.setpriority(os.PRIO_PROCESS, thread, max(value, usual))
             _slice(USUAL_NS)
+
+
+def keep_off(cpus: Collection[int]) -> None:
+    """Leave these processors to others, where the calling thread, and those that it starts, may use
+    any besides. Does nothing where the system has no such choice."""
+    if cpus and hasattr(os, "sched_setaffinity"):
+        besides = os.sched_getaffinity(0).difference(cpus)
+        if besides:
+            os.sched_setaffinity(0, besides)
 
 
 def be_prompt() -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from p2pinfer.client import Client
 from p2pinfer.cluster import LocalCluster, free_base_port
+from p2pinfer.config import available_cpus
 from p2pinfer.errors import ClusterError, UsageError
 from p2pinfer.priority import PROMPT_NS, STARTING
 from p2pinfer.types import SamplingParams
@@ -79,6 +80,24 @@ def test_a_node_imports_at_a_low_priority_and_computes_at_the_usual_one(tmp_path
                     if nice == usual and grants_time_slices():
                         slices.add(time_slice(Path(f"/proc/{process.pid}/task/{thread.id}/sched")))
             assert slices == ({PROMPT_NS} if grants_time_slices() else set())
+
+
+@pytest.mark.skipif(available_cpus() < 2, reason="there are no two CPUs")
+@pytest.mark.skipif(sys.platform != "linux", reason="no choice of processors")
+def test_a_pinned_worker_has_its_processors_to_itself(tmp_path: Path) -> None:
+    """Every thread of the node's control process keeps off them."""
+    first, *others = sorted(os.sched_getaffinity(0))
+    with LocalCluster(
+        1, threads=1, base_port=free_base_port(1), folder=tmp_path, pin=True
+    ) as cluster:
+        until(lambda: status(cluster.nodes[0]).get("ready"), what="the node")
+        worker, control = sorted(
+            processes(cluster.nodes[0]), key=lambda process: process.pid, reverse=True
+        )
+        for process, cpus in ((worker, {first}), (control, set(others))):
+            for thread in process.threads():
+                with suppress(ProcessLookupError):  # it has ended meanwhile
+                    assert os.sched_getaffinity(thread.id) == cpus
 
 
 def test_a_node_waits_for_what_is_left_of_its_former_life(tmp_path: Path) -> None:

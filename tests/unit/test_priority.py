@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from p2pinfer.priority import LAST, PROMPT_NS, STARTING, be_last, be_prompt, imported
+from p2pinfer.priority import LAST, PROMPT_NS, STARTING, be_last, be_prompt, imported, keep_off
 from tests.time_slices import grants_time_slices, time_slice
 
 DEADLINE_S = 30.0
@@ -50,6 +50,22 @@ def test_who_is_prompt_has_short_slices_until_it_is_last() -> None:
             helper.submit(be_last).result(DEADLINE_S)
             assert helper.submit(time_slice).result(DEADLINE_S) == usual
     assert time_slice() == usual
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no choice of processors")
+def test_others_keep_off_a_workers_processors() -> None:
+    """Where there are any besides, and nobody else's choice changes."""
+    before = os.sched_getaffinity(0)
+    first = min(before)
+    for cpus, left in (
+        ((), before),
+        ((first,), before - {first} or before),
+        (tuple(before), before),
+    ):
+        with ThreadPoolExecutor(1) as other:
+            other.submit(keep_off, cpus).result(DEADLINE_S)
+            assert other.submit(os.sched_getaffinity, 0).result(DEADLINE_S) == left
+    assert os.sched_getaffinity(0) == before
 
 
 @pytest.fixture
