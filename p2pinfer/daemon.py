@@ -151,9 +151,7 @@ class Daemon:
         with ExitStack() as undo:
             self._pair = self._listen(undo, FORMER_WORKER_S if state.read() else 0.0)
             # Started before the model is hashed: importing torch takes as long.
-            self._worker = WorkerProcess(
-                settings.threads, quant=settings.quant, cores=len(settings.cpus) or None
-            )
+            self._worker = WorkerProcess(settings.threads, quant=settings.quant, cpus=settings.cpus)
             undo.callback(self._worker.stop)
             spec = model.spec(settings, self._hashing) if model else None
             self._serving = Serving(

@@ -114,7 +114,6 @@ def worker_config(
         bulk_port=port + 2,
         device=settings.device,
         threads=settings.threads,
-        cpus=settings.cpus,
         standby=settings.standby,
         copies=str(settings.state_dir.resolve() / COPIES_FOLDER) if spec else "",
         speed=settings.speed,

@@ -31,11 +31,11 @@ In = TypeVar("In", bound=msgspec.Struct)
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The first message to a worker: who it is and what it may use.
 
-    `model` is None for a witness, which holds no model. `cpus` are the CPU numbers to pin to; empty
-    means no pinning. Quantised weights are kept in the folder `copies`. `standby` is how weights
-    are kept for others (`UnitHolder`). No step is overdue before `least_step_s` seconds. `speed`
-    says whether the machine's is to be measured (`measurement.machine_speed`). `local_links`:
-    frames for nodes on this machine go over Unix sockets.
+    `model` is None for a witness, which holds no model. Quantised weights are kept in the folder
+    `copies`. `standby` is how weights are kept for others (`UnitHolder`). No step is overdue before
+    `least_step_s` seconds. `speed` says whether the machine's is to be measured
+    (`measurement.machine_speed`). `local_links`: frames for nodes on this machine go over Unix
+    sockets.
     """
 
     node_id: Identity
@@ -48,7 +48,6 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     bulk_port: int
     device: str
     threads: int
-    cpus: tuple[int, ...] = ()
     standby: str = "auto"
     copies: str = ""
     speed: str = "off"

@@ -77,13 +77,20 @@ def _be_nice(value: int) -> None:
             _slice(USUAL_NS)
 
 
+def stay_on(cpus: Collection[int]) -> None:
+    """Let the calling thread, and those that it starts, use these processors only. Does nothing
+    where the system has no such choice."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cpus)
+
+
 def keep_off(cpus: Collection[int]) -> None:
     """Leave these processors to others, where the calling thread, and those that it starts, may use
     any besides. Does nothing where the system has no such choice."""
     if cpus and hasattr(os, "sched_setaffinity"):
         besides = os.sched_getaffinity(0).difference(cpus)
         if besides:
-            os.sched_setaffinity(0, besides)
+            stay_on(besides)
 
 
 def be_prompt() -> None:

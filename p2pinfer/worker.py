@@ -9,7 +9,6 @@ control plane see a compute loop that hangs. Token logs and KV outlive plans.
 from __future__ import annotations
 
 import gc
-import os
 import select
 import signal
 import time
@@ -457,8 +456,6 @@ def serve(pipe: WorkerPipe) -> None:
         select.select((pipe,), (), ())
     assert isinstance(config, WorkerConfig)
     be_prompt()
-    if config.cpus and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, config.cpus)
     use_threads(config.threads, config.model.quant if config.model else "none")
     torch.set_grad_enabled(False)
     try:

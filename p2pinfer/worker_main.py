@@ -8,14 +8,18 @@ import click
 
 from p2pinfer.lifeline import die_with_parent
 from p2pinfer.pipe import PipeClosed, worker_side
-from p2pinfer.priority import imported
+from p2pinfer.priority import imported, stay_on
 
 
 @click.command()
 @click.option("--pipe-fd", type=int, required=True)
-def main(pipe_fd: int) -> None:
+@click.option("--cpus", default="", help="CPU numbers to be pinned to.")
+def main(pipe_fd: int, cpus: str) -> None:
     """Run a worker; started by the daemon, not by people."""
     die_with_parent()
+    if cpus:
+        # Before it imports: the daemon keeps off these, and other workers compute on its own.
+        stay_on([int(number) for number in cpus.split(",")])
     # Ctrl-C in a terminal reaches the whole group: the daemon alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     pipe = worker_side(pipe_fd)

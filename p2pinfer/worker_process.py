@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Final
 
 from p2pinfer.config import available_cpus
@@ -42,19 +43,20 @@ class WorkerProcess:
         threads: int,
         *,
         quant: str = "none",
-        cores: int | None = None,
+        cpus: Sequence[int] = (),
         module: str = WORKER_MODULE,
     ) -> None:
-        """`cores` are how many processors its threads will have, by default all that this process
-        may use."""
+        """`cpus` are the processors that it is pinned to, by default those that this process may
+        use."""
         here, there = socket.socketpair()
+        pinned = ["--cpus", ",".join(map(str, cpus))] if cpus else []
         with there:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", module, "--pipe-fd", str(there.fileno())],
+                [sys.executable, "-m", module, "--pipe-fd", str(there.fileno()), *pinned],
                 pass_fds=(there.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # stdout is for results
-                env=environment(threads, quant, cores or available_cpus()),
+                env=environment(threads, quant, len(cpus) or available_cpus()),
                 # Not in the terminal's group: Ctrl-C means what the daemon makes of it.
                 process_group=0,
             )

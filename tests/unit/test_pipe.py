@@ -69,7 +69,6 @@ CONFIG = WorkerConfig(
     bulk_port=7722,
     device="cpu",
     threads=1,
-    cpus=(0, 1),
 )
 WITNESS = WorkerConfig(
     node_id="0" * 16,

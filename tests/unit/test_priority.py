@@ -10,7 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from p2pinfer.priority import LAST, PROMPT_NS, STARTING, be_last, be_prompt, imported, keep_off
+from p2pinfer.priority import (
+    LAST,
+    PROMPT_NS,
+    STARTING,
+    be_last,
+    be_prompt,
+    imported,
+    keep_off,
+    stay_on,
+)
 from tests.time_slices import grants_time_slices, time_slice
 
 DEADLINE_S = 30.0
@@ -65,6 +74,9 @@ def test_others_keep_off_a_workers_processors() -> None:
         with ThreadPoolExecutor(1) as other:
             other.submit(keep_off, cpus).result(DEADLINE_S)
             assert other.submit(os.sched_getaffinity, 0).result(DEADLINE_S) == left
+    with ThreadPoolExecutor(1) as other:
+        other.submit(stay_on, (first,)).result(DEADLINE_S)
+        assert other.submit(os.sched_getaffinity, 0).result(DEADLINE_S) == {first}
     assert os.sched_getaffinity(0) == before
 
 
