@@ -76,7 +76,6 @@ class _Outgoing:
                 sent = self.link.send(frame)
         if sent < len(frame):
             rest = memoryview(frame)[sent:]
-            # Other memory than that of bytes is the sender's again.
             self.unsent.append(rest if isinstance(frame, bytes) else memoryview(bytes(rest)))
             self.unsent_bytes += len(rest)
         return True
@@ -235,7 +234,8 @@ class LocalLinks:
     # --- frames -----------------------------------------------------------------------------------
 
     def send(self, boot_id: str, frame: Frame) -> bool:
-        """Send a frame, or keep a copy of what does not fit until `read`.
+        """Send a frame, or keep what does not fit until `read`; memory that is not bytes is the
+        caller's again.
 
         False: there is no connection to that peer, it broke, or too much waits for the peer; the
         peer is then given up.

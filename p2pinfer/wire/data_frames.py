@@ -47,7 +47,7 @@ _ENTRIES_AT = Struct("<qqqqBBHBB").size
 assert HEADER.format.startswith("<qqqqBBHBBH"), "these are its fields"
 
 HEADS = 4096
-"""Heads of partials that are remembered, in each direction: they come again with every step."""
+"""Heads of partials that are remembered when they are read: they come again with every step."""
 
 ALIGNMENT = 16
 """Tables are padded to this many bytes, so that tensors start aligned within the frame."""
@@ -382,7 +382,9 @@ def pack(frame: DataFrame) -> list[bytes | memoryview]:
         raise LocalProtocolError(f"{kind.__name__} cannot be sent: {cause}") from cause
 
 
-def _written(frame: DataFrame, fields: _Fields) -> list[bytes | memoryview]:
+def _written(
+    frame: DataFrame, fields: _Fields, layer: int = 0, half: int = 0
+) -> list[bytes | memoryview]:
     header = Header(
         frame.fence.term,
         frame.fence.epoch,
@@ -390,8 +392,8 @@ def _written(frame: DataFrame, fields: _Fields) -> list[bytes | memoryview]:
         frame.link_seq,
         frame.sender,
         fields.stage,
-        0,
-        0,
+        layer,
+        half,
         fields.dtype,
         fields.entries,
         fields.rows,
@@ -402,35 +404,13 @@ def _written(frame: DataFrame, fields: _Fields) -> list[bytes | memoryview]:
 
 
 def _write_partial(frame: Partial) -> list[bytes | memoryview]:
-    before, after = _partial_bytes(
-        _PartialHead(
-            frame.fence,
-            frame.sender,
-            frame.stage,
-            frame.layer,
-            frame.half,
-            frame.parts,
-            frame.tensor.dtype,
-            frame.tensor.shape,  # type: ignore[arg-type] # checked there
-        )
-    )
-    if frame.step < 0 or frame.link_seq < 0:
-        raise ValueError(f"step is {frame.step}, link_seq {frame.link_seq}")
-    return [before, _MOVING.pack(frame.step, frame.link_seq), after, frame.tensor.data]
-
-
-@lru_cache(maxsize=HEADS)
-def _partial_bytes(head: _PartialHead) -> tuple[bytes, bytes]:
-    """Header and table of a partial as they are before and after step and link_seq."""
-    _check_parts(head.parts)
-    count, rows, cols = head.shape
-    if count != len(head.parts):
-        raise ValueError(f"{len(head.parts)} parts but a tensor of {count}")
-    place = (head.sender, head.stage, head.layer, head.half)
-    header = Header(head.fence.term, head.fence.epoch, 0, 0, *place, head.dtype, count, rows, cols)
-    _check_header(Partial, header)
-    packed = HEADER.pack(*header) + _table(count).pack(*head.parts)
-    return packed[:_BEFORE], packed[_AFTER:]
+    _check_parts(frame.parts)
+    count, rows, cols = frame.tensor.shape
+    if count != len(frame.parts):
+        raise ValueError(f"{len(frame.parts)} parts but a tensor of {count}")
+    prefix = _table(count).pack(*frame.parts)
+    fields = _Fields(frame.stage, count, rows, cols, prefix, (frame.tensor,), frame.tensor.dtype)
+    return _written(frame, fields, frame.layer, frame.half)
 
 
 def _write_hidden(frame: Hidden) -> list[bytes | memoryview]:

@@ -91,10 +91,10 @@ def test_a_pinned_worker_has_its_processors_to_itself(tmp_path: Path) -> None:
         1, threads=1, base_port=free_base_port(1), folder=tmp_path, pin=True
     ) as cluster:
         until(lambda: status(cluster.nodes[0]).get("ready"), what="the node")
-        worker, control = sorted(
-            processes(cluster.nodes[0]), key=lambda process: process.pid, reverse=True
-        )
-        for process, cpus in ((worker, {first}), (control, set(others))):
+        found = processes(cluster.nodes[0])
+        assert len(found) == 2
+        for process in found:
+            cpus = set(others) if process.pid == cluster.nodes[0].pid else {first}
             for thread in process.threads():
                 with suppress(ProcessLookupError):  # it has ended meanwhile
                     assert os.sched_getaffinity(thread.id) == cpus
