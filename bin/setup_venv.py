@@ -49,7 +49,13 @@ def install(folder: Path, extras: list[str]) -> bool:
     target = f"{root}[{','.join(extras)}]" if extras else root
     pip = (folder / "bin" / "python", "-m", "pip", "--disable-pip-version-check")
     pins = ("--constraint", root / "constraints.txt")
-    return runs(*pip, "install", "--quiet", *pins, "--editable", target)
+    if not runs(*pip, "install", "--quiet", "--no-compile", *pins, "--editable", target):
+        return False
+    # pip would compile on one processor. What some packages have for other Pythons does not
+    # compile, and need not.
+    python, packages = folder / "bin" / "python", folder / "lib"
+    runs(python, "-m", "compileall", "-qq", "-j", "0", packages)
+    return True
 
 
 def main(arguments: list[str]) -> int:

@@ -30,6 +30,7 @@ from p2pinfer.bench.inputs import (
     spread,
 )
 from p2pinfer.bench.reference import Reference
+from p2pinfer.bench.settling import settle
 from p2pinfer.client import Client
 from p2pinfer.core.units import unit_count, unit_read_bytes
 from p2pinfer.errors import UsageError
@@ -103,6 +104,7 @@ def _measure_cluster(
     began = time.perf_counter()
     with local_cluster(settings, folder, tell, speed="measure") as cluster:
         load_s = time.perf_counter() - began
+        settle(cluster, tell)
         addresses = [node.address for node in cluster.nodes]
         client = Client(addresses, retry_for=0)  # a reply that moved is no measurement
         replies, references = _runs(settings, spec, client, reference, tell)

@@ -27,8 +27,14 @@ from p2pinfer.bench.inputs import (
     prompt_of,
     spread,
 )
-from p2pinfer.client import Client
-from p2pinfer.cluster import STATUS_S, LocalCluster, LocalNode
+from p2pinfer.bench.settling import (
+    LOOK_S,
+    PATIENCE_S,
+    await_protection,
+    counters,
+    settled_counters,
+)
+from p2pinfer.cluster import LocalCluster, LocalNode
 from p2pinfer.config import NodeSettings
 from p2pinfer.errors import ClusterError, UsageError
 from p2pinfer.logs import request_label
@@ -45,16 +51,6 @@ RUNGS: dict[str, dict[str, Any]] = {
 VICTIMS = ("second", "leader", "follower", "serving")
 """Who may be killed, beside a node's name: the owner of the second run of head units, the leader,
 the last node that does not lead, the node that the client speaks to."""
-
-NEAR = 16
-"""Positions that a standby may be behind of each unit and still count as up to date: those of the
-last steps, which its owner has not sent yet."""
-
-PATIENCE_S = 120.0
-"""How long replicas may take to be up to date, and nodes to write down that a reply goes on."""
-
-LOOK_S = 0.1
-"""Workers report their counters as often."""
 
 GAPS_KEPT = 64
 """Times between tokens that are kept before the kill, and as many after it."""
@@ -167,14 +163,16 @@ def one_run(settings: Settings, rung: str, spec: ModelSpec, folder: Path, tell: 
     with local_cluster(settings, folder, tell, **RUNGS[rung]) as cluster:
         victim, through = chosen(cluster, settings.victim)
         rest = [node for node in cluster.nodes if node is not victim]
-        await_protection(cluster, rung)
+        if RUNGS[rung]["replicas"]:
+            await_protection(cluster)
         tell("the reply undisturbed")
         truth = Following(through, prompt, greedy(settings.max_tokens)).whole()
         tell(f"the reply, and {victim.name} is killed in the middle of it")
         start = counters(cluster.nodes)
         reply = Following(through, prompt, greedy(settings.max_tokens))
         reply.await_tokens(settings.kill_after)
-        await_protection(cluster, rung)
+        if RUNGS[rung]["replicas"]:
+            await_protection(cluster)
         before = counters(cluster.nodes)
         if len(reply.tokens) >= settings.max_tokens:
             raise ClusterError(
@@ -287,55 +285,6 @@ def await_resumed(
                     return fact
         time.sleep(LOOK_S)
     raise ClusterError("internal", f"no node says that the reply went on without {victim.name}")
-
-
-def counters(nodes: Sequence[LocalNode]) -> dict[str, dict[str, Any]]:
-    """By name, the counters of each node's worker, with the bytes of kept inputs."""
-    found = {}
-    for node in nodes:
-        status = Client([node.address], timeout=STATUS_S).status()
-        own = next(row for row in status["members"] if row["name"] == node.name)
-        kept = own["kv"].get("inputs_bytes", 0)
-        found[node.name] = status["counters"] | {"inputs_bytes": kept}
-    return found
-
-
-def settled_counters(nodes: Sequence[LocalNode]) -> dict[str, dict[str, Any]]:
-    """The same, once nothing moves any more."""
-    deadline = time.monotonic() + PATIENCE_S
-    before = counters(nodes)
-    while time.monotonic() < deadline:
-        time.sleep(5 * LOOK_S)
-        now = counters(nodes)
-        still = ("steps", "bytes_sent", "delta_bytes_sent", "delta_bytes_received")
-        if all(row[key] == before[name][key] for name, row in now.items() for key in still):
-            return now
-        before = now
-    raise ClusterError("internal", "the nodes do not come to rest after the reply")
-
-
-def is_protected(rows: Mapping[str, Mapping[str, Any]], near: int = NEAR) -> bool:
-    """Whether all nodes have the weights of what they keep for others, of which there is some, and
-    lack at most `near` positions of each unit."""
-    wanted = sum(row["standby_units_wanted"] for row in rows.values())
-    return wanted > 0 and all(
-        row["standby_units_ready"] == row["standby_units_wanted"]
-        and row["standby_lacks"] <= near * row["standby_units_wanted"]
-        and not row["replicas_held"]
-        for row in rows.values()
-    )
-
-
-def await_protection(cluster: LocalCluster, rung: str) -> None:
-    """Wait until every replica is up to date; without replicas that is at once."""
-    if not RUNGS[rung]["replicas"]:
-        return
-    deadline = time.monotonic() + PATIENCE_S
-    while not is_protected(counters(cluster.nodes)):
-        cluster.check_alive()
-        if time.monotonic() > deadline:
-            raise ClusterError("not_ready", f"no replica of all after {PATIENCE_S:g} s")
-        time.sleep(LOOK_S)
 
 
 def protection_bytes(row: Mapping[str, Any]) -> int:

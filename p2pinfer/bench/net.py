@@ -15,6 +15,7 @@ from typing import Any
 
 from p2pinfer.bench.budget import Budget, token_budget
 from p2pinfer.bench.inputs import Inputs, Tell, local_cluster, open_model, prompt_of, spread
+from p2pinfer.bench.settling import settle
 from p2pinfer.bench.traffic import (
     Link,
     expected_step_ms,
@@ -105,6 +106,7 @@ def _addresses(settings: Settings, tell: Tell) -> Iterator[Sequence[str]]:
         return
     folder, _ = open_model(settings, tell)
     with local_cluster(settings, folder, tell) as cluster:
+        settle(cluster, tell)
         yield [node.address for node in cluster.nodes]
 
 

@@ -19,18 +19,11 @@ from typing import Any
 
 import psutil
 
-from p2pinfer.bench.failover import (
-    LOOK_S,
-    PATIENCE_S,
-    RUNGS,
-    Settings,
-    await_protection,
-    counters,
-    is_protected,
-)
+from p2pinfer.bench.failover import RUNGS, Settings
 from p2pinfer.bench.following import Following, greedy
 from p2pinfer.bench.inputs import Tell, local_cluster, prompt_of, spread
 from p2pinfer.bench.intervals import median_interval
+from p2pinfer.bench.settling import LOOK_S, PATIENCE_S, await_protection, counters, is_protected
 from p2pinfer.cluster import LocalCluster
 from p2pinfer.errors import ClusterError, UsageError
 from p2pinfer.types import ModelSpec
@@ -108,7 +101,7 @@ def measure_protection(
         )
     pairs = Pairs()
     with local_cluster(settings, folder, tell, **RUNGS["replica"]) as cluster:
-        await_protection(cluster, "replica")
+        await_protection(cluster)
         switch = Switch(cluster)
         addresses = [node.address for node in cluster.nodes]
         while len(pairs) < settings.pairs:

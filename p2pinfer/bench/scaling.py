@@ -24,6 +24,7 @@ from p2pinfer.bench.inputs import (
     prompt_of,
     spread,
 )
+from p2pinfer.bench.settling import settle
 from p2pinfer.cluster import check_ports
 from p2pinfer.config import available_cpus
 from p2pinfer.errors import UsageError
@@ -129,6 +130,7 @@ def _runs(
     own = replace(settings, nodes=nodes, threads=settings.threads_of(nodes))
     found: dict[Point, list[Together]] = {point: [] for point in points}
     with local_cluster(own, folder, tell) as cluster:
+        settle(cluster, tell)
         addresses = [node.address for node in cluster.nodes]
         tell(f"nodes: {nodes}; warming up")
         _ask(settings, spec, addresses, points[0], 0)

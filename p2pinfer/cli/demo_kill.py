@@ -12,8 +12,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from p2pinfer.bench.failover import await_protection
 from p2pinfer.bench.following import Following, longest_gap
+from p2pinfer.bench.settling import await_protection
 from p2pinfer.client import Client
 from p2pinfer.cluster import LocalCluster, LocalNode
 from p2pinfer.errors import ClusterError
@@ -96,7 +96,7 @@ class KillPlay:
 
     def scenes(self) -> Iterator[Scene]:
         """What is to be seen, again and again until the story is told. Raises `ClusterError`."""
-        await_protection(self._cluster, "replica")
+        await_protection(self._cluster)
         members = self._members()
         homes = {unit: m["name"] for m in members for unit in m["head_units"]}
         scene = Scene(self._prompt, homes, members)

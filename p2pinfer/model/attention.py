@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -115,11 +116,18 @@ def _tile_mask(
     rows = length * group
     padded = -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
     mask = torch.zeros((1, 1, padded, keys), dtype=dtype, device=device)
-    positions = torch.arange(start, start + length, device=device).repeat_interleave(group)
-    tail = torch.arange(keys - BLOCK_POSITIONS, keys, device=device)
-    hidden = tail[None, :] > positions[:, None]
-    mask[0, 0, :rows, keys - BLOCK_POSITIONS :].masked_fill_(hidden, float("-inf"))
+    first = start % BLOCK_POSITIONS
+    seen = _block_mask(group, dtype, device)[first * group : first * group + rows]
+    mask[0, 0, :rows, keys - BLOCK_POSITIONS :] = seen
     return mask
+
+
+@lru_cache(maxsize=16)
+def _block_mask(group: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What each query row of a block sees of the keys of the block: [64 * group, 64]."""
+    shape = BLOCK_POSITIONS, BLOCK_POSITIONS
+    hidden = torch.full(shape, float("-inf"), dtype=dtype, device=device).triu(1)
+    return hidden.repeat_interleave(group, dim=0)
 
 
 @contextmanager

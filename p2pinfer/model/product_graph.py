@@ -37,8 +37,7 @@ ACCURACY_LEVEL = 4
 
 ROWS_TOGETHER = 2
 """Of int4 weights in blocks of 64 and more, the last of an odd number of rows would take another
-kernel, with other bits: a row of zeros makes the number even. That costs little, since it reads the
-same weights."""
+kernel, with other bits: a row of zeros makes the number even. That costs a fifth of a product."""
 
 KEPT_ROWS = 16
 """Buffers for so many rows stay, for steps of any fewer: those of a prefill would take hundreds of

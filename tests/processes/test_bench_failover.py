@@ -37,11 +37,17 @@ def bench(folder: Path, *flags: str) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(DEADLINE_S)
-def test_each_rung_is_run_and_measured(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "rungs",
+    [("replay", "replica"), pytest.param(available_rungs(), marks=pytest.mark.long)],
+    ids=len,
+)
+def test_each_rung_is_run_and_measured(rungs: tuple[str, ...], tmp_path: Path) -> None:
     """The same kill by each: tokens as without it, phases within the pause, and what it cost."""
     report = tmp_path / "report"
-    found = bench(tmp_path, "--nodes", "3", "--pairs", "1", "--report", str(report))
-    assert tuple(found["rungs"]) == available_rungs()
+    asked = ["--nodes", "3", "--rungs", ",".join(rungs), "--pairs", "1"]
+    found = bench(tmp_path, *asked, "--report", str(report))
+    assert tuple(found["rungs"]) == rungs
     assert found["same_tokens_by_all"]
     for rung, row in found["rungs"].items():
         assert row["tokens_equal"], rung

@@ -17,6 +17,7 @@ from p2pinfer.bench.failover_report import shown, summary_lines, table, write_re
 from p2pinfer.bench.following import Following, longest_gap
 from p2pinfer.bench.intervals import median_interval
 from p2pinfer.bench.protection import cost, halves
+from p2pinfer.bench.settling import NEAR, is_protected
 from p2pinfer.cli import root
 from p2pinfer.cluster import LocalNode
 from p2pinfer.errors import ClusterError, UsageError
@@ -169,7 +170,7 @@ def row(**values: Any) -> dict[str, Any]:
     return {
         "standby_units_wanted": 4,
         "standby_units_ready": 4,
-        "standby_lacks": 4 * f.NEAR,
+        "standby_lacks": 4 * NEAR,
         "replicas_held": False,
         "delta_bytes_sent": 10,
         "bytes_sent": 100,
@@ -179,10 +180,10 @@ def row(**values: Any) -> dict[str, Any]:
 def test_protected_is_what_has_all_replicas_up_to_date() -> None:
     """With weights ready, hardly a position lacking, and nothing held; and with any at all."""
     idle = row(standby_units_wanted=0, standby_units_ready=0, standby_lacks=0)
-    assert f.is_protected({"a": row(), "b": idle})
-    assert not f.is_protected({"b": idle})
+    assert is_protected({"a": row(), "b": idle})
+    assert not is_protected({"b": idle})
     for lack in ({"standby_units_ready": 3}, {"standby_lacks": 65}, {"replicas_held": True}):
-        assert not f.is_protected({"a": row(), "b": row(**lack)})
+        assert not is_protected({"a": row(), "b": row(**lack)})
 
 
 def test_bytes_of_the_victim_count_up_to_its_end() -> None:
