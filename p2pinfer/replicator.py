@@ -27,14 +27,9 @@ STEP_BYTES = 1 << 20
 STEP_FRAMES = 16
 """Sent of what finished steps have written, between two steps: more requests take turns."""
 
-SEND_EVERY_STEPS = 2
 SEND_EVERY_S = 0.01
-"""What is written in so many steps, and in that time, goes together: a frame costs more than the
-few rows that it brings, and to compute these again costs a standby that takes over nothing but one
-small step."""
-
-SEND_AFTER_S = 0.1
-"""Steps that take longer are not waited for."""
+"""What steps write in that time goes together: a frame costs more than the few rows of a fast step,
+and to compute these again costs a standby that takes over nothing but one small step."""
 
 SLOW_STEP_S = 0.02
 """A step that takes longer leaves room for more in proportion."""
@@ -109,8 +104,6 @@ class Replicator:
         self._began = 0.0
         self._stepped = 0.0
         self._sent = 0.0
-        self._steps = 0
-        """Finished since then."""
         self._asked = 0.0
         self._frames = STEP_FRAMES
         self._to_read = self._to_answer = STEP_BYTES
@@ -144,7 +137,6 @@ class Replicator:
             for slot in step.slots:
                 before = self._unsent.get(slot.request_id)
                 self._unsent[slot.request_id] = _joined(before, slot) if before else slot
-            self._steps += 1
         self._stepped = time.monotonic()
         self._refill(max(1.0, (self._stepped - self._began) / SLOW_STEP_S))
 
@@ -182,7 +174,7 @@ class Replicator:
             self._relink(member)
         if self._halted:
             return self._read(now)
-        sent = (idle or self._is_time(now)) and self._send_finished(now)
+        sent = (idle or now >= self._sent + SEND_EVERY_S) and self._send_finished(now)
         read = self._read(now)
         answered = self._answer()
         if now >= self._asked + ASK_EVERY_S:
@@ -208,12 +200,6 @@ class Replicator:
 
     # --- the owner's side -------------------------------------------------------------------------
 
-    def _is_time(self, now: float) -> bool:
-        """To send what steps have written since the last time."""
-        after = now - self._sent
-        enough = self._steps >= SEND_EVERY_STEPS and after >= SEND_EVERY_S
-        return enough or after >= SEND_AFTER_S
-
     def _send_finished(self, now: float) -> bool:
         some = bool(self._unsent) and self._frames > 0
         while self._unsent and self._frames > 0:
@@ -222,7 +208,7 @@ class Replicator:
                 self._frames -= 1
                 self._send(piece)
         if some and not self._unsent:
-            self._sent, self._steps = now, 0
+            self._sent = now
         return some
 
     def _answer(self) -> bool:

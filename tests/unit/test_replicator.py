@@ -11,7 +11,7 @@ import pytest
 
 from p2pinfer.core.coverage import KvUnit
 from p2pinfer.core.units import kv_bytes_per_position
-from p2pinfer.replicator import DRAIN_S, IDLE_AFTER_S, SEND_EVERY_STEPS, STEP_FRAMES, partners
+from p2pinfer.replicator import DRAIN_S, IDLE_AFTER_S, STEP_FRAMES, partners
 from p2pinfer.types import Fence
 from p2pinfer.wire.messages import Credit, KvDelta, KvRequest
 from p2pinfer.wire.tensors import Tensor, WireDType
@@ -81,23 +81,6 @@ def test_a_replica_follows_step_by_step(bench: Bench) -> None:
         assert heads % (2 * HEADS) == 0
         assert 1 <= heads // (2 * HEADS) <= 5
         assert node.links.traffic.received_bytes == node.links.traffic.sent_bytes
-
-
-def test_what_few_steps_have_written_goes_together(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """While steps are short: in one frame for each unit. The first one's goes at once."""
-    monkeypatch.setattr("p2pinfer.replicator.SEND_EVERY_S", 0.0)
-    monkeypatch.setattr("p2pinfer.replicator.SEND_AFTER_S", 600.0)
-    monkeypatch.setattr("p2pinfer.replicator.IDLE_AFTER_S", 600.0)
-    one = in_force(bench)[0]
-    sent = []
-    for position in range(2 * SEND_EVERY_STEPS):
-        one.finish(one.begin(slot(position, 1)))
-        one.replicator.turn()
-        sent.append(one.links.traffic.sent_bytes)
-    alone, together = 2 * (HEADS + ROW), 2 * (HEADS + SEND_EVERY_STEPS * ROW)
-    assert sent == [alone + number // SEND_EVERY_STEPS * together for number in range(len(sent))]
 
 
 def test_what_a_standby_missed_it_asks_for(bench: Bench) -> None:
