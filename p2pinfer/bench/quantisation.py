@@ -41,7 +41,7 @@ OUTLIER = 1000.0
 FORMATS = {
     f"int{bits} block {block}": BlockFormat(bits=bits, block=block, zero_points=bits == 4)
     for bits in (8, 4)
-    for block in (32, 64, 128)
+    for block in (32, 64, 128, 256)
 }
 
 PRODUCT = (512, 2048, 64)

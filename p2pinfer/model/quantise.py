@@ -1,8 +1,8 @@
 """Weights by block: small integers with a scale, and for int4 a zero point, per block of a row.
 
 int8 is symmetric: 127 is the largest magnitude of the block. int4 is asymmetric: 0 and 15 are its
-least and greatest value, or zero where that lies outside; or nine tenths of both, where that leaves
-a smaller squared error: few weights lie beyond, and all others are nearer. The layout is that of
+least and greatest value, or zero where that lies outside; or a part of both, where that leaves a
+smaller squared error: few weights lie beyond, and all others are nearer. The layout is that of
 onnxruntime's `MatMulNBits`. Outliers of a few input features spoil the blocks in which they lie and
 no others.
 """
@@ -21,7 +21,7 @@ from p2pinfer.core.units import BlockFormat
 SYMMETRIC_ZERO = 128
 """What stands for zero in unsigned bytes."""
 
-RANGES = (1.0, 0.9)
+RANGES = (1.0, 0.92, 0.84, 0.76)
 """What part of a block's range int4 may stand for; each more to try takes as long again."""
 
 PORTION_WEIGHTS = 1 << 19

@@ -29,7 +29,7 @@ from p2pinfer.model.safetensors_file import TensorInfo, read_header
 from p2pinfer.model.unit_products import Columns, Rows
 from p2pinfer.types import ModelSpec
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """To be raised by whoever changes what `model/quantise` makes of a weight, or how it lies here."""
 
 SUFFIX = ".safetensors"

@@ -25,7 +25,7 @@ def test_no_weight_is_further_off_than_half_a_scale(
     quant: str, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
     """Rounding is to the nearest integer, in every block, the last one too. At the ends of int4's
-    range, where the zero point is rounded as well, and a tenth may be cut off, it may be more."""
+    range, where the zero point is rounded as well, and some may be cut off, it may be more."""
     torch.manual_seed(shape[1])
     weight = torch.randn(shape).to(dtype)
     weight[0, 0] = 100.0
@@ -36,16 +36,18 @@ def test_no_weight_is_further_off_than_half_a_scale(
     beyond = 1.01 + 15 * (1 / min(RANGES) - 1)
     assert (off <= (beyond if form.zero_points else 0.501) * scales).all()
     assert (off > 1.01 * scales).sum() <= off.numel() / 16, "few are cut off"
-    assert (off[1:] < 0.6).all(), "an outlier spoils its own block only"
+    assert (off[1:] < 1).all(), "an outlier spoils its own block only"
 
 
 def test_int4_takes_the_range_with_the_smaller_error() -> None:
     """One weight of many at the end of the range is cut off, many there are not."""
-    weight = torch.linspace(-1, 1, 128).repeat(2, 1)
+    weight = torch.linspace(-1, 1, 256).repeat(2, 1)
     weight[:, 0], weight[:, -1] = -1.3, 1.3
-    weight[1, 1:30], weight[1, -30:] = -1.3, 1.3
+    weight[1, 1:60], weight[1, -60:] = -1.3, 1.3
     scales = quantise(weight, QUANT_FORMATS["int4"]).scales
-    assert torch.allclose(scales, torch.tensor([[min(RANGES) * 2.6 / 15], [2.6 / 15]]))
+    best = 0.84  # the steps of a smaller part would be finer, but the ends further off
+    assert best in RANGES
+    assert torch.allclose(scales, torch.tensor([[best * 2.6 / 15], [2.6 / 15]]))
 
 
 @pytest.mark.parametrize("quant", QUANT_FORMATS)
@@ -74,9 +76,9 @@ def test_large_weights_are_quantised_in_portions_and_alike() -> None:
 
 def test_the_layout_is_the_product_librarys() -> None:
     """The earlier of two weights, and of two blocks' zero points, is the lower half of a byte."""
-    weight = torch.zeros(1, 256)
-    weight[0, :128:2], weight[0, 1] = 15.0, 3.0
-    weight[0, 128::2], weight[0, 129] = -15.0, -3.0
+    weight = torch.zeros(1, 512)
+    weight[0, :256:2], weight[0, 1] = 15.0, 3.0
+    weight[0, 256::2], weight[0, 257] = -15.0, -3.0
     quantised = quantise(weight, QUANT_FORMATS["int4"])
     assert quantised.zeros is not None
     assert quantised.scales.tolist() == [[1.0, 1.0]]
