@@ -20,12 +20,17 @@ from p2pinfer.core.holdings import owners_of, sender_of_hidden, stage_members
 from p2pinfer.core.units import unit_count, unit_read_bytes
 from p2pinfer.types import Member, ModelSpec, Plan, UnitKind
 
-HALF_LAYER_S = 0.0002
-"""What a half layer takes beside its products: norms, attention over a short context, calls."""
+QUANTISED_HALF_S = 0.00015
+HALF_LAYER_S = 0.0005
+"""What a half layer takes beside its products: norms, attention over a short context, calls. With
+quantised weights most of these are part of what the product library computes."""
 
-EXCHANGE_S = 0.0004
-"""An exchange of sums between processes of one machine, with the waiting for the last to be ready;
-of which the message itself takes a tenth."""
+EXCHANGE_S = 0.0001
+"""An exchange of sums between processes of one machine, without waiting for the others."""
+
+WAITING = 0.1
+"""Of what a crew computes: so much longer each exchange makes all wait for the last one, who is
+another every time."""
 
 PEER_S = 0.00005
 """Each further member of a stage is one more message to send and to read."""
@@ -97,19 +102,22 @@ def predict(plan: Plan) -> Prediction | None:
         [plan.members[i] for i in stage_members(plan, number)] for number in range(len(plan.stages))
     ]
     compute, exchange = STEP_S, 0.0
+    beside = HALF_LAYER_S if plan.model.quant == "none" else QUANTISED_HALF_S
     for number, crew in enumerate(crews):
         speeds, trip = rates(crew), _longest(combinations(crew, 2))
         if speeds is None or trip is None:
             return None
         stage = plan.stages[number]
         depth = stage.end - stage.start
+        before = compute
         for kind, owners in zip(UnitKind, owners_of(stage), strict=True):
             slowest = _slowest_s(plan, kind, owners, speeds)
             if kind is UnitKind.VOCAB:
                 compute += slowest
             else:
-                compute += depth * (slowest + HALF_LAYER_S)
+                compute += depth * (slowest + beside)
                 exchange += depth * _exchange_s(plan.model, kind, owners, crew, trip)
+        exchange += WAITING * (compute - before) if len(crew) > 1 else 0.0
     handover = _handovers_s(plan, crews)
     return None if handover is None else Prediction(compute, exchange, handover)
 

@@ -50,7 +50,7 @@ class BlockFormat(NamedTuple):
 
 
 QUANT_FORMATS = {
-    "int8": BlockFormat(bits=8, block=64, zero_points=False),
+    "int8": BlockFormat(bits=8, block=256, zero_points=False),
     "int4": BlockFormat(bits=4, block=256, zero_points=True),
 }
 """By the names of `ModelSpec.quant`, but for `none`."""

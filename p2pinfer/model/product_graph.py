@@ -36,8 +36,12 @@ ACCURACY_LEVEL = 4
 """Inputs as int8 by block."""
 
 ROWS_TOGETHER = 2
-"""Of int4 weights in blocks of 64 and more, the last of an odd number of rows would take another
-kernel, with other bits: a row of zeros makes the number even. That costs a fifth of a product."""
+"""Of weights in large blocks the last of an odd number of rows would take another kernel, with
+other bits: a row of zeros makes the number even. That costs a fifth of an int4 product, and nothing
+of an int8 one, which waits for the memory."""
+
+SMALL_BLOCKS = 32
+"""Of these, whatever their bits, a row's bits are the same in any number of rows."""
 
 KEPT_ROWS = 16
 """Buffers for so many rows stay, for steps of any fewer: those of a prefill would take hundreds of
@@ -86,7 +90,7 @@ class Graph:
             names.append(f"{out}.zeros")
             parts.append(weight.zeros)
         self.weights.update(zip(names, parts, strict=True))
-        if weight.form.bits == 4:
+        if weight.form.block > SMALL_BLOCKS:
             self.rows_together = ROWS_TOGETHER
         result = out if weight.bias is None else f"{out}.unbiased"
         self.node(

@@ -121,9 +121,9 @@ def test_bytes_follow_the_number_format() -> None:
     assert kv_bytes_per_position(model(kv_dtype=DType.FLOAT32), 3) == 2 * 64 * 3 * 4
 
 
-@pytest.mark.parametrize(("quant", "read", "held"), [("int8", 136, 152), ("int4", 66.25, 70.25)])
+@pytest.mark.parametrize(("quant", "read", "held"), [("int8", 130, 134), ("int4", 66.25, 70.25)])
 def test_quantised_weights_count_with_their_scales(quant: str, read: float, held: float) -> None:
-    """Per block (of 64, int4 of 256) the values, a scale and a zero point; held are three words in
+    """Per block of 256 the values, a scale and, of int4, a zero point; held are three words in
     all. Both in bytes per 128 weights. The one zero point of a row of `o_proj` takes a byte."""
     quantised = model(quant=quant)
     head = 2 * (4 + 1) * 64 * 2048
