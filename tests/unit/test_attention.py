@@ -1,4 +1,4 @@
-"""Attention by several threads: the bits are those of one."""
+"""Attention's bits: by several threads as by one, and of a position alone as among others."""
 
 from __future__ import annotations
 
@@ -81,6 +81,40 @@ def test_the_bits_are_those_of_one_thread(  # noqa: PLR0917
     attention.use_threads(threads)
     for ours, theirs in zip(attended(cache, runs, group, seed), alone, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    group=st.sampled_from([1, 2, 3, 4, 7, 8]),
+    head_dim=st.sampled_from([16, 64, 80, 128]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    length=st.integers(1, 5000),
+    new=st.integers(1, 130),
+    seed=st.integers(0, 99),
+)
+def test_a_position_by_itself_has_the_bits_that_it_has_among_others(  # noqa: PLR0917
+    group: int, head_dim: int, dtype: torch.dtype, length: int, new: int, seed: int
+) -> None:
+    """However few rows its tile has then, and however many keys there are."""
+    draw = torch.Generator().manual_seed(seed)
+    cache = KvCache(KvShape(2, 1, head_dim, dtype, CPU))
+    cache.open(0, length)
+    for both in cache.layers(0, 0, length):
+        both[0].copy_(torch.randn(both[0].shape, generator=draw))
+    first = max(0, length - new)
+    q = torch.randn((2, length - first, group, head_dim), generator=draw)
+    k, v = (torch.randn((2, length - first, head_dim), generator=draw) for _ in range(2))
+
+    def attend(start: int, end: int) -> Tensor:
+        rows = make_rows([Run(0, 0, first + start, first + end)], group, dtype, CPU)
+        step = StepAttention(cache, end - start, rows, group, torch.float32)
+        own = slice(start, end)
+        with torch.no_grad():
+            return step.attend(0, q[:, own], k[:, own], v[:, own])
+
+    together = attend(0, length - first)
+    for place in sorted({0, (length - first) // 2, length - first - 1}):
+        assert torch.equal(attend(place, place + 1)[:, 0], together[:, place])
 
 
 def test_what_a_helper_raises_is_raised() -> None:
