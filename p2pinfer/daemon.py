@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from queue import Empty, SimpleQueue
-from typing import Final
+from typing import Any, Final
 
 import zmq
 
@@ -217,17 +217,23 @@ class Daemon:
         """Turn until the core says `Exit`, which is returned."""
         watchdog = notify.watchdog_interval()
         poller, version = zmq.Poller(), -1
+        pipe = self._worker.pipe.fileno()
         asked = False
         self._feed(Ticked())
         while self._end is None:
             if version != self._pair.version:
                 poller, version = self._poller(), self._pair.version
-            self._wait(poller, watchdog)
+            poller.register(pipe, zmq.POLLIN | (zmq.POLLOUT if self._worker.pipe.unsent else 0))
+            ready = self._wait(poller, watchdog)
             if self._signals.asked and not asked:
                 asked = True
                 self._log.info("stopping")
                 self._feed(ShutdownAsked())
-            self._read()
+            if pipe in ready:
+                self._read_worker()
+            self._read_sockets(ready)
+            if self._signals.fileno() in ready:
+                self._read_threads()
             if self._clock() >= self._node.deadline:
                 self._feed(Ticked())
             if self._clock() >= self._serving.deadline:
@@ -247,28 +253,27 @@ class Daemon:
         poller.register(self._signals.fileno(), zmq.POLLIN)
         return poller
 
-    def _wait(self, poller: zmq.Poller, watchdog: float | None) -> None:
-        pipe = self._worker.pipe
-        poller.register(pipe.fileno(), zmq.POLLIN | (zmq.POLLOUT if pipe.unsent else 0))
+    def _wait(self, poller: zmq.Poller, watchdog: float | None) -> dict[Any, int]:
+        """Wait until something comes, or it is time; returns the sockets and the file descriptors
+        that are ready."""
         until = min(self._node.deadline, self._serving.deadline)
         timeout = min(until - self._clock(), watchdog or NOTIFY_S, NOTIFY_S)
-        poller.poll(max(0, int(timeout * 1000) + 1))
+        ready = dict(poller.poll(max(0, int(timeout * 1000) + 1)))
         self._clock()
-        self._signals.drain()
+        return ready
 
-    def _read(self) -> None:
-        """Everything that has come since the last turn, the worker's news first."""
-        self._read_worker()
-        for event in self._pair.events():
+    def _read_sockets(self, ready: dict[Any, int]) -> None:
+        """What peers and clients sent since the last turn, and what became of links."""
+        for event in self._pair.events(ready):
             if event.address and event.kind is LinkKind.UP:
                 self._feed(LinkUp(address=event.address))
             elif event.address and event.kind is LinkKind.DOWN:
                 self._feed(LinkDown(address=event.address))
-        for address, frame in self._pair.receive_answers():
+        for address, frame in self._pair.receive_answers(ready):
             message = self._decode(frame)
             if message is not None:
                 self._feed(Received(message=message, link=address))
-        for _ in range(FRAMES_PER_TURN):
+        for _ in range(FRAMES_PER_TURN if self._pair.router in ready else 0):
             received = self._pair.receive()
             if received is None:
                 break
@@ -276,6 +281,10 @@ class Daemon:
             message = self._decode(frame)
             if message is not None:
                 self._take(route, message)
+
+    def _read_threads(self) -> None:
+        """What threads of this process have done: each has woken the poll."""
+        self._signals.drain()
         self._feed(*self._serving.tokenised())
         self._feed(*self._disk.done())
         while True:

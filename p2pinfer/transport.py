@@ -10,7 +10,7 @@ gone fails visibly. Who is behind a route is said by the first message on it (HE
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from enum import StrEnum
 from typing import Final, NamedTuple
 
@@ -230,11 +230,13 @@ class SocketPair:
                 return parts[0], parts[1]
             self.malformed += 1
 
-    def receive_answers(self) -> list[tuple[str, bytes]]:
-        """All (address, frame) that came back on our own links."""
+    def receive_answers(
+        self, ready: Container[zmq.Socket[bytes]] | None = None
+    ) -> list[tuple[str, bytes]]:
+        """All (address, frame) that came back on our own links; `ready` as for `events`."""
         answers = []
         for link in self._links.values():
-            while True:
+            while ready is None or link.dealer in ready:
                 try:
                     parts = link.dealer.recv_multipart(zmq.DONTWAIT)
                 except zmq.Again:
@@ -245,9 +247,17 @@ class SocketPair:
                     self.malformed += 1
         return answers
 
-    def events(self) -> list[LinkEvent]:
-        """All facts about links since the last call, in order for each link."""
-        found = [event for link in self._links.values() for event in link.events()]
+    def events(self, ready: Container[zmq.Socket[bytes]] | None = None) -> list[LinkEvent]:
+        """All facts about links since the last call, in order for each link.
+
+        `ready` are those of `pollables()` that have something to read, if that is known: others
+        are not looked at, which takes most of the time where nothing is new.
+        """
+        links = self._links.values()
+        told = [link for link in links if ready is None or link.monitor in ready]
+        found = [event for link in told for event in link.events()]
+        if ready is not None and self._router_monitor not in ready:
+            return found
         for event in _monitored(self._router_monitor):
             if event == zmq.EVENT_DISCONNECTED:
                 found.append(LinkEvent("", LinkKind.DOWN))
