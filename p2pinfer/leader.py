@@ -109,6 +109,8 @@ class Leader:
         self._engine.clock.python_s += time.perf_counter() - started
         # The others compute already: what the step before has written goes out now.
         self._engine.replicate()
+        # Acknowledgements are here by now: a token leaves with them, and what comes next is due.
+        self._links.pump()
         own = self._engine.compute(step)
         began, waited = time.perf_counter(), self._links.traffic.wait_s
         drawn = self._draw(step, own) if step.slots else {}

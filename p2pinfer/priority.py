@@ -8,12 +8,12 @@ import os
 import platform
 import sys
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib import import_module
 from types import ModuleType
-from typing import Final
+from typing import Final, TypeVar
 
 LAST: Final = 19
 """The highest nice value. Not `SCHED_IDLE`: beside busy programs such a thread hardly computes, and
@@ -31,6 +31,8 @@ than a half layer takes."""
 
 USUAL_NS: Final = 0
 """The length that the system chooses."""
+
+Made = TypeVar("Made")
 
 _SCHED_SETATTR: Final = {"x86_64": 314, "aarch64": 274}
 """Number of the system call, for which most C libraries have no function."""
@@ -66,6 +68,23 @@ def imported(name: str) -> ModuleType:
     """
     with ThreadPoolExecutor(1, "import", lambda: _be_nice(STARTING)) as importing:
         return importing.submit(import_module, name).result()
+
+
+def unhurried(make: Callable[[], Made]) -> Made:
+    """What `make` returns; threads that it starts let whoever computes go on when they are woken
+    (`SCHED_BATCH`), until the end of its time slice, if the system grants that.
+
+    For what nobody waits for: work that comes bit by bit is done at once then, and takes the
+    processor once.
+    """
+    with ThreadPoolExecutor(1, "unhurried", _be_unhurried) as making:
+        return making.submit(make).result()
+
+
+def _be_unhurried() -> None:
+    if sys.platform == "linux":
+        with suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def _be_nice(value: int) -> None:

@@ -292,23 +292,24 @@ class StepLinks:
         self, member: int, due: PartialFrame, step: int, layer: int, until: float
     ) -> bool:
         """Receive the partial of a layer that is due from a member into the memory of `due`, where
-        it comes next on a local link `until` then. False: it did not; what came instead is filed,
-        and `collect` waits for the rest. Raises `StepBroken` as `collect` does.
+        it comes on a local link `until` then, and nothing of it with what comes before. False: it
+        did not; what came instead is filed, and `collect` waits for the rest. Raises `StepBroken`
+        as `collect` does.
         """
         active, filed = self._gate.active, self.inbox.partials
-        route = self._gate.local_route(member)
-        if active is None or route is None or member in filed.get((step, layer, due.half), ()):
-            return False
-        began = time.monotonic()
-        due.stamp(step, self._gate.due(member), layer)
-        size = self.local.receive_into(route, due.memory, until)
-        now = time.monotonic()
-        self.traffic.wait_s += now - began
-        if size == len(due.memory) and due.arrived():
-            self._gate.took(member)
-            self._heard[active.plan.members[member].node_id] = now
-            return True
-        if size:
+        route, key = self._gate.local_route(member), (step, layer, due.half)
+        while active is not None and route is not None and member not in filed.get(key, ()):
+            began = time.monotonic()
+            due.stamp(step, self._gate.due(member), layer)
+            size = self.local.receive_into(route, due.memory, until)
+            now = time.monotonic()
+            self.traffic.wait_s += now - began
+            if size == len(due.memory) and due.arrived():
+                self._gate.took(member)
+                self._heard[active.plan.members[member].node_id] = now
+                return True
+            if not size:
+                break
             self.local.put_back(route, bytes(due.memory[:size]))
             self._take(far=False)
         return False

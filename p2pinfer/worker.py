@@ -61,7 +61,7 @@ from p2pinfer.limits import MAX_BULK_BYTES, MAX_STEP_BYTES
 from p2pinfer.measurement import introduction
 from p2pinfer.model.quantised_copies import copies_folder
 from p2pinfer.pipe import PipeClosed, WorkerConfig, WorkerPipe
-from p2pinfer.priority import be_last, be_prompt
+from p2pinfer.priority import be_last, be_prompt, unhurried
 from p2pinfer.replicator import Replicator, partners
 from p2pinfer.step_engine import Clock, StepEngine
 from p2pinfer.step_links import StepLinks
@@ -102,10 +102,9 @@ class Worker:
             copies=copies_folder(config.copies, config.model),
         )
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._bulk = BulkLinks(
-            SocketPair(self._context, limits=PairLimits(MAX_BULK_BYTES, BULK_HWM, BULK_HWM)),
-            (config.node_id, config.boot_id),
-        )
+        self._bulk_context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        """Of its own: its thread is not to interrupt a step for every frame of delta KV."""
+        self._bulk = BulkLinks(unhurried(self._bulk_pair), (config.node_id, config.boot_id))
         self._links = StepLinks(
             SocketPair(self._context, limits=PairLimits(MAX_STEP_BYTES, STEP_HWM, STEP_HWM)),
             (config.node_id, config.boot_id),
@@ -167,7 +166,11 @@ class Worker:
         self._units.close()
         self._links.shutdown()
         self._bulk.pair.shutdown()
-        self._context.destroy(linger=0)
+        for context in (self._context, self._bulk_context):
+            context.destroy(linger=0)
+
+    def _bulk_pair(self) -> SocketPair:
+        return SocketPair(self._bulk_context, limits=PairLimits(MAX_BULK_BYTES, BULK_HWM, BULK_HWM))
 
     def _turn(self) -> None:
         while self._orders:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import zmq
 
 from p2pinfer.priority import (
     LAST,
@@ -19,6 +20,7 @@ from p2pinfer.priority import (
     imported,
     keep_off,
     stay_on,
+    unhurried,
 )
 from tests.time_slices import grants_time_slices, time_slice
 
@@ -59,6 +61,26 @@ def test_who_is_prompt_has_short_slices_until_it_is_last() -> None:
             helper.submit(be_last).result(DEADLINE_S)
             assert helper.submit(time_slice).result(DEADLINE_S) == usual
     assert time_slice() == usual
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no policy")
+def test_zeromqs_thread_is_unhurried_where_its_first_socket_is_made_so() -> None:
+    """Nobody else's policy changes, and the socket is for the caller to use."""
+    before, context = mine(), zmq.Context()
+    try:
+        known = set(os.listdir("/proc/self/task"))
+        socket = unhurried(lambda: context.socket(zmq.PULL))
+        started = {int(task) for task in set(os.listdir("/proc/self/task")) - known}
+        policies = [os.sched_getscheduler(thread) for thread in started]
+        assert os.SCHED_BATCH in policies
+        sender = context.socket(zmq.PUSH)
+        sender.connect(f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}")
+        sender.send(b"sent")
+        assert socket.poll(1000 * DEADLINE_S)
+        assert socket.recv() == b"sent"
+        assert mine() == before
+    finally:
+        context.destroy(linger=0)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no choice of processors")
