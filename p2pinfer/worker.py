@@ -40,11 +40,12 @@ from p2pinfer.core.events import (
     WorkerStats,
 )
 from p2pinfer.core.inputs import input_spans
-from p2pinfer.core.orders import GiveWay, MeasureEchoes
+from p2pinfer.core.orders import GaveWay, GiveWay, MeasureEchoes
 from p2pinfer.core.recompute import recompute
 from p2pinfer.core.replication import computed_units, fed_units
 from p2pinfer.core.scheduler import capacity
 from p2pinfer.core.step_clock import StepClock
+from p2pinfer.core.step_maker import StepReport
 from p2pinfer.core.token_log import TokenLogs
 from p2pinfer.core.topology import Topology, kv_room, topology
 from p2pinfer.device import choose_device, use_threads
@@ -71,6 +72,9 @@ from p2pinfer.unit_holder import UnitHolder
 
 STATS_EVERY_S = 0.1
 """Busy or not: a worker that says nothing for a while counts as hung."""
+
+STATS_WITH_TOKENS_S = 0.075
+"""After so long counters go along with tokens, for which the control process wakes up anyhow."""
 
 HEAD_START_S = 1.0
 """Where a plan interrupted replies, weights of standbys are loaded only so long after it came into
@@ -214,10 +218,19 @@ class Worker:
         self._tell_of_standbys()
         while self._links.lost:
             self._pipe.send(LinkLost(node_id=self._links.lost.pop()))
-        now = time.monotonic()
-        if (measured := self._links.echoes.done(now)) is not None:
+        if (measured := self._links.echoes.done(time.monotonic())) is not None:
             self._pipe.send(measured)
-        if now - self._stats_at < STATS_EVERY_S:
+        self._tell_counters(STATS_EVERY_S)
+
+    def _tell_step(self, report: StepReport | GaveWay) -> None:
+        """Report what the leader's part in steps says."""
+        self._pipe.send(report)
+        self._tell_counters(STATS_WITH_TOKENS_S)
+
+    def _tell_counters(self, after_s: float) -> None:
+        """Report counters if the last were so long ago."""
+        now = time.monotonic()
+        if now - self._stats_at < after_s:
             return
         elapsed = now - self._stats_at if self._stats_at else STATS_EVERY_S
         self._rate = 0.85 * self._rate + 0.15 * self._drawn / elapsed
@@ -381,7 +394,7 @@ class Worker:
                 self._logs,
                 listeners=order.listeners,
                 agreed=order.logs,
-                report=self._pipe.send,
+                report=self._tell_step,
             )
         self._units.start_standbys(HEAD_START_S if order.logs else 0.0)
         self._standbys_told = False

@@ -2,7 +2,8 @@
 
 The cluster and, beside it, `transformers` on the same cores answer the same prompt in turn, so that
 ratios hold although the machine's speed drifts. The limit is the bytes of weights that one token
-reads over the read bandwidth measured before and after.
+reads over the read bandwidth, which is measured before and after each run: what a run reached of it
+is taken of these two readings.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +39,6 @@ from p2pinfer.errors import UsageError
 from p2pinfer.model.speed import read_bandwidth
 from p2pinfer.types import ModelSpec, UnitKind
 
-BANDWIDTH_READS = 2
-"""Before the runs, and as many after."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Inputs):
@@ -64,34 +63,27 @@ def bytes_per_token(model: ModelSpec) -> int:
 
 def measure(settings: Settings, tell: Tell) -> dict[str, Any]:
     """Everything that `bench decode --json` prints."""
-    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
-    used = cpus[: settings.nodes * settings.threads]
     if settings.reference and importlib.util.find_spec("transformers") is None:
         raise UsageError(
             "the comparison needs transformers: pip install 'p2pinfer[bench]', or --no-reference"
         )
     folder, spec = open_model(settings, tell)
     check_positions(spec, settings.beside + 1, "--beside")
-    tell("read bandwidth")
-    bandwidth = [read_bandwidth(used) for _ in range(BANDWIDTH_READS)]
     reference = None
     if settings.reference:
         tell("transformers: loading")
-        reference = Reference(folder, str(spec.dtype), used)
+        reference = Reference(folder, str(spec.dtype), _cpus(settings))
     try:
-        result = _measure_cluster(settings, spec, folder, reference, tell)
+        return _measure_cluster(settings, spec, folder, reference, tell)
     finally:
         if reference is not None:
             reference.close()
-    bandwidth += [read_bandwidth(used) for _ in range(BANDWIDTH_READS)]
-    limits = [gb_s * 1e9 / bytes_per_token(spec) for gb_s in bandwidth]
-    speed = result["decode_tokens_per_s"]
-    result |= spread("read_bandwidth_gb_s", bandwidth, 2)
-    result |= spread("limit_tokens_per_s", limits, 3)
-    result |= {"fraction_of_limit": round(speed / result["limit_tokens_per_s"], 4)}
-    predicted = result["predicted_tokens_per_s"]
-    result |= {"predicted_over_measured": round(predicted / speed, 4) if predicted else None}
-    return result
+
+
+def _cpus(settings: Settings) -> list[int]:
+    """Those that the nodes compute on, as far as there are so many."""
+    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+    return cpus[: settings.nodes * settings.threads]
 
 
 def _measure_cluster(
@@ -107,7 +99,7 @@ def _measure_cluster(
         settle(cluster, tell)
         addresses = [node.address for node in cluster.nodes]
         client = Client(addresses, retry_for=0)  # a reply that moved is no measurement
-        replies, references = _runs(settings, spec, client, reference, tell)
+        replies, references, gb_s = _runs(settings, spec, client, reference, tell)
         tell("the budget of a token")
         prompt = prompt_of(spec.vocab_size, settings.prompt_tokens, 0)
         budget = token_budget(addresses, client, prompt, settings.max_tokens)
@@ -130,8 +122,12 @@ def _measure_cluster(
         "prompt_tokens": settings.prompt_tokens,
         "max_tokens": settings.max_tokens,
         "runs": settings.runs,
-        **_figures(replies, settings.prompt_tokens),
+        **(measured := _figures(replies, settings.prompt_tokens)),
+        **limit_figures([t.decode_tokens_per_s for t in replies], gb_s, bytes_per_token(spec)),
         "predicted_tokens_per_s": predicted,
+        "predicted_over_measured": (
+            round(predicted / measured["decode_tokens_per_s"], 4) if predicted else None
+        ),
         "per_token": budget.decode,
         "per_token_percent": percentages(budget.decode),
         "per_token_by_node": budget.decode_by_node,
@@ -176,9 +172,10 @@ def _beside(
 
 def _runs(
     settings: Settings, spec: ModelSpec, client: Client, reference: Reference | None, tell: Tell
-) -> tuple[list[Timing], list[dict[str, float]]]:
-    """Cluster and reference in turn; the first of each is a warm-up."""
-    replies, references = [], []
+) -> tuple[list[Timing], list[dict[str, float]], list[float]]:
+    """Cluster and reference in turn, the first of each as a warm-up; and the read bandwidth in
+    GB/s, before the first run and after each."""
+    replies, references, gb_s = [], [], []
     for number in range(settings.runs + 1):
         tell(f"run {number} of {settings.runs}" if number else "warming up")
         prompt = prompt_of(spec.vocab_size, settings.prompt_tokens, number)
@@ -189,7 +186,23 @@ def _runs(
             answer = reference.run(prompt, settings.max_tokens)
             if number:
                 references.append(answer)
-    return replies, references
+        gb_s.append(read_bandwidth(_cpus(settings)))
+    return replies, references, gb_s
+
+
+def limit_figures(
+    tokens_per_s: Sequence[float], gb_s: Sequence[float], token_bytes: int
+) -> dict[str, float]:
+    """The limit of decoding, and what each run reached of it: `gb_s` are readings of the bandwidth
+    before the first run and after each, `token_bytes` are read for a token."""
+    limits = [reading * 1e9 / token_bytes for reading in gb_s]
+    around = [(before + after) / 2 for before, after in pairwise(limits)]
+    reached = [speed / limit for speed, limit in zip(tokens_per_s, around, strict=True)]
+    return {
+        **spread("read_bandwidth_gb_s", gb_s, 2),
+        **spread("limit_tokens_per_s", limits, 3),
+        **spread("fraction_of_limit", reached),
+    }
 
 
 def _figures(replies: Sequence[Timing], prompt_tokens: int) -> dict[str, float]:

@@ -46,7 +46,7 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
         lines.append(f"  {name:24} {_with_spread(result, name)} {unit}")
     lines.append(
         f"  limit {result['limit_tokens_per_s']} tokens/s at {result['read_bandwidth_gb_s']} GB/s: "
-        f"fraction {result['fraction_of_limit']}"
+        f"fraction {_with_spread(result, 'fraction_of_limit')}"
     )
     for name, kind in (("a token", "per_token"), ("the prompt", "per_prompt")):
         shares = result[f"{kind}_percent"].items()
