@@ -27,9 +27,10 @@ STEP_BYTES = 1 << 20
 STEP_FRAMES = 16
 """Sent of what finished steps have written, between two steps: more requests take turns."""
 
-SEND_EVERY_S = 0.01
+SEND_EVERY_S = 0.05
 """What steps write in that time goes together: a frame costs more than the few rows of a fast step,
-and to compute these again costs a standby that takes over nothing but one small step."""
+and to compute these again costs a standby that takes over nothing but one small step. Two tokens of
+30 milliseconds still are one pair of rows, which quantised products take as long for as for one."""
 
 SLOW_STEP_S = 0.02
 """A step that takes longer leaves room for more in proportion."""

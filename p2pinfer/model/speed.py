@@ -1,9 +1,10 @@
 """How fast this machine multiplies weights with a token, and how fast it reads memory.
 
 Both are measured on more memory than caches hold, in well under a second, and beside whatever else
-the machine does: each matrix, and each piece of memory, is read several times, and the least time
-of the former and the median of the latter counts. So a program that takes the processor away now
-and then hardly shows; one that takes the memory's bandwidth does.
+the machine does: each matrix, and each piece of memory, is read several times, and the median of
+its times counts. So a program that takes the processor away now and then hardly shows; one that
+takes the memory's bandwidth does, and so do strangers on the same host. Least times would promise
+replies a tenth to a third more than they get.
 """
 
 from __future__ import annotations
@@ -65,15 +66,15 @@ def product_rate(
     make, nbytes = _maker(weight, quant)
     products = [make() for _ in range(max(1, size // nbytes))]
     x = torch.ones(1, COLUMNS, dtype=dtype if quant == "none" else torch.float32, device=device)
-    best = [_seconds(product, x) for product in products]
+    times: list[list[float]] = [[] for _ in products]
     began, worked, passes = time.perf_counter(), time.process_time(), 0
     while passes < PASSES or time.perf_counter() - began < PRODUCT_S:
-        for number, product in enumerate(products):
-            best[number] = min(best[number], _seconds(product, x))
+        for of_product, product in zip(times, products, strict=True):
+            of_product.append(_seconds(product, x))
         passes += 1
     share = (time.process_time() - worked) / (time.perf_counter() - began)
     busy = device.type == "cpu" and share < BUSY_SHARE * threads
-    return ProductRate(nbytes * len(products) / sum(best) / 1e9, busy)
+    return ProductRate(nbytes * len(products) / sum(map(median, times)) / 1e9, busy)
 
 
 def _maker(weight: torch.Tensor, quant: str) -> tuple[Callable[[], Linear], int]:
