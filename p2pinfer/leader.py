@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from p2pinfer.candidates import joined, unpacked
 from p2pinfer.core.orders import GaveWay, StartRequest, TokenLog
 from p2pinfer.core.step_maker import StepMaker, StepReport
 from p2pinfer.core.token_log import TokenLogs
-from p2pinfer.core.units import Slice, unit_bounds, unit_count
+from p2pinfer.core.units import unit_bounds, unit_count
 from p2pinfer.errors import RemoteProtocolError, StepBroken, StepOverdue
-from p2pinfer.model.sampling import UnitCandidates, draw, gather, whole_offer
+from p2pinfer.model.sampling import SlotCandidates, draw, gather, stacked, whole_offer
 from p2pinfer.step_engine import StepEngine
 from p2pinfer.step_links import StepLinks
 from p2pinfer.types import Fence, SamplingParams, UnitKind
-from p2pinfer.wire.messages import Candidates, LogitsRequest, Slot, Step
+from p2pinfer.wire.messages import LogitsRequest, Slot, Step
 
 GIVE_WAY_S = 0.5
 """So long no step is begun where another plan is to come. It takes some hundredths of a second;
@@ -53,8 +54,10 @@ class Leader:
         self._resumes_at = 0.0
         model = t.plan.model
         count = unit_count(model, UnitKind.VOCAB)
-        self._bounds = [unit_bounds(model, UnitKind.VOCAB, unit) for unit in range(count)]
-        self._widths = [end - start for start, end in self._bounds]
+        bounds = [unit_bounds(model, UnitKind.VOCAB, unit) for unit in range(count)]
+        self._bounds = np.array(bounds, np.int32)
+        """Of all vocab units, [units, 2]."""
+        self._widths = self._bounds[:, 1] - self._bounds[:, 0]
         links.on_ack = self._acked
 
     @property
@@ -154,7 +157,7 @@ class Leader:
 
     # --- drawing ----------------------------------------------------------------------------------
 
-    def _draw(self, step: Step, own: list[list[UnitCandidates]]) -> dict[int, int]:
+    def _draw(self, step: Step, own: list[SlotCandidates]) -> dict[int, int]:
         sampling = [slot for slot in step.slots if slot.sample]
         offers = self._collect(step, len(sampling), own)
         drawn: dict[int, int] = {}
@@ -177,10 +180,8 @@ class Leader:
     def _params(self, slot: Slot) -> SamplingParams:
         return self._logs.params(slot.request_id)
 
-    def _collect(
-        self, step: Step, slots: int, own: list[list[UnitCandidates]]
-    ) -> list[list[UnitCandidates]]:
-        """[slots][vocab units in order] of candidates, from all members.
+    def _collect(self, step: Step, slots: int, own: list[SlotCandidates]) -> list[SlotCandidates]:
+        """By slot, those of all vocab units in order, from all members.
 
         Their owners answer every step that has slots, so that no member falls behind by more than
         one.
@@ -191,18 +192,16 @@ class Leader:
             step.step,
             {member: member for member in t.vocab if member != t.me},
         )
-        by_unit: list[dict[int, UnitCandidates]] = [{} for _ in range(slots)]
-        for row, of_slot in enumerate(own):
-            by_unit[row].update(zip(t.vocab_units, of_slot, strict=True))
+        offers = [(t.vocab_units, stacked(own))] if own else []
         for member, frame in arrived.items():
             node_id = t.plan.members[member].node_id
-            if not _finite(frame):
-                raise StepBroken(node_id, "candidates that are not finite", broken=True)
             try:
-                _unpack(frame, by_unit, self._bounds)
+                offers.append((frame.units, unpacked(frame, slots, self._bounds)))
             except RemoteProtocolError as error:
                 raise StepBroken(node_id, str(error)) from error
-        return [[units[u] for u in range(len(self._widths))] for units in by_unit]
+            except ArithmeticError as error:
+                raise StepBroken(node_id, str(error), broken=True) from error
+        return joined(offers, slots, len(self._widths))
 
     def _whole_logits(self, step: Step, slots: list[int]) -> list[NDArray[np.float32]]:
         """The whole vocabulary's logits [vocab] of each of the sampling slots asked for."""
@@ -235,32 +234,3 @@ class Leader:
 def _position(slot: Slot) -> int:
     """The position that the token drawn after this slot will have."""
     return slot.start + len(slot.tokens)
-
-
-def _finite(frame: Candidates) -> bool:
-    return all(
-        bool(np.isfinite(np.frombuffer(tensor.data, np.float32)).all())
-        for tensor in (frame.logits, frame.lse)
-    )
-
-
-def _unpack(
-    frame: Candidates, by_unit: list[dict[int, UnitCandidates]], bounds: Sequence[Slice]
-) -> None:
-    """Put a member's candidates into `by_unit` [slots].
-
-    Raises `RemoteProtocolError` for other slots than were asked, and ids outside their unit.
-    """
-    slots, units, width = frame.ids.shape
-    if slots != max(len(by_unit), 1) or units != len(frame.units):
-        raise RemoteProtocolError("candidates for another number of slots")
-    ids = np.frombuffer(frame.ids.data, np.int32).reshape(slots, units, width)
-    scores = np.frombuffer(frame.logits.data, np.float32).reshape(slots, units, width)
-    lse = np.frombuffer(frame.lse.data, np.float32).reshape(slots, units)
-    for row, of_slot in enumerate(by_unit):
-        for place, unit in enumerate(frame.units):
-            count = int(np.count_nonzero(ids[row, place] >= 0))
-            mine, (start, end) = ids[row, place, :count], bounds[unit]
-            if count == 0 or mine.min() < start or mine.max() >= end:
-                raise RemoteProtocolError("candidates outside their unit")
-            of_slot[unit] = UnitCandidates(mine, scores[row, place, :count], float(lse[row, place]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -24,9 +25,11 @@ from p2pinfer.core.units import unit_bounds
 from p2pinfer.errors import RemoteProtocolError, StepBroken
 from p2pinfer.model.runner import GiveHidden, NeedHidden, NeedSum, StageRunner
 from p2pinfer.model.sampling import (
-    UnitCandidates,
-    candidates_wanted,
+    SlotCandidates,
+    no_candidates,
     penalise,
+    places,
+    stacked,
     unit_candidates,
 )
 from p2pinfer.model.stopwatch import ATTENTION, PRODUCTS
@@ -34,7 +37,7 @@ from p2pinfer.replicator import Replicator
 from p2pinfer.step_links import StepLinks
 from p2pinfer.step_sums import StepSums
 from p2pinfer.step_tensors import check_tensor, from_wire, to_wire
-from p2pinfer.types import UnitKind
+from p2pinfer.types import SamplingParams, UnitKind
 from p2pinfer.wire.messages import (
     Candidates,
     Hidden,
@@ -101,8 +104,12 @@ class StepEngine:
         self._recomputed_rows = recomputed_rows
         self._began = 0.0
         self._decoded: deque[float] = deque(maxlen=DECODE_STEPS)
-        self._last: list[NDArray[np.float32]] = []
         self._sampling: list[Slot] = []
+        model, vocab = topology.plan.model, topology.vocab_units
+        self._vocab = tuple(unit_bounds(model, UnitKind.VOCAB, unit) for unit in vocab)
+        """Bounds of the vocab units that are owned here."""
+        self._last: NDArray[np.float32] = np.empty((0, 0), np.float32)
+        """Logits of the last step [sampling slots, width of them all], unit after unit."""
 
     # --- one step ---------------------------------------------------------------------------------
 
@@ -128,8 +135,9 @@ class StepEngine:
             leader, StepAck(fence=self.topology.plan.fence, step=step.step, link_seq=number)
         )
 
-    def compute(self, step: Step) -> list[list[UnitCandidates]]:
-        """Compute a step that was written. Returns [sampling slots][owned vocab units].
+    def compute(self, step: Step) -> list[SlotCandidates]:
+        """Compute a step that was written. Returns what the owned vocab units offer, by slot that
+        samples.
 
         Raises `StepBroken` when a peer's frame does not come or is wrong.
         """
@@ -139,7 +147,7 @@ class StepEngine:
         self._began = time.monotonic()
         began, elsewhere = time.perf_counter(), self._elsewhere_s()
         self._sampling = [slot for slot in step.slots if slot.sample]
-        self._last = []
+        self._last = self._last[:0]
         if self._runner is not None and rows:
             computed = self.clock.compute_s
             products, attention = PRODUCTS.seconds, ATTENTION.seconds
@@ -193,8 +201,8 @@ class StepEngine:
             try:
                 need = run.send(answer)
             except StopIteration as done:
-                self._last = [logits.cpu().numpy() for logits in done.value]
-                self._check_logits()
+                if done.value is not None:
+                    self._keep(done.value.cpu().numpy())
                 return
             finally:
                 self.clock.compute_s += time.perf_counter() - began
@@ -211,10 +219,11 @@ class StepEngine:
             waited = self._links.traffic.wait_s - waited
             self.clock.exchange_s += time.perf_counter() - began - waited
 
-    def _check_logits(self) -> None:
+    def _keep(self, logits: NDArray[np.float32]) -> None:
         """Where no partial was exchanged, this is the only place that sees a broken product."""
+        self._last = logits
         with np.errstate(all="ignore"):
-            if not all(np.isfinite(logits.sum()) for logits in self._last):
+            if not np.isfinite(self._last.sum(axis=1)).all():
                 me = self._id(self.topology.me)
                 raise StepBroken(me, "logits that are not finite", broken=True)
 
@@ -251,50 +260,37 @@ class StepEngine:
 
     # --- the vocabulary ---------------------------------------------------------------------------
 
-    def _offers(self) -> list[list[UnitCandidates]]:
-        """[sampling slots][owned vocab units]; keeps penalised logits, should the leader ask."""
-        if not self._last:
-            return []
-        model, offers = self.topology.plan.model, []
-        for row, slot in enumerate(self._sampling):
-            params, tokens = self._logs.params(slot.request_id), self._logs.tokens(slot.request_id)
+    def _offers(self) -> list[SlotCandidates]:
+        """By sampling slot; keeps penalised logits, should the leader ask."""
+        offers = []
+        for logits, slot in zip(self._last, self._sampling, strict=False):
+            params = self._logs.params(slot.request_id)
+            if params.repetition_penalty != 1.0:
+                self._penalise(logits, self._logs.tokens(slot.request_id), params)
             position = slot.start + len(slot.tokens)
-            of_slot = []
-            for place, unit in enumerate(self.topology.vocab_units):
-                first = unit_bounds(model, UnitKind.VOCAB, unit).start
-                logits = self._last[place][row]
-                penalty = params.repetition_penalty
-                if penalty != 1.0:
-                    logits = self._last[place][row] = penalise(logits, first, tokens, penalty)
-                of_slot.append(unit_candidates(logits, first, params, position))
-            offers.append(of_slot)
+            offers.append(unit_candidates(logits, self._vocab, params, position))
         return offers
 
-    def send_candidates(self, step: Step, offers: list[list[UnitCandidates]]) -> None:
+    def _penalise(
+        self, logits: NDArray[np.float32], tokens: Sequence[int], by: SamplingParams
+    ) -> None:
+        for (first, _), (start, end) in zip(self._vocab, places(self._vocab), strict=True):
+            logits[start:end] = penalise(logits[start:end], first, tokens, by.repetition_penalty)
+
+    def send_candidates(self, step: Step, offers: list[SlotCandidates]) -> None:
         """Offer this node's candidates to the leader, one frame for all slots and units.
 
         Where no slot samples, one row without candidates says that the step is done: the leader
         begins no other before.
         """
         t = self.topology
-        units = t.vocab_units
-        wanted = [candidates_wanted(self._logs.params(s.request_id)) for s in self._sampling]
-        shape = (max(len(offers), 1), len(units), max(wanted, default=1))
-        ids = np.full(shape, -1, np.int32)
-        scores = np.zeros(shape, np.float32)
-        lse = np.zeros(shape[:2], np.float32)
-        for row, of_slot in enumerate(offers):
-            for place, offer in enumerate(of_slot):
-                count = len(offer.ids)
-                ids[row, place, :count] = offer.ids
-                scores[row, place, :count] = offer.scores
-                lse[row, place] = offer.lse
+        ids, scores, lse = stacked(offers or [no_candidates(len(t.vocab_units), 1)])
         frame = Candidates(
             fence=t.plan.fence,
             step=step.step,
             link_seq=self._links.next_sequence(t.plan.leader),
             sender=t.me,
-            units=units,
+            units=t.vocab_units,
             ids=to_wire(ids),
             logits=to_wire(scores),
             lse=to_wire(lse),
@@ -306,17 +302,18 @@ class StepEngine:
         t = self.topology
         if request.step != self.step or max(request.slots) >= len(self._sampling):
             raise StepBroken(self._id(t.plan.leader), "logits asked of a step that is over")
-        for place, unit in enumerate(t.vocab_units):
+        for unit in t.vocab_units:
             frame = Logits(
                 fence=t.plan.fence,
                 step=request.step,
                 link_seq=self._links.next_sequence(t.plan.leader),
                 sender=t.me,
                 unit=unit,
-                tensor=to_wire(self._last[place][list(request.slots)]),
+                tensor=to_wire(self.own_logits(unit, list(request.slots))),
             )
             self._links.send(t.plan.leader, frame)
 
     def own_logits(self, unit: int, slots: list[int]) -> NDArray[np.float32]:
         """[slots, unit width] of a vocab unit that this node owns, of the last step."""
-        return self._last[self.topology.vocab_units.index(unit)][slots]
+        start, end = places(self._vocab)[self.topology.vocab_units.index(unit)]
+        return self._last[slots, start:end]

@@ -15,6 +15,7 @@ import torch
 from p2pinfer.core.holdings import Holding, holdings, stage_members
 from p2pinfer.core.planner import make_plan
 from p2pinfer.core.topology import topology
+from p2pinfer.core.units import unit_bounds
 from p2pinfer.model.checkpoint import Checkpoint
 from p2pinfer.model.config import load_config, model_spec
 from p2pinfer.model.part import Part, empty_cache, holding_of, units_of
@@ -22,7 +23,7 @@ from p2pinfer.model.reduction import subtree_sums, whole_sum
 from p2pinfer.model.runner import GiveHidden, NeedHidden, NeedSum, StageRunner
 from p2pinfer.model.stage_loader import StageLoader
 from p2pinfer.model.weights import Weights
-from p2pinfer.types import DType, Fence, Member, Plan
+from p2pinfer.types import DType, Fence, Member, Plan, UnitKind
 from p2pinfer.wire.messages import Slot
 
 CPU = torch.device("cpu")
@@ -204,6 +205,9 @@ def next_or_done(run, answer, pieces, lockstep: Lockstep, node: int):  # type: i
         return run.send(answer)
     except StopIteration as done:
         units = lockstep.topologies[node].vocab_units
-        if done.value:
-            pieces.update(zip(units, done.value, strict=True))
+        if done.value is not None:
+            model = lockstep.topologies[node].plan.model
+            bounds = [unit_bounds(model, UnitKind.VOCAB, unit) for unit in units]
+            own = torch.split(done.value, [end - start for start, end in bounds], dim=1)
+            pieces.update(zip(units, own, strict=True))
         return None

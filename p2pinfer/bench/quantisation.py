@@ -110,7 +110,7 @@ class Reader:
             )
             for number, token in enumerate(tokens)
         )
-        logits = torch.cat(run_alone(self._runner, slots), dim=1).double()
+        logits = run_alone(self._runner, slots).double()
         return logits.log_softmax(dim=1).numpy()
 
 

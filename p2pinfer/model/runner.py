@@ -61,7 +61,7 @@ class GiveHidden:
 
 
 Exchange = NeedHidden | NeedSum | GiveHidden
-StepRun = Generator[Exchange, Tensor | None, list[Tensor]]
+StepRun = Generator[Exchange, Tensor | None, Tensor | None]
 
 NO_INPUTS: Mapping[Slice, InputStore] = MappingProxyType({})
 
@@ -211,15 +211,15 @@ class StageRunner:
         )
 
     def run(self, slots: Sequence[Slot]) -> StepRun:
-        """Compute `slots`. Returns, per owned vocab unit, logits [sampling slots, unit width].
+        """Compute `slots`. Returns logits [sampling slots, width], unit after owned vocab unit.
 
-        The list is empty for a node that owns no vocab unit, or when no slot samples. A node that
-        owns nothing at all yields nothing. One that owns units of two stages in a row goes on with
+        None for a node that owns no vocab unit, or when no slot samples. A node that owns nothing
+        at all yields nothing. One that owns units of two stages in a row goes on with
         its own hidden states; it gives them away all the same.
         """
         runs = self._open(slots)
         if not self._owned:
-            return []
+            return None
         rows = sum(len(slot.tokens) for slot in slots)
         padded = padded_rows(rows, self._quant)
         of_step = make_rows(runs, self._group, self._kv_dtype, self._device)
@@ -252,7 +252,7 @@ class StageRunner:
             if reached == self._layers:
                 return self._logits(owned, x, slots)
             yield GiveHidden(owned.stage, own)
-        return []
+        return None
 
     def open(self, request_id: int, positions: int) -> None:
         """Make room for a request; an open one keeps what it has."""
@@ -317,7 +317,7 @@ class StageRunner:
         if bias is not None:
             x += bias
 
-    def _logits(self, owned: _Owned, x: Tensor, slots: Sequence[Slot]) -> list[Tensor]:
+    def _logits(self, owned: _Owned, x: Tensor, slots: Sequence[Slot]) -> Tensor | None:
         last_rows: list[int] = []
         row = -1
         for slot in slots:
@@ -325,16 +325,16 @@ class StageRunner:
             if slot.sample:
                 last_rows.append(row)
         if not owned.vocab_units or not last_rows:
-            return []
+            return None
         count = len(last_rows)
         picked = functional.pad(x[last_rows], (0, 0, 0, padded_rows(count, self._quant) - count))
         trunk = owned.trunk
         assert trunk.final_norm is not None
         logits = owned.logits(trunk.prepared(picked, trunk.final_norm))
-        return [logits[unit][:count] for unit in owned.vocab_units]
+        return torch.cat([logits[unit] for unit in owned.vocab_units], dim=1)[:count]
 
 
-def run_alone(runner: StageRunner, slots: Sequence[Slot]) -> list[Tensor]:
+def run_alone(runner: StageRunner, slots: Sequence[Slot]) -> Tensor:
     """Compute `slots` on a node that owns all units of the model: see `StageRunner.run`."""
     run = runner.run(slots)
     try:
@@ -343,5 +343,5 @@ def run_alone(runner: StageRunner, slots: Sequence[Slot]) -> list[Tensor]:
             assert isinstance(need, NeedSum), "who has all units needs no hidden states"
             need = run.send(whole_sum(need.partials, runner.units[need.half]))
     except StopIteration as done:
-        logits: list[Tensor] = done.value
+        logits: Tensor = done.value
         return logits

@@ -9,12 +9,14 @@ top-k, then nucleus (top-p, Holtzman et al., 2019), then min-p. Of equal values 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from p2pinfer.core.units import Slice
 from p2pinfer.types import SamplingParams
 
 NUCLEUS_CANDIDATES = 64
@@ -74,37 +76,77 @@ def penalise(logits: F32, first_id: int, history: Iterable[int], penalty: float)
     return changed
 
 
-class UnitCandidates(NamedTuple):
-    """One vocab unit's offer for one slot: `ids` [k] best first, their `scores` [k], and `lse`.
+class SlotCandidates(NamedTuple):
+    """What some vocab units offer for one slot, a row each: `ids` [units, k] int32, best first and
+    -1 where a unit has no more; their `scores` [units, k] float32; and `lse` [units] float32.
 
-    For a filtered draw the scores are logits and `lse` is the log-sum-exp of the unit's
+    For a filtered draw the scores are logits and `lse` is the log-sum-exp of a unit's
     logits / temperature; for an unfiltered one there is a single id with its score as drawn
     (perturbed if the temperature is above 0), and `lse` is 0.
     """
 
     ids: I32
     scores: F32
-    lse: float
+    lse: F32
+
+
+def no_candidates(units: int, most: int) -> SlotCandidates:
+    """Room for at most so many candidates of each of some vocab units."""
+    shape = units, most
+    return SlotCandidates(
+        np.full(shape, -1, np.int32), np.zeros(shape, np.float32), np.zeros(units, np.float32)
+    )
 
 
 def unit_candidates(
-    logits: F32, first_id: int, params: SamplingParams, position: int
-) -> UnitCandidates:
-    """What the owner of a vocab unit sends for one slot. `logits` [width] are after penalty."""
+    logits: F32, units: Sequence[Slice], params: SamplingParams, position: int
+) -> SlotCandidates:
+    """What the owner of some vocab units sends for one slot. `logits` [width of them all], unit
+    after unit, are after penalty; `units` are their bounds in the vocabulary."""
+    lies = places(units)
     if not is_filtered(params):
         scores = logits
         if params.temperature > 0:
-            scores = perturbed(logits, _ids(first_id, len(logits)), params, position)
-        best = int(np.argmax(scores))
-        return UnitCandidates(
-            np.array([first_id + best], np.int32), scores[best : best + 1].astype(np.float32), 0.0
-        )
-    best_first = _largest(logits, candidates_wanted(params))
-    scaled = logits.astype(np.float64) / params.temperature
-    top = float(scaled.max())
-    lse = top + float(np.log(np.exp(scaled - top).sum()))
-    ids = (best_first + first_id).astype(np.int32)
-    return UnitCandidates(ids, logits[best_first], np.float32(lse).item())
+            ids = np.concatenate([np.arange(*bounds) for bounds in units])
+            scores = perturbed(logits, ids, params, position)
+        best = [int(scores[start:end].argmax()) for start, end in lies]
+        starts = [start for start, _ in lies]
+        found = no_candidates(len(units), 1)
+        found.ids[:, 0] = [first + at for (first, _), at in zip(units, best, strict=True)]
+        found.scores[:, 0] = scores[np.add(starts, best)]
+        return found
+    wanted = candidates_wanted(params)
+    found = no_candidates(len(units), min(wanted, max(end - start for start, end in units)))
+    for row, ((first, _), (start, end)) in enumerate(zip(units, lies, strict=True)):
+        own = logits[start:end]
+        best_first = _largest(own, wanted)
+        found.ids[row, : len(best_first)] = best_first + first
+        found.scores[row, : len(best_first)] = own[best_first]
+        scaled = own.astype(np.float64) / params.temperature
+        top = float(scaled.max())
+        found.lse[row] = top + float(np.log(np.exp(scaled - top).sum()))
+    return found
+
+
+def places(units: Sequence[Slice]) -> list[Slice]:
+    """Where each of some units begins and ends, where they lie one after the other."""
+    ends = list(accumulate(end - start for start, end in units))
+    return [Slice(*edges) for edges in pairwise([0, *ends])]
+
+
+def stacked(offers: Sequence[SlotCandidates]) -> SlotCandidates:
+    """Those of several slots as one, with an axis for them before the others; at least one."""
+    most = max(offer.ids.shape[1] for offer in offers)
+    return SlotCandidates(*map(np.stack, zip(*(_with_room(o, most) for o in offers), strict=True)))
+
+
+def _with_room(offer: SlotCandidates, most: int) -> SlotCandidates:
+    units, count = offer.ids.shape
+    if count == most:
+        return offer
+    wide = no_candidates(units, most)
+    wide.ids[:, :count], wide.scores[:, :count] = offer.ids, offer.scores
+    return wide._replace(lse=offer.lse)
 
 
 def perturbed(logits: F32, ids: NDArray[np.int64], params: SamplingParams, position: int) -> F32:
@@ -140,16 +182,19 @@ class Offer(NamedTuple):
     unseen: float
 
 
-def gather(offers: list[UnitCandidates], widths: list[int]) -> Offer:
-    """Join the offers of all vocab units, in unit order; `widths` are the units' sizes."""
-    cut = [float(o.scores[-1]) for o, w in zip(offers, widths, strict=True) if len(o.ids) < w]
-    parts = np.array([o.lse for o in offers], np.float64)
+def gather(offered: SlotCandidates, widths: I32) -> Offer:
+    """Join the offers of all vocab units, in unit order; `widths` [units] are the units' sizes."""
+    ids, scores, lse = offered
+    there = ids >= 0
+    counts = there.sum(axis=1)
+    cut = np.flatnonzero(counts < widths)
+    parts = lse.astype(np.float64)
     top = float(parts.max())
     return Offer(
-        np.concatenate([o.ids for o in offers]).astype(np.int64),
-        np.concatenate([o.scores for o in offers]),
+        ids[there].astype(np.int64),
+        scores[there],
         top + float(np.log(np.exp(parts - top).sum())),
-        max(cut, default=float("-inf")),
+        float(scores[cut, counts[cut] - 1].max(initial=-np.inf)),
     )
 
 

@@ -17,6 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from p2pinfer.core.units import Slice
 from p2pinfer.model.sampling import (
     Offer,
     candidates_wanted,
@@ -36,10 +37,9 @@ def split_offer(
     logits: np.ndarray, bounds: list[int], params: SamplingParams, position: int
 ) -> Offer:
     """What the leader gets when the vocabulary is cut at `bounds`."""
-    edges = [0, *bounds, len(logits)]
-    pieces = [unit_candidates(logits[a:b], a, params, position) for a, b in pairwise(edges)]
-    widths = [b - a for a, b in pairwise(edges)]
-    return gather(pieces, widths)
+    units = [Slice(*edges) for edges in pairwise([0, *bounds, len(logits)])]
+    widths = np.array([end - start for start, end in units], np.int32)
+    return gather(unit_candidates(logits, units, params, position), widths)
 
 
 def draw_whole(logits: np.ndarray, params: SamplingParams, position: int) -> int:
