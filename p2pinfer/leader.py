@@ -115,6 +115,7 @@ class Leader:
         # Acknowledgements are here by now: a token leaves with them, and what comes next is due.
         self._links.pump()
         own = self._engine.compute(step)
+        self._engine.foresee(step)
         began, waited = time.perf_counter(), self._links.traffic.wait_s
         drawn = self._draw(step, own) if step.slots else {}
         self._maker.finished(step, drawn, time.perf_counter() - started)

@@ -167,6 +167,13 @@ class StepEngine:
         """How long a step of so many rows may take, in seconds, what is done before it included."""
         return self._step_clock.limit(rows + self._recomputed_rows)
 
+    def foresee(self, step: Step) -> None:
+        """Prepare for the step that probably follows, while others are still at this one."""
+        began = time.perf_counter()
+        if self._runner is not None:
+            self._runner.foresee(step.slots)
+        self.clock.compute_s += time.perf_counter() - began
+
     def finish(self, step: Step) -> None:
         """This node has nothing more to do in a step: note how long it took, with its waits."""
         self.owes = 0
@@ -278,12 +285,14 @@ class StepEngine:
             logits[start:end] = penalise(logits[start:end], first, tokens, by.repetition_penalty)
 
     def send_candidates(self, step: Step, offers: list[SlotCandidates]) -> None:
-        """Offer this node's candidates to the leader, one frame for all slots and units.
+        """Offer the leader what this node has of the vocabulary: one frame for all slots and units.
 
         Where no slot samples, one row without candidates says that the step is done: the leader
         begins no other before.
         """
         t = self.topology
+        if not step.slots or not t.vocab_units:
+            return
         ids, scores, lse = stacked(offers or [no_candidates(len(t.vocab_units), 1)])
         frame = Candidates(
             fence=t.plan.fence,

@@ -424,9 +424,8 @@ class Worker:
             step = inbox.steps.popleft()
             engine.write(step)
             engine.acknowledge(step)
-            offers = engine.compute(step)
-            if step.slots and engine.topology.vocab_units:
-                engine.send_candidates(step, offers)
+            engine.send_candidates(step, engine.compute(step))
+            engine.foresee(step)
             engine.finish(step)
             engine.replicate()
             self._drawn += sum(slot.sample for slot in step.slots)

@@ -140,6 +140,8 @@ class Lockstep:
                 answers = self._answers({i: needs[i] for i in nodes}, hidden)
                 needs |= {i: next_or_done(runs[i], answers[i], pieces, self, i) for i in nodes}
         assert not any(needs.values()), "every stage is computed to its end"
+        for runner in self.runners.values():
+            runner.foresee(slots)
         if not pieces:
             return np.zeros((0, self.model.vocab_size), np.float32)
         return torch.cat([pieces[u] for u in sorted(pieces)], dim=1).cpu().numpy()

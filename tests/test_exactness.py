@@ -284,6 +284,35 @@ def test_bits_do_not_depend_on_the_batch(dtype: DType, quant: str, tmp_path: Pat
     assert np.array_equal(mixed[4], alone[3])
 
 
+def test_what_was_foreseen_serves_that_step_alone(tmp_path: Path) -> None:
+    """Nodes prepare the step that probably follows. A request that is freed, and comes again with
+    the KV of others as a standby's does, has other memory at the same position; and another step
+    may follow."""
+    folder = write_random_model(tmp_path / "model", seed=4, head_dim=32)
+    one, other = prompt_of(300, 70, seed=1), prompt_of(300, 70, seed=2)
+    lockstep, source = Lockstep(folder, nodes=2), Lockstep(folder, nodes=2)
+    following = (Slot(request_id=1, start=70, tokens=(5,), sample=True),)
+    source.prefill(other)
+    lockstep.prefill(one)  # and now each node has prepared position 70
+    for runner, its in zip(lockstep.runners.values(), source.runners.values(), strict=True):
+        runner.forget((1,))
+        runner.open(1, 512)
+        for part, other_part in zip(runner._parts, its._parts, strict=True):
+            for unit in range(part.cache.shape.units):
+                part.cache.copy(unit, other_part.cache, unit)
+    expected = source.step(following)
+    assert np.array_equal(lockstep.step(following), expected)
+    # Position 71 is prepared; two positions at once, and another request, are other steps.
+    twice = (Slot(request_id=1, start=71, tokens=(6, 7), sample=True),)
+    assert np.array_equal(lockstep.step(twice), source.step(twice))
+    lockstep.prefill(one, request_id=2)
+    source.prefill(one, request_id=2)
+    both = tuple(
+        Slot(request_id=i, start=at, tokens=(8,), sample=True) for i, at in ((2, 70), (1, 73))
+    )
+    assert np.array_equal(lockstep.step(both), source.step(both))
+
+
 @pytest.mark.parametrize("dtype", [DType.FLOAT32, DType.BFLOAT16])
 def test_bits_do_not_depend_on_threads(dtype: DType, tmp_path: Path) -> None:
     """One, two and three threads give the same logit bits."""

@@ -12,6 +12,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -169,6 +170,16 @@ class _Owned:
                 cache.wrote(request_id, end)
 
 
+class _Prepared(NamedTuple):
+    """What a step of these runs computes with: the residual's memory [rows, hidden], and how what
+    is owned of each stage attends."""
+
+    runs: list[Run]
+    x: Tensor
+    angles: Angles
+    attention: tuple[list[StepAttention], ...]
+
+
 class StageRunner:
     """Computes steps for the units that one node owns, and keeps the KV of all that it holds.
 
@@ -205,6 +216,7 @@ class StageRunner:
     def rearrange(self, parts: Sequence[Part]) -> None:
         """From the next step on the same units lie in these parts."""
         self._parts = tuple(parts)
+        self._ahead: _Prepared | None = None
         self._owned = tuple(
             _Owned(parts, held, self._trunks[held.span], self._inputs.get(held.span), self._quant)
             for held in self._holdings
@@ -221,13 +233,13 @@ class StageRunner:
         if not self._owned:
             return None
         rows = sum(len(slot.tokens) for slot in slots)
-        padded = padded_rows(rows, self._quant)
-        of_step = make_rows(runs, self._group, self._kv_dtype, self._device)
-        angles = self._angles(self._owned[0].trunk.rope, runs, padded - rows)
-        x = torch.zeros((padded, self._hidden), dtype=torch.float32, device=self._device)
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or ahead.runs != runs:
+            ahead = self._prepare(runs, rows)
+        _, x, angles, attends = ahead
         own = x[:rows]
         reached = 0
-        for owned in self._owned:
+        for owned, attention in zip(self._owned, attends, strict=True):
             trunk = owned.trunk
             if trunk.embedding is not None:
                 own.copy_(self._embed(trunk.embedding, slots))
@@ -235,7 +247,6 @@ class StageRunner:
                 hidden = yield NeedHidden(owned.stage)
                 assert hidden is not None
                 own.copy_(hidden)
-            attention = owned.attention(padded, of_step, self._group)
             for index, layer in enumerate(trunk.layers):
                 number = trunk.span.start + index
                 h = trunk.prepared(x, layer.attention_norm)
@@ -254,8 +265,31 @@ class StageRunner:
             yield GiveHidden(owned.stage, own)
         return None
 
+    def foresee(self, slots: Sequence[Slot]) -> None:
+        """Prepare the step that follows these slots, if each goes on with one token. To be called
+        while there is nothing else to do: caches are warm, and nobody waits."""
+        if not self._owned or not slots or not all(slot.sample for slot in slots):
+            return
+        ends = (slot.start + len(slot.tokens) for slot in slots)
+        runs = [
+            Run(slot.request_id, row, end, end + 1)
+            for row, (slot, end) in enumerate(zip(slots, ends, strict=True))
+        ]
+        self._ahead = self._prepare(runs, len(runs))
+
+    def _prepare(self, runs: list[Run], rows: int) -> _Prepared:
+        padded = padded_rows(rows, self._quant)
+        of_step = make_rows(runs, self._group, self._kv_dtype, self._device)
+        return _Prepared(
+            runs,
+            torch.zeros((padded, self._hidden), dtype=torch.float32, device=self._device),
+            self._angles(self._owned[0].trunk.rope, runs, padded - rows),
+            tuple(owned.attention(padded, of_step, self._group) for owned in self._owned),
+        )
+
     def open(self, request_id: int, positions: int) -> None:
         """Make room for a request; an open one keeps what it has."""
+        self._ahead = None
         for part in self._parts:
             part.cache.open(request_id, positions)
         for store in self._inputs.values():
@@ -263,6 +297,8 @@ class StageRunner:
 
     def forget(self, request_ids: Sequence[int]) -> None:
         """Free the KV of requests that ended."""
+        if request_ids:
+            self._ahead = None
         for part in self._parts:
             for request_id in request_ids:
                 part.cache.drop(request_id)
