@@ -35,7 +35,8 @@ WINDOW_BYTES = MAX_CREDIT_BYTES
 what goes beyond is asked for."""
 
 LAG_S = 0.2
-"""A standby is one step behind by nature; it asks for what lacks when it has been for so long."""
+"""A standby is one step behind by nature, or more where steps are fast; it asks for what lacks when
+it has been, and nothing has come, for so long."""
 
 ASK_AGAIN_S = 2.0
 """An answer of which nothing has come for so long is lost: a whole window may be before it in a
@@ -338,6 +339,8 @@ class Replicas:
         request_id, end = frame.request_id, frame.start + frame.tensor.shape[2]
         self._logs.coverage.join(request_id, unit, frame.start, end)
         question = self._asked.pop((request_id, unit), None)
+        if question is None and self._behind.get((request_id, unit), -inf) > -inf:
+            self._behind[request_id, unit] = now  # it keeps up: what lacks still is on its way
         if question is not None and end < question.end:
             self._asked[request_id, unit] = question._replace(at=now)
         self._look(request_id, now)

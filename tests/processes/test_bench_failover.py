@@ -63,6 +63,7 @@ def test_each_rung_is_run_and_measured(rungs: tuple[str, ...], tmp_path: Path) -
     assert (report / "failover.md").exists()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(DEADLINE_S)
 def test_the_node_that_the_client_speaks_to_can_be_killed(tmp_path: Path) -> None:
     """The client goes to another."""

@@ -12,9 +12,9 @@ from tests.simulation.mutations import MUTATIONS, mutated
 from tests.simulation.run import simulate
 
 FOUND_BY = {
-    "fence-unchecked": 135,
+    "fence-unchecked": 326,
     "gap-unchecked": 60,
-    "held-unchecked": 176,
+    "held-unchecked": 402,
     "emitted-before-commit": 0,
     "owners-not-needed": 5,
     "watermark-off-by-one": 2,

@@ -320,6 +320,22 @@ def test_a_standby_that_keeps_up_does_not_ask() -> None:
     assert replicas.lacking == 0
 
 
+def test_a_standby_that_gets_on_does_not_ask() -> None:
+    """Frames that are on their way when the next step begins are not missing: only when nothing
+    more comes does it ask."""
+    replicas, logs = replicas_of()
+    for position in range(30):
+        now = 0.15 * position
+        logs.write(FENCE, slot(position, position + 1))
+        replicas.stepped((slot(position, position + 1),), now)
+        for unit in (0, 1) if position > 1 else ():
+            assert take(replicas, frame(logs, position - 2, position - 1, unit), now + 0.01)
+        assert asked(replicas, now + 0.02) == []
+    assert replicas.lacking == 2
+    assert asked(replicas, now + 0.01 + LAG_S - 0.001) == []
+    assert asked(replicas, now + 0.01 + LAG_S + 0.001) == [(0, 0, 28, 33), (0, 1, 28, 33)]
+
+
 def test_a_gap_is_asked_for_at_once() -> None:
     """A frame beyond the watermark proves that what is before it was lost."""
     replicas, logs = replicas_of()
