@@ -46,4 +46,5 @@ def joined(
         # One row comes where no slot samples, too.
         for slot, ids, scores, lse in zip(whole, *offered, strict=False):
             slot.ids[rows, :wide], slot.scores[rows, :wide], slot.lse[rows] = ids, scores, lse
+    assert all((slot.ids[:, 0] >= 0).all() for slot in whole), "every unit has an owner"
     return whole

@@ -46,6 +46,9 @@ FRESH_S: Final = 7 * 86_400.0
 BUSY_FRESH_S: Final = 60.0
 """The same where other programs ran beside: long enough for all nodes that start together."""
 
+RULE: Final = "medians"
+"""Of `model/speed`, part of what a measurement is of: others went by least times, a third more."""
+
 BOOT_ID_FILE: Final = Path("/proc/sys/kernel/random/boot_id")
 CPU_FILE: Final = Path("/proc/cpuinfo")
 MAX_RECORD_BYTES: Final = 4096
@@ -123,7 +126,7 @@ def machine_speed(
         rate = float(told)
         return Speed(machine=machine, product_gb_s=rate, weight=rate / GB_S_PER_THREAD)
     kind = f"{threads_of(quant)} {dtype} {quant} {device}"
-    key = f"{__version__} {_cpu_model()} {kind}"
+    key = f"{__version__} {RULE} {_cpu_model()} {kind}"
     name = hashlib.sha256(kind.encode())
     path = (folder or default_folder()) / f"{name.hexdigest()[:16]}.json"
     with _locked(path) as file:

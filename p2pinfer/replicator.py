@@ -17,6 +17,7 @@ from p2pinfer.core.replication import Feed, Piece, Replicas, computed_units, fed
 from p2pinfer.core.token_log import TokenLogs
 from p2pinfer.core.topology import Topology
 from p2pinfer.errors import RemoteProtocolError
+from p2pinfer.limits import MAX_STANDBY_LAG
 from p2pinfer.types import DType, Plan
 from p2pinfer.wire.messages import Credit, KvDelta, KvRequest, LinkOpen, Slot, Step
 from p2pinfer.wire.tensors import Tensor, WireDType
@@ -31,6 +32,10 @@ SEND_EVERY_S = 0.05
 """What steps write in that time goes together: a frame costs more than the few rows of a fast step,
 and to compute these again costs a standby that takes over nothing but one small step. Two tokens of
 30 milliseconds still are one pair of rows, which quantised products take as long for as for one."""
+
+SEND_ROWS = MAX_STANDBY_LAG // 2
+"""As soon as so many positions of a request wait they go out: standbys of fast steps must not seem
+unable to take over."""
 
 SLOW_STEP_S = 0.02
 """A step that takes longer leaves room for more in proportion."""
@@ -175,7 +180,9 @@ class Replicator:
             self._relink(member)
         if self._halted:
             return self._read(now)
-        sent = (idle or now >= self._sent + SEND_EVERY_S) and self._send_finished(now)
+        due = idle or now >= self._sent + SEND_EVERY_S
+        due = due or any(len(slot.tokens) >= SEND_ROWS for slot in self._unsent.values())
+        sent = due and self._send_finished(now)
         read = self._read(now)
         answered = self._answer()
         if now >= self._asked + ASK_EVERY_S:

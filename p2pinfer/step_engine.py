@@ -106,7 +106,7 @@ class StepEngine:
         self._decoded: deque[float] = deque(maxlen=DECODE_STEPS)
         self._sampling: list[Slot] = []
         model, vocab = topology.plan.model, topology.vocab_units
-        self._vocab = tuple(unit_bounds(model, UnitKind.VOCAB, unit) for unit in vocab)
+        self._bounds = tuple(unit_bounds(model, UnitKind.VOCAB, unit) for unit in vocab)
         """Bounds of the vocab units that are owned here."""
         self._last: NDArray[np.float32] = np.empty((0, 0), np.float32)
         """Logits of the last step [sampling slots, width of them all], unit after unit."""
@@ -269,19 +269,21 @@ class StepEngine:
 
     def _offers(self) -> list[SlotCandidates]:
         """By sampling slot; keeps penalised logits, should the leader ask."""
-        offers = []
-        for logits, slot in zip(self._last, self._sampling, strict=False):
+        offers: list[SlotCandidates] = []
+        if not len(self._last):
+            return offers
+        for logits, slot in zip(self._last, self._sampling, strict=True):
             params = self._logs.params(slot.request_id)
             if params.repetition_penalty != 1.0:
                 self._penalise(logits, self._logs.tokens(slot.request_id), params)
             position = slot.start + len(slot.tokens)
-            offers.append(unit_candidates(logits, self._vocab, params, position))
+            offers.append(unit_candidates(logits, self._bounds, params, position))
         return offers
 
     def _penalise(
         self, logits: NDArray[np.float32], tokens: Sequence[int], by: SamplingParams
     ) -> None:
-        for (first, _), (start, end) in zip(self._vocab, places(self._vocab), strict=True):
+        for (first, _), (start, end) in zip(self._bounds, places(self._bounds), strict=True):
             logits[start:end] = penalise(logits[start:end], first, tokens, by.repetition_penalty)
 
     def send_candidates(self, step: Step, offers: list[SlotCandidates]) -> None:
@@ -324,5 +326,5 @@ class StepEngine:
 
     def own_logits(self, unit: int, slots: list[int]) -> NDArray[np.float32]:
         """[slots, unit width] of a vocab unit that this node owns, of the last step."""
-        start, end = places(self._vocab)[self.topology.vocab_units.index(unit)]
+        start, end = places(self._bounds)[self.topology.vocab_units.index(unit)]
         return self._last[slots, start:end]

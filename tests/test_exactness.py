@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from p2pinfer.model.kv_cache import KvCache
 from p2pinfer.types import DType, Plan
 from p2pinfer.wire.messages import Slot
 from tests.lockstep import Lockstep
@@ -311,6 +312,26 @@ def test_what_was_foreseen_serves_that_step_alone(tmp_path: Path) -> None:
         Slot(request_id=i, start=at, tokens=(8,), sample=True) for i, at in ((2, 70), (1, 73))
     )
     assert np.array_equal(lockstep.step(both), source.step(both))
+
+
+def test_what_was_foreseen_is_forgotten_where_kv_moves(tmp_path: Path) -> None:
+    """Parts that are loaded anew have other memory for the KV that they had."""
+    folder = write_random_model(tmp_path / "model", seed=4, head_dim=32)
+    prompt = prompt_of(300, 70, seed=1)
+    lockstep, source = Lockstep(folder, nodes=2), Lockstep(folder, nodes=2)
+    for each in (lockstep, source):
+        each.prefill(prompt)
+    for runner in lockstep.runners.values():
+        for part in runner._parts:
+            before, part.cache = part.cache, KvCache(part.cache.shape)
+            part.cache.open(1, 512)
+            for unit in range(before.shape.units):
+                part.cache.copy(unit, before, unit)
+            before.layers(1, 0, 70).keys[0].zero_()
+        runner.rearrange(runner._parts)
+    for position in (70, 71):
+        following = (Slot(request_id=1, start=position, tokens=(5,), sample=True),)
+        assert np.array_equal(lockstep.step(following), source.step(following))
 
 
 @pytest.mark.parametrize("dtype", [DType.FLOAT32, DType.BFLOAT16])

@@ -1,6 +1,6 @@
 """Delta KV: what an owner sends of its units' KV to their standbys, and what these write and ask.
 
-After each step an owner sends the new rows of each of its head units to the unit's standbys, as far
+Between steps an owner sends the new rows of each of its head units to the unit's standbys, as far
 as these have granted it credit; it waits for nobody. A standby writes only what joins its watermark
 and belongs to its log. What did not reach it, or came before it had the step's tokens, it asks for
 by position: once it has fallen behind for `LAG_S`, or as soon as a frame shows that there is a gap.
@@ -41,6 +41,9 @@ it has been, and nothing has come, for so long."""
 ASK_AGAIN_S = 2.0
 """An answer of which nothing has come for so long is lost: a whole window may be before it in a
 slow link."""
+
+GAP = -inf
+"""Since when a unit lacks what a frame has shown to be lost: it is asked for at once."""
 
 MORE_ROWS = 64
 """Positions that may have been computed between a question and its answer."""
@@ -233,6 +236,11 @@ class _Question(NamedTuple):
     at: float
     frames: int
 
+    @property
+    def whole(self) -> bool:
+        """Whether it is about all that lacked: the window left room for it, and for some more."""
+        return self.end < self.limit
+
 
 class Replicas:
     """A standby's side under one plan: what it may write, what it grants, what it asks for.
@@ -247,7 +255,7 @@ class Replicas:
         self._stages = {Slice(s.start, s.end): number for number, s in enumerate(plan.stages)}
         self._expected: dict[int, int] = {}
         self._behind: dict[tuple[int, KvUnit], float] = {}
-        """Since when a unit lacks what is expected of a request."""
+        """Since when a unit lacks what is expected of a request, and nothing has come; or `GAP`."""
         self._asked: dict[tuple[int, KvUnit], _Question] = {}
         self._used: defaultdict[int, int] = defaultdict(int)
         """Bytes that came from each owner and were not granted again yet."""
@@ -330,7 +338,7 @@ class Replicas:
         if self._logs.digest(frame.request_id, end) != frame.log_digest:
             return False
         if frame.start > self._logs.coverage.of(frame.request_id, unit):
-            self._behind[frame.request_id, unit] = -inf
+            self._behind[frame.request_id, unit] = GAP
             return False
         return True
 
@@ -338,11 +346,12 @@ class Replicas:
         """A frame's rows are in their place."""
         request_id, end = frame.request_id, frame.start + frame.tensor.shape[2]
         self._logs.coverage.join(request_id, unit, frame.start, end)
-        question = self._asked.pop((request_id, unit), None)
-        if question is None and self._behind.get((request_id, unit), -inf) > -inf:
-            self._behind[request_id, unit] = now  # it keeps up: what lacks still is on its way
+        key = request_id, unit
+        question = self._asked.pop(key, None)
         if question is not None and end < question.end:
-            self._asked[request_id, unit] = question._replace(at=now)
+            self._asked[key] = question._replace(at=now)
+        elif key in self._behind and (question.whole if question else self._behind[key] > GAP):
+            self._behind[key] = now  # it gets on: what lacks still is on its way
         self._look(request_id, now)
 
     def _look(self, request_id: int, now: float) -> None:

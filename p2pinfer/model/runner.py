@@ -266,8 +266,8 @@ class StageRunner:
         return None
 
     def foresee(self, slots: Sequence[Slot]) -> None:
-        """Prepare the step that follows these slots, if each goes on with one token. To be called
-        while there is nothing else to do: caches are warm, and nobody waits."""
+        """Prepare the step that follows these slots, if each goes on with one token: while others
+        are at this one still, rather than when they are at the next."""
         if not self._owned or not slots or not all(slot.sample for slot in slots):
             return
         ends = (slot.start + len(slot.tokens) for slot in slots)

@@ -24,7 +24,7 @@ FOUND_BY = {
     "delta-beyond-a-gap": 1,
     "delta-digest-unchecked": 15,
     "freed-replica-counted": 4,
-    "promotion-trusted": 1,
+    "promotion-trusted": 196,
     "vote-not-persisted": 27,
     "votes-for-all": 173,
     "older-plan-voted-for": 30,

@@ -336,6 +336,24 @@ def test_a_standby_that_gets_on_does_not_ask() -> None:
     assert asked(replicas, now + 0.01 + LAG_S + 0.001) == [(0, 0, 28, 33), (0, 1, 28, 33)]
 
 
+def test_after_a_gap_frames_on_their_way_are_no_lag_either() -> None:
+    """What was lost is asked for once, though frames still come two steps late."""
+    replicas, logs = replicas_of()
+    questions: list[tuple[int, int, int, int]] = []
+    for position in range(40):
+        now = 0.03 * position
+        logs.write(FENCE, slot(position, position + 1))
+        replicas.stepped((slot(position, position + 1),), now)
+        for unit in (0, 1) if position > 1 and position != 10 else ():
+            covered = logs.coverage.of(1, UNITS[unit])
+            asked_for = any(question[1:3] == (unit, covered) for question in questions)
+            start = covered if asked_for else position - 2
+            take(replicas, frame(logs, start, position - 1, unit), now + 0.01)
+        questions += asked(replicas, now + 0.02)
+    assert [question[:3] for question in questions] == [(0, 0, 8), (0, 1, 8)]
+    assert replicas.lacking == 2
+
+
 def test_a_gap_is_asked_for_at_once() -> None:
     """A frame beyond the watermark proves that what is before it was lost."""
     replicas, logs = replicas_of()

@@ -9,9 +9,10 @@ import msgspec
 import numpy as np
 import pytest
 
+from p2pinfer import replicator
 from p2pinfer.core.coverage import KvUnit
 from p2pinfer.core.units import kv_bytes_per_position
-from p2pinfer.replicator import DRAIN_S, IDLE_AFTER_S, STEP_FRAMES, partners
+from p2pinfer.replicator import DRAIN_S, IDLE_AFTER_S, SEND_ROWS, STEP_FRAMES, partners
 from p2pinfer.types import Fence
 from p2pinfer.wire.messages import Credit, KvDelta, KvRequest
 from p2pinfer.wire.tensors import Tensor, WireDType
@@ -125,6 +126,20 @@ def test_requests_take_turns_and_their_positions_wait_together(bench: Bench) -> 
     assert nodes[0].links.traffic.sent_bytes - first == STEP_FRAMES * (HEADS + 4 * ROW)
     until(lambda: all(nodes[1].covers(u, r) == 4 for u in (0, 1) for r in requests), *nodes)
     assert all(same(nodes, 1, 4, request_id=r) for r in requests)
+
+
+def test_a_standby_of_fast_steps_never_lacks_many(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Positions wait for one another, but no more of them than a standby may lack that is ready."""
+    monkeypatch.setattr(replicator, "SEND_EVERY_S", 60.0)
+    nodes = in_force(bench)
+    run(nodes, slot(0, 5))
+    first = nodes[0].links.traffic.sent_bytes
+    for position in range(5, 5 + SEND_ROWS):
+        assert nodes[0].links.traffic.sent_bytes == first
+        run(nodes, slot(position, 1))
+    assert nodes[0].links.traffic.sent_bytes == first + 2 * (HEADS + SEND_ROWS * ROW)
 
 
 def test_an_ended_request_is_forgotten(bench: Bench) -> None:
