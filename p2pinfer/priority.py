@@ -82,9 +82,12 @@ def unhurried(make: Callable[[], Made]) -> Made:
 
 
 def _be_unhurried() -> None:
+    """By way of the C library, which remembers a thread's policy and gives it to those that the
+    thread starts: ZeroMQ's take it from there, whatever the system has."""
     if sys.platform == "linux":
-        with suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        library, priority = ctypes.CDLL(None), ctypes.c_int(0)
+        thread = ctypes.c_ulong(threading.get_ident())
+        library.pthread_setschedparam(thread, os.SCHED_BATCH, ctypes.byref(priority))
 
 
 def _be_nice(value: int) -> None:

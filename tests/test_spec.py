@@ -17,7 +17,7 @@ import msgspec
 import pytest
 from msgspec import inspect
 
-from p2pinfer import limits
+from p2pinfer import limits, replicator
 from p2pinfer.core import agreement, replication
 from p2pinfer.core.events import NodeConfig
 from p2pinfer.core.requests import REPLY_KEPT_S
@@ -168,8 +168,9 @@ def test_settings_are_the_defaults_of_the_code() -> None:
 
 def test_constants_of_replicas_are_those_of_the_code() -> None:
     """Each has the value of the table; the window is the limit of credit."""
-    assert {name: getattr(replication, name.upper()) for name in spec.CONSTANTS} == spec.CONSTANTS
-    assert len(spec.CONSTANTS) == 4
+    here = vars(replication) | vars(replicator)
+    assert {name: here[name.upper()] for name in spec.CONSTANTS} == spec.CONSTANTS
+    assert len(spec.CONSTANTS) == 6
     assert replication.WINDOW_BYTES == limits.MAX_CREDIT_BYTES
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import threading
@@ -78,6 +79,11 @@ def zeromqs_threads(context: zmq.Context) -> set[int]:
 def test_zeromqs_thread_is_unhurried_where_its_first_socket_is_made_so() -> None:
     """Nobody else's policy changes, and the socket is for the caller to use."""
     before, context = mine(), zmq.Context()
+    # From now on the C library remembers this thread's policy, for those that it starts too.
+    policy, priority = ctypes.c_int(), ctypes.c_int()
+    thread = ctypes.c_ulong(threading.get_ident())
+    library = ctypes.CDLL(None)
+    library.pthread_getschedparam(thread, ctypes.byref(policy), ctypes.byref(priority))
     context.set(zmq.THREAD_NAME_PREFIX, 7)  # other tests of this process may have left contexts
     try:
         socket = unhurried(lambda: context.socket(zmq.PULL))
