@@ -330,7 +330,7 @@ def test_a_join_interrupts_no_reply(seed: int) -> None:
     assert story.until(lambda: owners() == {0, 1, 2})
 
 
-# Not seed 2: as in one of eighty, the leaver's links are seen to end before its LEAVE is heard. It is
+# Not seed 2: as in one of eighty, the leaver's links are seen to end before LEAVE is heard. It is
 # taken for dead then, and the client told so, though all was handed over.
 @pytest.mark.parametrize("seed", [0, 1, 3])
 @pytest.mark.parametrize("victim", [1, 2])
