@@ -8,29 +8,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2pinfer.errors import RemoteProtocolError
-from p2pinfer.model.sampling import SlotCandidates, no_candidates
+from p2pinfer.model.sampling import SlotCandidates, candidates_wanted, no_candidates
+from p2pinfer.types import SamplingParams
 from p2pinfer.wire.messages import Candidates
 
 
-def unpacked(frame: Candidates, slots: int, bounds: NDArray[np.int32]) -> SlotCandidates:
-    """A member's candidates for so many slots that sample, as `sampling.stacked` has them; their
-    memory is the frame's. `bounds` [units, 2] are those of all vocab units.
+def unpacked(
+    frame: Candidates, sampling: Sequence[SamplingParams], bounds: NDArray[np.int32]
+) -> SlotCandidates:
+    """A member's candidates for the slots that sample, by their parameters, as `sampling.stacked`
+    has them; their memory is the frame's. `bounds` [units, 2] are those of all vocab units.
 
-    A unit has at least one, all of its own ids, before the places that are not used; where no slot
-    samples there is a row that nobody looks at. Raises `RemoteProtocolError` for anything else, and
-    `ArithmeticError` for numbers that are not finite.
+    A unit has at least one, all of its own ids, before the places that are not used, of which there
+    are no more than the slots want; where no slot samples there is a row that nobody looks at.
+    Raises `RemoteProtocolError` for anything else, and `ArithmeticError` for numbers that are not
+    finite.
     """
     ids = np.frombuffer(frame.ids.data, np.int32).reshape(frame.ids.shape)
     scores = np.frombuffer(frame.logits.data, np.float32).reshape(frame.logits.shape)
     lse = np.frombuffer(frame.lse.data, np.float32).reshape(frame.lse.shape)
     if not (np.isfinite(scores).all() and np.isfinite(lse).all()):
         raise ArithmeticError("candidates that are not finite")
-    if len(ids) != max(slots, 1):
+    if len(ids) != max(len(sampling), 1):
         raise RemoteProtocolError("candidates for another number of slots")
+    if ids.shape[2] > max(map(candidates_wanted, sampling), default=1):
+        raise RemoteProtocolError("more candidates than the slots want")
     own, used = bounds[list(frame.units), None], ids >= 0
     within = (ids >= own[..., 0]) & (ids < own[..., 1])
     good = (used == within).all() and used[..., 0].all() and (used[..., 1:] <= used[..., :-1]).all()
-    if slots and not good:
+    if sampling and not good:
         raise RemoteProtocolError("candidates outside their unit")
     return SlotCandidates(ids, scores, lse)
 

@@ -160,7 +160,7 @@ class Leader:
 
     def _draw(self, step: Step, own: list[SlotCandidates]) -> dict[int, int]:
         sampling = [slot for slot in step.slots if slot.sample]
-        offers = self._collect(step, len(sampling), own)
+        offers = self._collect(step, [self._params(slot) for slot in sampling], own)
         drawn: dict[int, int] = {}
         unsettled: list[int] = []
         for index, slot in enumerate(sampling):
@@ -181,8 +181,10 @@ class Leader:
     def _params(self, slot: Slot) -> SamplingParams:
         return self._logs.params(slot.request_id)
 
-    def _collect(self, step: Step, slots: int, own: list[SlotCandidates]) -> list[SlotCandidates]:
-        """By slot, those of all vocab units in order, from all members.
+    def _collect(
+        self, step: Step, sampling: list[SamplingParams], own: list[SlotCandidates]
+    ) -> list[SlotCandidates]:
+        """By slot that samples, those of all vocab units in order, from all members.
 
         Their owners answer every step that has slots, so that no member falls behind by more than
         one.
@@ -197,12 +199,12 @@ class Leader:
         for member, frame in arrived.items():
             node_id = t.plan.members[member].node_id
             try:
-                offers.append((frame.units, unpacked(frame, slots, self._bounds)))
+                offers.append((frame.units, unpacked(frame, sampling, self._bounds)))
             except RemoteProtocolError as error:
                 raise StepBroken(node_id, str(error)) from error
             except ArithmeticError as error:
                 raise StepBroken(node_id, str(error), broken=True) from error
-        return joined(offers, slots, len(self._widths))
+        return joined(offers, len(sampling), len(self._widths))
 
     def _whole_logits(self, step: Step, slots: list[int]) -> list[NDArray[np.float32]]:
         """The whole vocabulary's logits [vocab] of each of the sampling slots asked for."""

@@ -96,11 +96,16 @@ class Departure:
 
     # --- what comes of it -------------------------------------------------------------------------
 
-    def lost(self, member: Member, state: MemberState) -> None:
-        """A member is gone: perhaps the one that a client waits for."""
+    def lost(self, member: Member, state: MemberState, plan: Plan | None) -> None:
+        """A member is gone: perhaps the one that a client waits for. `plan` is the one in force
+        here.
+
+        The end of its links may be seen before its LEAVE is heard: what it had by the plan tells
+        whether it went in good order.
+        """
         self.pausing.lost(member)
         for wish in self._wishes.about(member.node_id):
-            if state is MemberState.LEFT:
+            if state is MemberState.LEFT or (plan and _holds_nothing(plan, member.node_id)):
                 self._wishes.done(wish)
             else:
                 reason = f"{member.name} died before it had handed over its part"
@@ -120,7 +125,7 @@ class Departure:
             return False
         patience = min(self._leaderless_until, now + self._election_s)
         self._leaderless_until = inf if led else patience
-        if self._holds_nothing(plan, ready, began):
+        if self._done(plan, ready, began):
             return True
         if self._anyway and (now >= self._leaderless_until or not self._others()):
             return True
@@ -128,7 +133,7 @@ class Departure:
             return True
         if now < self._until:
             return False
-        if self._anyway or self._owns_nothing(plan, ready):
+        if self._anyway or (plan and ready and _owns_nothing(plan, self._me.node_id)):
             return True
         self._until = inf
         self.draining = self.for_good = False
@@ -147,30 +152,16 @@ class Departure:
                 self._wishes.done(wish)
         self._wishes.turn_away(f"{self._me.name} is leaving; ask another node")
 
-    def _holds_nothing(self, plan: Plan | None, ready: bool, began: bool) -> bool:
-        """Whether the plan in force gives this node no unit, to own or to keep, and no vote.
+    def _done(self, plan: Plan | None, ready: bool, began: bool) -> bool:
+        """Whether this node has nothing left that others might need.
 
-        Who has never taken part in one has nothing to hand over, and may go if it was told to end.
+        Who has never taken part in a plan has nothing to hand over, and may go if it was told to
+        end. The others must know that a plan is in force: until then they may need this node's
+        vote, as they would by the plan before.
         """
         if plan is None:
             return self._anyway and not began
-        ids = [member.node_id for member in plan.members]
-        if not self._owns_nothing(plan, ready):
-            return False
-        # As long as it keeps replicas, those that are to take their place are not complete.
-        return not standby_holdings(plan, ids.index(self._me.node_id))
-
-    def _owns_nothing(self, plan: Plan | None, ready: bool) -> bool:
-        """Whether the plan in force gives this node nothing to own, and no vote."""
-        if plan is None:
-            return False
-        ids = [member.node_id for member in plan.members]
-        # The others must know that it is in force: until then they may need this node's vote.
-        if not ready or self._me.node_id not in ids:
-            return False
-        index = ids.index(self._me.node_id)
-        # Whoever goes with a vote that the others need leaves them unable to elect anybody.
-        return not holdings(plan, index) and index not in plan.voters
+        return ready and _holds_nothing(plan, self._me.node_id)
 
     def _others(self) -> list[Peer]:
         """Members that could take over: not going themselves."""
@@ -185,3 +176,22 @@ class Departure:
             f"{name} could not hand over its part within {self._timeout:g} s: the others may lack "
             f"memory, or the cluster a leader; see p2pinfer plan --without {name}"
         )
+
+
+def _owns_nothing(plan: Plan, node_id: str) -> bool:
+    """Whether a plan gives a node no unit to own, and no vote: whoever goes with a vote that the
+    others need leaves them unable to elect anybody."""
+    index = _place(plan, node_id)
+    return index is None or not (holdings(plan, index) or index in plan.voters)
+
+
+def _holds_nothing(plan: Plan, node_id: str) -> bool:
+    """The same, and no unit to keep: as long as it keeps replicas, those that are to take their
+    place are not complete."""
+    index = _place(plan, node_id)
+    return _owns_nothing(plan, node_id) and (index is None or not standby_holdings(plan, index))
+
+
+def _place(plan: Plan, node_id: str) -> int | None:
+    places = (n for n, member in enumerate(plan.members) if member.node_id == node_id)
+    return next(places, None)

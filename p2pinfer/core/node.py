@@ -355,7 +355,7 @@ class Node:
         if self._leadership:
             self._leadership.lost(peer, now)
         self._election.lost(peer.member.node_id, reason, now)
-        self._departure.lost(peer.member, state)
+        self._departure.lost(peer.member, state, self._holder.active)
 
     # --- the worker -------------------------------------------------------------------------------
 

@@ -103,21 +103,21 @@ def unit_candidates(
 ) -> SlotCandidates:
     """What the owner of some vocab units sends for one slot. `logits` [width of them all], unit
     after unit, are after penalty; `units` are their bounds in the vocabulary."""
-    lies = places(units)
+    spans = places(units)
     if not is_filtered(params):
         scores = logits
         if params.temperature > 0:
             ids = np.concatenate([np.arange(*bounds) for bounds in units])
             scores = perturbed(logits, ids, params, position)
-        best = [int(scores[start:end].argmax()) for start, end in lies]
-        starts = [start for start, _ in lies]
+        best = [int(scores[start:end].argmax()) for start, end in spans]
+        starts = [start for start, _ in spans]
         found = no_candidates(len(units), 1)
         found.ids[:, 0] = [first + at for (first, _), at in zip(units, best, strict=True)]
         found.scores[:, 0] = scores[np.add(starts, best)]
         return found
     wanted = candidates_wanted(params)
     found = no_candidates(len(units), min(wanted, max(end - start for start, end in units)))
-    for row, ((first, _), (start, end)) in enumerate(zip(units, lies, strict=True)):
+    for row, ((first, _), (start, end)) in enumerate(zip(units, spans, strict=True)):
         own = logits[start:end]
         best_first = _largest(own, wanted)
         found.ids[row, : len(best_first)] = best_first + first
@@ -160,16 +160,16 @@ def _ids(first: int, count: int) -> NDArray[np.int64]:
 
 
 def _largest(values: F32, count: int) -> NDArray[np.int64]:
-    """Places of the `count` largest values, largest first, of equal ones the lower place."""
+    """Indices of the `count` largest values, largest first, of equal ones the lower index."""
     if count < len(values):
         least = np.partition(values, len(values) - count)[len(values) - count]
         above = np.flatnonzero(values > least)
         equal = np.flatnonzero(values == least)[: count - len(above)]
-        places = np.concatenate([above, equal])
+        found = np.concatenate([above, equal])
     else:
-        places = np.arange(len(values))
-    order = np.lexsort((places, -values[places]))
-    return places[order].astype(np.int64)
+        found = np.arange(len(values))
+    order = np.lexsort((found, -values[found]))
+    return found[order].astype(np.int64)
 
 
 class Offer(NamedTuple):

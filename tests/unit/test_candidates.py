@@ -31,6 +31,7 @@ BOUNDS = np.array(UNITS, np.int32)
 WIDTHS = BOUNDS[:, 1] - BOUNDS[:, 0]
 VOCAB = 200
 POSITION = 9
+ASKED = [SamplingParams(temperature=1.0, top_k=3), SamplingParams()]
 
 
 def received(units: tuple[int, ...], offers: SlotCandidates) -> Candidates:
@@ -80,7 +81,7 @@ def test_what_is_drawn_does_not_depend_on_who_owns_the_units(
             unit_candidates(row, bounds, each, POSITION)
             for row, each in zip(mine, params, strict=True)
         ]
-        offers.append((own, unpacked(received(own, stacked(rows)), len(params), BOUNDS)))
+        offers.append((own, unpacked(received(own, stacked(rows)), params, BOUNDS)))
     whole = joined(offers, len(params), len(UNITS))
     for row, each, found in zip(logits, params, whole, strict=True):
         alone = gather(unit_candidates(row, UNITS, each, POSITION), WIDTHS)
@@ -98,10 +99,10 @@ def good_offer() -> SlotCandidates:
 
 def test_a_good_offer_is_taken_as_it_is() -> None:
     """And where no slot samples, a row of nothing, which says that the step is done."""
-    taken = unpacked(received((1, 3), good_offer()), 2, BOUNDS)
+    taken = unpacked(received((1, 3), good_offer()), ASKED, BOUNDS)
     assert taken.ids.tolist() == good_offer().ids.tolist()
     nothing = stacked([no_candidates(2, 1)])
-    assert joined([((1, 3), unpacked(received((1, 3), nothing), 0, BOUNDS))], 0, 4) == []
+    assert joined([((1, 3), unpacked(received((1, 3), nothing), [], BOUNDS))], 0, 4) == []
 
 
 @pytest.mark.parametrize(
@@ -122,14 +123,24 @@ def test_ids_of_other_units_and_holes_are_not_taken(
     offer = good_offer()
     offer.ids[place] = token
     with pytest.raises(RemoteProtocolError, match="outside their unit"):
-        unpacked(received((1, 3), offer), 2, BOUNDS)
+        unpacked(received((1, 3), offer), ASKED, BOUNDS)
 
 
 @pytest.mark.parametrize("slots", [0, 1, 3])
 def test_other_slots_than_were_asked_are_not_taken(slots: int) -> None:
     """Neither more nor fewer."""
     with pytest.raises(RemoteProtocolError, match="another number of slots"):
-        unpacked(received((1, 3), good_offer()), slots, BOUNDS)
+        unpacked(received((1, 3), good_offer()), ASKED[:1] * slots, BOUNDS)
+
+
+@pytest.mark.parametrize(
+    "asked", [[], ASKED[1:] * 2, [SamplingParams(temperature=1.0, top_k=2)] * 2]
+)
+def test_more_candidates_than_are_wanted_are_not_taken(asked: list[SamplingParams]) -> None:
+    """One member's wide frame must not make the arrays of all wide."""
+    offer = good_offer() if asked else stacked([no_candidates(2, 2)])
+    with pytest.raises(RemoteProtocolError, match="more candidates"):
+        unpacked(received((1, 3), offer), asked, BOUNDS)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -139,7 +150,7 @@ def test_numbers_that_are_not_finite_are_told_apart(value: float) -> None:
         array[(0,) * array.ndim] = value
         offer = good_offer()._replace(**{"scores" if array.ndim == 3 else "lse": array})
         with pytest.raises(ArithmeticError, match="not finite"):
-            unpacked(received((1, 3), offer), 2, BOUNDS)
+            unpacked(received((1, 3), offer), ASKED, BOUNDS)
 
 
 def test_units_lie_one_after_the_other() -> None:
