@@ -183,7 +183,7 @@ class StepAttention:
             new = cache.layers(run.request_id, run.start, run.end)
             self._written.append((run.row, last, *new))
         self._out = torch.zeros((units, rows, group * head_dim), dtype=dtype, device=self._device)
-        self._whole = len(of_step.tiles) == 1 and of_step.tiles[0].length == rows
+        self._whole = len(of_step.tiles) == 1
         """One tile, and so one run, has all rows."""
         into = self._out.view(1, units, rows * group, head_dim)
         tiles = []
@@ -207,9 +207,10 @@ class StepAttention:
         """Write the new keys and values of a layer (0 is the cache's first) by position, then
         attend.
 
-        `q` [units, rows, group, head_dim], `k` and `v` [units, rows, head_dim]; they are rounded to
-        the cache's number format. Returns [units, rows, group * head_dim], good until the next
-        call; rows outside every tile are zero.
+        `q` [units, rows, group, head_dim], `k` and `v` [units, rows, head_dim], of the rows of all
+        runs; they are rounded to the cache's number format. Returns [units, rows, group *
+        head_dim], good until the next call, with as many rows as were asked for: those outside
+        every tile are zero.
         """
         for row, last, keys, values in self._written:
             keys[layer].copy_(k if self._whole else k[:, row:last])

@@ -1,9 +1,10 @@
 """Llama (Touvron et al., 2023) by layers and units: what one node computes of one stage.
 
 The residual is float32, whole and bit-identical on every node of a stage. A half layer takes it
-normed and yields one partial per unit, or what it has added of them; the caller adds those of all
-nodes along the fixed tree. Norms, biases that are added after a sum, and the embedding are the
-`Trunk`, which every node of a stage has; the rest is by unit.
+normed, with rows of filler where products want more, and yields one partial per unit, or what it
+has added of them; the caller adds those of all nodes along the fixed tree. Norms, biases that are
+added after a sum, and the embedding are the `Trunk`, which every node of a stage has; the rest is
+by unit.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class AttentionHalf:
         """[rows, hidden] float32 per unit that is `owned`, or sums of them by tree node, of `h`
         [rows, hidden], the prepared input. `attend` is `StepAttention.attend` of this layer: it
         writes the KV of all units."""
-        return self.out(attend(*self.qkv(h, angles)), owned)
+        return self.out(attend(*self.qkv(h, angles)), angles.rows, owned)
 
     def keys_values(self, h: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
         """K and V, each [units, rows, head_dim], of `h` [rows, hidden]: in the KV's number format
@@ -109,10 +110,10 @@ class MlpHalf:
 
     products: UnitProducts
 
-    def partials(self, h: Tensor, owned: AbstractSet[int]) -> dict[int, Tensor]:
+    def partials(self, h: Tensor, rows: int, owned: AbstractSet[int]) -> dict[int, Tensor]:
         """[rows, hidden] float32 per unit that is `owned`, or sums of them by tree node, of `h`
         [rows, hidden], the prepared input."""
-        return self.products(h, owned)
+        return self.products(h, rows, owned)
 
     @property
     def nbytes(self) -> int:
@@ -126,10 +127,10 @@ class VocabHead:
 
     products: UnitProducts
 
-    def logits(self, h: Tensor, owned: AbstractSet[int]) -> dict[int, Tensor]:
+    def logits(self, h: Tensor, rows: int, owned: AbstractSet[int]) -> dict[int, Tensor]:
         """[rows, unit width] float32 per unit that is `owned`, of `h` [rows, hidden], the
         prepared output of the last layer."""
-        return self.products(h, owned)
+        return self.products(h, rows, owned)
 
     @property
     def nbytes(self) -> int:

@@ -68,7 +68,7 @@ class QuantisedProjection:
         )
 
     def __call__(self, x: Tensor, angles: Angles, /) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self._session.run(x.shape[0], x, *angles)
+        q, k, v = self._session.run(x.shape[0], x, angles.cos, angles.sin)
         return q, k, v
 
     def _by_unit(self, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -105,8 +105,8 @@ class QuantisedProducts:
         named = {_name(node): value for node, value in outputs.items()}
         self._session = Session(graph, inputs, named)
 
-    def __call__(self, x: Tensor, wanted: AbstractSet[int], /) -> dict[int, Tensor]:
-        outputs = self._session.run(x.shape[-2], x)
+    def __call__(self, x: Tensor, rows: int, wanted: AbstractSet[int], /) -> dict[int, Tensor]:
+        outputs = self._session.run(rows, x)
         apart = [unit for unit in self._units if unit in wanted]
         nodes = apart if len(apart) < len(self._units) else self._tops
         return {node: outputs[self._places[node]] for node in nodes}

@@ -7,7 +7,8 @@ cosines have the same bits however many positions run together.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -38,11 +39,24 @@ def inverse_frequencies(config: LlamaConfig) -> NDArray[np.float32]:
     return np.asarray(np.where(between, blended, scaled), np.float32)
 
 
-class Angles(NamedTuple):
+@dataclass(frozen=True)
+class Angles:
     """Cosines and sines of a step's rows, each [rows, head_dim / 2] float32."""
 
     cos: Tensor
     sin: Tensor
+
+    @property
+    def rows(self) -> int:
+        """How many rows these are of."""
+        return self.cos.shape[0]
+
+    @cached_property
+    def of_halves(self) -> tuple[Tensor, Tensor]:
+        """What both halves of a head are multiplied with, and what the halves in each other's place
+        are, each [rows, 1, head_dim]."""
+        cos, sin = self.cos, self.sin
+        return torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
 
 
 class Rope:
@@ -80,6 +94,6 @@ def rotate(x: Tensor, angles: Angles) -> Tensor:
     Products and sums are separate calls, each rounded: a fused one would round differently in a
     vector's tail.
     """
-    cos, sin = angles.cos.unsqueeze(1), angles.sin.unsqueeze(1)
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    cos, sin = angles.of_halves
+    x = x.float()
+    return (x.roll(x.shape[-1] // 2, -1) * sin).add_(x * cos)

@@ -27,7 +27,7 @@ from p2pinfer.model.linear import padded_rows
 from p2pinfer.model.llama import TORCH_DTYPES, Trunk
 from p2pinfer.model.part import Part, units_of
 from p2pinfer.model.reduction import whole_sum
-from p2pinfer.model.rope import Angles, Rope
+from p2pinfer.model.rope import Angles
 from p2pinfer.types import DType, ModelSpec, UnitKind
 from p2pinfer.wire.messages import Slot
 
@@ -122,18 +122,18 @@ class _Owned:
             partials |= halves[index].partials(h, angles, attend, self._heads)
         return partials
 
-    def multiply(self, index: int, h: Tensor) -> dict[int, Tensor]:
+    def multiply(self, index: int, h: Tensor, rows: int) -> dict[int, Tensor]:
         """Partials of the owned MLP units in one layer of the span."""
         partials: dict[int, Tensor] = {}
         for halves in self._mlp:
-            partials |= halves[index].partials(h, self._mlp_units)
+            partials |= halves[index].partials(h, rows, self._mlp_units)
         return partials
 
-    def logits(self, h: Tensor) -> dict[int, Tensor]:
+    def logits(self, h: Tensor, rows: int) -> dict[int, Tensor]:
         """Logits by owned vocab unit, of prepared hidden states."""
         logits: dict[int, Tensor] = {}
         for vocab in self._vocab:
-            logits |= vocab.logits(h, frozenset(self.vocab_units))
+            logits |= vocab.logits(h, rows, frozenset(self.vocab_units))
         return logits
 
     def wrote(self, runs: Sequence[Run]) -> None:
@@ -153,7 +153,7 @@ class _Owned:
             raise LookupError("this node keeps no inputs")
         rows = end - start
         filler = padded_rows(rows, self._quant) - rows
-        angles = self.trunk.rope.rows([(start, end), *([(0, filler)] if filler else [])])
+        angles = self.trunk.rope.rows([(start, end)])
         for cache, halves in self._attention:
             places = [i for i, unit in enumerate(halves[0].units) if unit in units]
             stored = cache.layers(request_id, start, end)
@@ -163,8 +163,8 @@ class _Owned:
                     h = functional.pad(h, (0, 0, 0, filler))
                 k, v = half.keys_values(h, angles)
                 for place in places:
-                    stored.keys[index][place] = k[place, :rows]
-                    stored.values[index][place] = v[place, :rows]
+                    stored.keys[index][place] = k[place]
+                    stored.values[index][place] = v[place]
                 yield
             if places:
                 cache.wrote(request_id, end)
@@ -253,10 +253,10 @@ class StageRunner:
                 if owned.inputs is not None:
                     owned.inputs.write(index, runs, h)
                 partials = owned.attend(index, h, angles, attention)
-                total = yield NeedSum(owned.stage, number, ATTENTION, self._sent(partials, rows))
+                total = yield NeedSum(owned.stage, number, ATTENTION, self._sent(partials))
                 self._add(own, total, layer.attention_bias)
-                partials = owned.multiply(index, trunk.prepared(x, layer.mlp_norm))
-                total = yield NeedSum(owned.stage, number, MLP, self._sent(partials, rows))
+                partials = owned.multiply(index, trunk.prepared(x, layer.mlp_norm), rows)
+                total = yield NeedSum(owned.stage, number, MLP, self._sent(partials))
                 self._add(own, total, layer.mlp_bias)
             owned.wrote(runs)
             reached = trunk.span.end
@@ -283,7 +283,7 @@ class StageRunner:
         return _Prepared(
             runs,
             torch.zeros((padded, self._hidden), dtype=torch.float32, device=self._device),
-            self._angles(self._owned[0].trunk.rope, runs, padded - rows),
+            self._owned[0].trunk.rope.rows([(run.start, run.end) for run in runs]),
             tuple(owned.attention(padded, of_step, self._group) for owned in self._owned),
         )
 
@@ -329,21 +329,16 @@ class StageRunner:
             row += len(slot.tokens)
         return runs
 
-    @staticmethod
-    def _angles(rope: Rope, runs: list[Run], filler: int) -> Angles:
-        spans = [(run.start, run.end) for run in runs]
-        return rope.rows([*spans, (0, filler)] if filler else spans)
-
     def _embed(self, embedding: Tensor, slots: Sequence[Slot]) -> Tensor:
         """Rows of the mapped table: the table itself is never loaded."""
         ids = torch.tensor([token for slot in slots for token in slot.tokens], dtype=torch.int64)
         return embedding[ids].to(self._device, torch.float32)
 
-    def _sent(self, partials: dict[int, Tensor], rows: int) -> dict[int, Tensor]:
-        """Partials as they are added up: without filler rows, in the format of sums."""
-        if self._sum_dtype is torch.float32 and padded_rows(rows, self._quant) == rows:
+    def _sent(self, partials: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Partials in the format in which they are added up."""
+        if self._sum_dtype is torch.float32:
             return partials
-        return {unit: p[:rows].to(self._sum_dtype) for unit, p in partials.items()}
+        return {unit: p.to(self._sum_dtype) for unit, p in partials.items()}
 
     @staticmethod
     def _add(x: Tensor, total: Tensor | None, bias: Tensor | None) -> None:
@@ -366,8 +361,8 @@ class StageRunner:
         picked = functional.pad(x[last_rows], (0, 0, 0, padded_rows(count, self._quant) - count))
         trunk = owned.trunk
         assert trunk.final_norm is not None
-        logits = owned.logits(trunk.prepared(picked, trunk.final_norm))
-        return torch.cat([logits[unit] for unit in owned.vocab_units], dim=1)[:count]
+        logits = owned.logits(trunk.prepared(picked, trunk.final_norm), count)
+        return torch.cat([logits[unit] for unit in owned.vocab_units], dim=1)
 
 
 def run_alone(runner: StageRunner, slots: Sequence[Slot]) -> Tensor:

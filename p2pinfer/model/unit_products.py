@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from p2pinfer.model.linear import Linear, pack
+from p2pinfer.model.linear import Linear, pack, padded_rows
 from p2pinfer.model.rope import Angles, rotate
 
 PARALLEL_ELEMENTS = 32768
@@ -23,6 +23,9 @@ PARALLEL_ELEMENTS = 32768
 
 FEW_ROWS = 16
 """So few are handled for all units at once; of more the memory that this takes costs more."""
+
+KEPT_ROWS = 4
+"""Memory for the sums of so few is kept: of a model of 1 billion weights 20 MB at most."""
 
 
 class TensorSource(Protocol):
@@ -86,7 +89,8 @@ class Projection(Protocol):
 
     def __call__(self, x: Tensor, angles: Angles, /) -> tuple[Tensor, Tensor, Tensor]:
         """Of `x` [rows, in], turned by `angles`: queries [units, rows, group, head_dim] and keys
-        [units, rows, head_dim]; and values [units, rows, head_dim]. Good until the next call."""
+        [units, rows, head_dim]; and values [units, rows, head_dim]. Good until the next call. Of
+        `x` there may be more rows than angles: filler."""
         ...
 
     @property
@@ -105,9 +109,10 @@ class Units(NamedTuple):
 
 class UnitProducts(Protocol):
     """One product per unit, [rows, out] float32, of those of its units that are `wanted`; or, by
-    the tree's other nodes, sums of them in their place."""
+    the tree's other nodes, sums of them in their place. Good until the next call. Of `x` there may
+    be rows of filler beyond `rows`."""
 
-    def __call__(self, x: Tensor, wanted: AbstractSet[int], /) -> dict[int, Tensor]: ...
+    def __call__(self, x: Tensor, rows: int, wanted: AbstractSet[int], /) -> dict[int, Tensor]: ...
 
     @property
     def nbytes(self) -> int:
@@ -183,13 +188,16 @@ class Turned:
         self.nbytes = qkv.nbytes
 
     def __call__(self, x: Tensor, angles: Angles, /) -> tuple[Tensor, Tensor, Tensor]:
-        units, group, head_dim = self._heads
-        rows, turning = x.shape[0], units * (group + 1)
+        units, group, dim = self._heads
+        rows, turning = angles.rows, units * (group + 1)
         qkv = self._qkv(x)
-        turned = rotate(qkv[:, : turning * head_dim].view(rows, turning, head_dim), angles)
-        q = turned[:, : units * group].view(rows, units, group, head_dim)
-        v = qkv[:, turning * head_dim :].view(rows, units, head_dim)
-        return q.transpose(0, 1), turned[:, units * group :].transpose(0, 1), v.transpose(0, 1)
+        whole, first = qkv.stride(0), qkv.storage_offset()
+        # A view costs as much as what it is for: one call for each.
+        turned = rotate(qkv.as_strided((rows, turning, dim), (whole, dim, 1)), angles)
+        q = turned.as_strided((units, rows, group, dim), (group * dim, turning * dim, dim, 1))
+        k = turned.as_strided((units, rows, dim), (dim, turning * dim, 1), units * group * dim)
+        v = qkv.as_strided((units, rows, dim), (dim, whole, 1), first + turning * dim)
+        return q, k, v
 
 
 class UnitLinears:
@@ -212,27 +220,60 @@ class UnitLinears:
             self._whole_levels += 1
             self._nodes = tuple(result for _, _, result in level)
             self._additions = self._additions[pairs:]
+        self._sums: _Sums | None = None
         self.nbytes = sum(weight.nbytes for weight in weights)
 
-    def __call__(self, x: Sequence[Tensor], wanted: AbstractSet[int], /) -> dict[int, Tensor]:
+    def __call__(
+        self, x: Sequence[Tensor], rows: int, wanted: AbstractSet[int], /
+    ) -> dict[int, Tensor]:
         """`x` is [rows, in] for each unit."""
         products = {
             unit: weight(own)
             for (unit, weight), own in zip(self._units, x, strict=True)
             if unit in wanted
         }
-        if len(products) < len(self._units) or x[0].shape[0] > FEW_ROWS:
-            return {unit: product.float() for unit, product in products.items()}
-        return self._added(list(products.values()))
+        if len(products) < len(self._units) or rows > FEW_ROWS:
+            return {unit: product[:rows].float() for unit, product in products.items()}
+        return self._added(list(products.values()), rows)
 
-    def _added(self, products: list[Tensor]) -> dict[int, Tensor]:
-        sums = torch.stack(products).float()
-        for _ in range(self._whole_levels):
-            sums = sums[0::2] + sums[1::2]
-        by_node = dict(zip(self._nodes, sums.unbind(), strict=True))
+    def _added(self, products: list[Tensor], rows: int) -> dict[int, Tensor]:
+        sums = self._sums
+        if sums is None or sums.rows != rows:
+            sums = _Sums(products[0], len(products), rows, self._whole_levels)
+            if rows <= KEPT_ROWS:
+                self._sums = sums
+        by_node = dict(zip(self._nodes, sums.of(products), strict=True))
         for left, right, result in self._additions:
             by_node[result] = by_node.pop(left) + by_node.pop(right)
         return by_node
+
+
+class _Sums:
+    """Memory in which `count` products, of which `rows` are of interest, are put side by side and
+    added, level by level, in float32; and the views of it that this takes."""
+
+    def __init__(self, like: Tensor, count: int, rows: int, levels: int) -> None:
+        self.rows = rows
+        self._side_by_side = like.new_empty((count, *like.shape))
+        self._taken = whole = self._side_by_side[:, :rows]
+        if whole.dtype is not torch.float32:
+            whole = torch.empty_like(whole, dtype=torch.float32)
+        self._whole = whole
+        self._levels: list[tuple[Tensor, Tensor, Tensor]] = []
+        for _ in range(levels):
+            left, right = whole[0::2], whole[1::2]
+            whole = torch.empty_like(left)
+            self._levels.append((left, right, whole))
+        self._results = whole.unbind()
+
+    def of(self, products: list[Tensor]) -> tuple[Tensor, ...]:
+        """What the last level has, [rows, out] each, until it is called again."""
+        torch.stack(products, out=self._side_by_side)
+        if self._whole is not self._taken:
+            self._whole.copy_(self._taken)
+        for left, right, both in self._levels:
+            torch.add(left, right, out=both)
+        return self._results
 
 
 class Separate:
@@ -242,8 +283,8 @@ class Separate:
         self._linears = UnitLinears(units, weights)
         self.nbytes = self._linears.nbytes
 
-    def __call__(self, x: Tensor, wanted: AbstractSet[int], /) -> dict[int, Tensor]:
-        return self._linears(x.unbind(), wanted)
+    def __call__(self, x: Tensor, rows: int, wanted: AbstractSet[int], /) -> dict[int, Tensor]:
+        return self._linears(x.unbind(), rows, wanted)
 
 
 class Fanned:
@@ -253,8 +294,9 @@ class Fanned:
         self._weights = dict(zip(units.numbers, weights, strict=True))
         self.nbytes = sum(weight.nbytes for weight in weights)
 
-    def __call__(self, x: Tensor, wanted: AbstractSet[int], /) -> dict[int, Tensor]:
-        return {unit: weight(x).float() for unit, weight in self._weights.items() if unit in wanted}
+    def __call__(self, x: Tensor, rows: int, wanted: AbstractSet[int], /) -> dict[int, Tensor]:
+        own = ((unit, weight) for unit, weight in self._weights.items() if unit in wanted)
+        return {unit: weight(x)[:rows].float() for unit, weight in own}
 
 
 class Gated:
@@ -269,16 +311,21 @@ class Gated:
         self._even = len(set(widths)) == 1
         self.nbytes = gate_up.nbytes + self._down.nbytes
 
-    def __call__(self, x: Tensor, wanted: AbstractSet[int], /) -> dict[int, Tensor]:
-        active = _silu_mul(self._gate_up(x))
-        return self._down(self._by_unit(active), wanted)
+    def __call__(self, x: Tensor, rows: int, wanted: AbstractSet[int], /) -> dict[int, Tensor]:
+        active = _silu_mul(self._gate_up(x)[:rows])
+        return self._down(self._by_unit(active), rows, wanted)
 
     def _by_unit(self, active: Tensor) -> Sequence[Tensor]:
-        """Columns of each unit by themselves, [rows, width]."""
-        if not self._even or active.shape[0] > FEW_ROWS:
+        """Columns of each unit by themselves, [rows, width], filled up for products where all units
+        have as many."""
+        rows, units = active.shape[0], len(self._widths)
+        if not self._even or rows > FEW_ROWS:
             return [own.contiguous() for own in torch.split(active, self._widths, dim=1)]
-        by_unit = active.view(-1, len(self._widths), self._widths[0]).transpose(0, 1)
-        return by_unit.contiguous().unbind()
+        by_unit = active.view(rows, units, -1).transpose(0, 1)
+        filler = padded_rows(rows) - rows
+        return (
+            functional.pad(by_unit, (0, 0, 0, filler)) if filler else by_unit.contiguous()
+        ).unbind()
 
 
 def _silu_mul(gate_up: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ def test_the_second_load_reads_copies_only(tmp_path: Path, quant: str) -> None:
         stage = StageLoader(weights, config, spec, CPU, packer).load(held)
         assert stage.vocab is not None
         h = torch.linspace(-1, 1, 2 * spec.hidden_size).view(2, -1)
-        logits = stage.vocab.logits(h, frozenset(held.vocab_units))
+        logits = stage.vocab.logits(h, len(h), frozenset(held.vocab_units))
         return weights.bytes_taken, torch.cat([logits[u] for u in sorted(logits)], 1).numpy()
 
     norms = (2 * spec.num_layers + 1) * spec.hidden_size * 4

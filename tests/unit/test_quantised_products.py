@@ -69,7 +69,7 @@ digest = hashlib.sha256(computes.numeric_class.encode())
 for rows in (2, 64, 130):
     x = torch.randn(rows, 512)
     for _ in range(3):
-        for partial in mlp(x, {{0, 1, 2}}).values():
+        for partial in mlp(x, rows, {{0, 1, 2}}).values():
             digest.update(partial.numpy().tobytes())
 print(digest.hexdigest())
 """
@@ -155,14 +155,14 @@ def test_a_graph_computes_what_its_products_do(quant: str) -> None:
         normed = torch.nn.functional.rms_norm(x, (96,), *norm)
         gate, up = QuantisedLinear(gate_up)(normed).clone().split(256, dim=1)
         active = torch.nn.functional.silu(gate) * up
-        partials = {unit: sums.clone() for unit, sums in together(x, {4, 6}).items()}
+        partials = {unit: sums.clone() for unit, sums in together(x, rows, {4, 6}).items()}
         assert partials.keys() == {4, 6}
         for place, start in ((0, 0), (2, 192)):
             own, got = QuantisedLinear(down[place]), partials[4 + place]
             exact = own(active[:, start : start + 64].contiguous())
             assert torch.allclose(got, exact, rtol=1e-2, atol=0.05 * exact.abs().max())
-        partials |= {5: together(x, {5})[5].clone()}
-        added = together(x, {4, 5, 6})
+        partials |= {5: together(x, rows, {5})[5].clone()}
+        added = together(x, rows, {4, 5, 6})
         # Of eight units, these are two of a subtree and one of the next.
         assert added.keys() == {6, 1 << tree.INDEX_BITS | 2}
         assert torch.equal(added[1 << tree.INDEX_BITS | 2], partials[4] + partials[5])
@@ -188,7 +188,7 @@ def test_a_projection_norms_multiplies_and_turns(heads: Heads, quant: str) -> No
         assert got.shape == expected.shape
         assert torch.allclose(got, expected, rtol=1e-2, atol=0.05 * expected.abs().max())
     for start, end in ((0, 1), (7, 8), (3, 10), (1, KEPT_ROWS + 2)):
-        some = projection(x[start:end], Angles(*(each[start:end] for each in angles)))
+        some = projection(x[start:end], Angles(angles.cos[start:end], angles.sin[start:end]))
         assert all(torch.equal(a, b[:, start:end]) for a, b in zip(some, whole, strict=True))
 
 

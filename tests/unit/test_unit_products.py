@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from p2pinfer.core import tree
-from p2pinfer.model.linear import pack
+from p2pinfer.model.linear import pack, padded_rows
 from p2pinfer.model.reduction import subtree_sums
 from p2pinfer.model.unit_products import FEW_ROWS, FloatPacker, Norm, Units
 
@@ -47,7 +47,7 @@ def same(left: dict[int, Tensor], right: dict[int, Tensor]) -> bool:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("of", "own"), OWN, ids=str)
-@pytest.mark.parametrize("rows", [4, FEW_ROWS, 70])
+@pytest.mark.parametrize("rows", [1, 4, FEW_ROWS, 70])
 def test_units_with_inputs_of_their_own_are_added_as_by_the_tree(
     of: int, own: tuple[int, ...], rows: int, dtype: torch.dtype
 ) -> None:
@@ -56,18 +56,21 @@ def test_units_with_inputs_of_their_own_are_added_as_by_the_tree(
     torch.manual_seed(of)
     units = Units(own, tuple(tree.plan_additions(own, of)))
     weights = linears([WIDTH] * len(own), dtype)
-    x = torch.randn(len(own), rows, WIDTH, dtype=dtype)
+    x = torch.randn(len(own), padded_rows(rows), WIDTH, dtype=dtype)
     together = packer(dtype).separate(units, weights)
-    apart = {unit: weight(each).float() for unit, weight, each in zip(own, weights, x, strict=True)}
-    assert same(together(x, set(own)), subtree_sums(apart, of) if rows <= FEW_ROWS else apart)
+    apart = {
+        unit: weight(each)[:rows].float()
+        for unit, weight, each in zip(own, weights, x, strict=True)
+    }
+    assert same(together(x, rows, set(own)), subtree_sums(apart, of) if rows <= FEW_ROWS else apart)
     some = set(own[1:])
-    assert same(together(x, some), {unit: apart[unit] for unit in some})
-    assert same(packer(dtype).separate(Units(own), weights)(x, set(own)), apart)
+    assert same(together(x, rows, some), {unit: apart[unit] for unit in some})
+    assert same(packer(dtype).separate(Units(own), weights)(x, rows, set(own)), apart)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("widths", [(32, 32, 32, 32), (48, 32, 32, 16)], ids=str)
-@pytest.mark.parametrize("rows", [4, FEW_ROWS, 70])
+@pytest.mark.parametrize("rows", [1, 4, FEW_ROWS, 70])
 def test_gated_units_are_added_as_by_the_tree(
     widths: tuple[int, ...], rows: int, dtype: torch.dtype
 ) -> None:
@@ -77,14 +80,30 @@ def test_gated_units_are_added_as_by_the_tree(
     units = Units(own, tuple(tree.plan_additions(own, of)))
     gate_up = pack(torch.randn(2 * sum(widths), HIDDEN, dtype=dtype))
     down = linears(widths, dtype)
-    x = torch.randn(rows, HIDDEN, dtype=dtype)
+    x = torch.randn(padded_rows(rows), HIDDEN, dtype=dtype)
     norm = Norm(torch.ones(HIDDEN), 1e-5)
     together = packer(dtype).gated(units, gate_up, down, widths, norm)
-    gate, up = gate_up(x).chunk(2, dim=1)
+    gate, up = gate_up(x)[:rows].chunk(2, dim=1)
     active = torch.split(torch.nn.functional.silu(gate) * up, widths, dim=1)
     apart = {
         unit: weight(each.contiguous()).float()
         for unit, weight, each in zip(own, down, active, strict=True)
     }
-    assert same(together(x, set(own)), subtree_sums(apart, of) if rows <= FEW_ROWS else apart)
-    assert same(together(x, {3}), {3: apart[3]})
+    assert same(together(x, rows, set(own)), subtree_sums(apart, of) if rows <= FEW_ROWS else apart)
+    assert same(together(x, rows, {3}), {3: apart[3]})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_are_of_the_last_call_in_whatever_order_numbers_of_rows_come(
+    dtype: torch.dtype,
+) -> None:
+    """The memory of sums is kept for some of them, and nothing of another call is left in it."""
+    own, of = tuple(range(8)), 8
+    weights = linears([WIDTH] * len(own), dtype)
+    units = Units(own, tuple(tree.plan_additions(own, of)))
+    together = packer(dtype).separate(units, weights)
+    for rows in (1, 1, 3, 1, FEW_ROWS, 4, 4, 1, 5, 5):
+        x = torch.randn(len(own), padded_rows(rows), WIDTH, dtype=dtype)
+        products = zip(own, weights, x, strict=True)
+        apart = {unit: weight(each)[:rows].float() for unit, weight, each in products}
+        assert same(together(x, rows, set(own)), subtree_sums(apart, of))
