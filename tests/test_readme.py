@@ -24,7 +24,7 @@ import pytest
 from p2pinfer.cluster import free_base_port
 from p2pinfer.errors import ERROR_CODES
 
-pytestmark = pytest.mark.xdist_group("readme")
+pytestmark = pytest.mark.xdist_group("clusters")
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -18,7 +18,7 @@ from tests.faults.watching import GO_ON_S, Reading, facts, member, status, until
 WHY_NOT = why_not()
 pytestmark = [
     pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT),
-    pytest.mark.xdist_group("netns"),
+    pytest.mark.xdist_group("clusters"),
 ]
 
 PROMPT = "Once upon a time"

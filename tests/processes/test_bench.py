@@ -14,7 +14,7 @@ import pytest
 from p2pinfer.bench.budget import PARTS
 from p2pinfer.cluster import LocalCluster, free_base_port
 
-pytestmark = pytest.mark.xdist_group("bench")
+pytestmark = pytest.mark.xdist_group("clusters")
 
 DEADLINE_S = 600.0
 LAYERS = 4

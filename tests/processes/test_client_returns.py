@@ -35,7 +35,7 @@ from tests.faults.watching import (
     until,
 )
 
-pytestmark = pytest.mark.xdist_group("client_returns")
+pytestmark = pytest.mark.xdist_group("clusters")
 
 STORY = "Once upon a time"
 LONG_PROMPT = "The little fox ran into the wood. " * 120

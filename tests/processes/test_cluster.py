@@ -25,7 +25,7 @@ from p2pinfer.wire.messages import Accepted, Chunk, Hello, Refused
 from tests.faults.watching import facts, until
 from tests.processes.command_line import DEADLINE_S, family, finish, node_flags, start_cli
 
-pytestmark = pytest.mark.xdist_group("pair")
+pytestmark = pytest.mark.xdist_group("clusters")
 
 PROMPT = "Once upon a time"
 LONG = SamplingParams(max_tokens=1500, ignore_eos=True)

@@ -28,7 +28,7 @@ from tests.faults.watching import (
     until,
 )
 
-pytestmark = pytest.mark.xdist_group("coming_and_going")
+pytestmark = pytest.mark.xdist_group("clusters")
 
 PROMPT = "Once upon a time"
 ENDLESS = SamplingParams(max_tokens=1500, ignore_eos=True)

@@ -15,7 +15,7 @@ from tests.faults.vitals import Census
 from tests.faults.watching import until
 
 pytestmark = [
-    pytest.mark.xdist_group("faults"),
+    pytest.mark.xdist_group("clusters"),
     pytest.mark.sample,
     pytest.mark.timeout(2 * PATIENCE_S),
 ]

@@ -31,7 +31,7 @@ from tests.faults.watching import (
     until,
 )
 
-pytestmark = pytest.mark.xdist_group("paths")
+pytestmark = pytest.mark.xdist_group("clusters")
 
 PROMPT = "Once upon a time"
 ENDLESS = SamplingParams(max_tokens=1500, ignore_eos=True)

@@ -30,7 +30,7 @@ PROMPT = "Once upon a time"
 GREEDY = SamplingParams(max_tokens=1500, ignore_eos=True)
 SHORT = SamplingParams(max_tokens=120, ignore_eos=True)
 
-pytestmark = pytest.mark.xdist_group("quantised")
+pytestmark = pytest.mark.xdist_group("clusters")
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from tests.faults.watching import (
     until,
 )
 
-pytestmark = pytest.mark.xdist_group("replicas")
+pytestmark = pytest.mark.xdist_group("clusters")
 
 PROMPT = "Once upon a time"
 GREEDY = SamplingParams(max_tokens=1500, ignore_eos=True)

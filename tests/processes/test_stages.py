@@ -24,7 +24,7 @@ from tests.faults.watching import (
 )
 from tests.processes.test_replicas import NEAR, read, strike
 
-pytestmark = pytest.mark.xdist_group("stages")
+pytestmark = pytest.mark.xdist_group("clusters")
 
 PROMPT = "Once upon a time"
 GREEDY = SamplingParams(max_tokens=1500, ignore_eos=True)

@@ -39,7 +39,7 @@ from tests.faults.watching import (
 )
 from tests.processes.command_line import finish, node_flags, start_cli
 
-pytestmark = pytest.mark.xdist_group("survival")
+pytestmark = pytest.mark.xdist_group("clusters")
 
 PROMPT = "Once upon a time"
 GREEDY = SamplingParams(max_tokens=140, ignore_eos=True)

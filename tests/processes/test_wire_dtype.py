@@ -13,7 +13,7 @@ from tests.faults.watching import all_own, all_protected, all_vote, others, pick
 from tests.processes.test_replicas import read, strike
 from tests.processes.test_stages import GREEDY, PROMPT, SAMPLED
 
-pytestmark = pytest.mark.xdist_group("wire-dtype")
+pytestmark = pytest.mark.xdist_group("clusters")
 
 
 def test_rounded_sums_outlive_a_node(tmp_path: Path) -> None:
