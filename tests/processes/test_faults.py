@@ -42,7 +42,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     "name",
     [
         "disk-full",
-        "one-way-leader",
+        pytest.param("one-way-leader", marks=pytest.mark.long),
         pytest.param("move-leader", marks=pytest.mark.long),
     ],
 )

@@ -166,6 +166,7 @@ def test_new_standbys_are_filled(
     check(readings, undisturbed)
 
 
+@pytest.mark.long
 def test_a_node_that_comes_back_is_a_standby_and_owner_again(
     quartet: LocalCluster, undisturbed: Callable[..., list[int]]
 ) -> None:

@@ -256,6 +256,7 @@ def test_a_node_whose_worker_hangs_hands_its_part_over(
 # --- leaving and joining --------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", LEADER_FIRST)
 def test_nodes_leave_and_join_under_load(
     trio: LocalCluster, undisturbed: Callable[[SamplingParams], list[int]], kind: str

@@ -218,7 +218,7 @@ def test_a_new_plan_goes_on_where_kv_ends(folder: Path) -> None:
     ("nodes", "layout", "lost"),
     [
         pytest.param(3, "heads", (2,), marks=pytest.mark.long),
-        (4, "2x2", (3,)),
+        pytest.param(4, "2x2", (3,), marks=pytest.mark.long),
         (4, "heads", (1, 3)),
     ],
 )
@@ -426,7 +426,7 @@ def test_a_witness_has_the_logs_and_no_model(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("nodes", "layout", "weights"),
     [
-        (2, "layers", (1.0, 3.0)),
+        pytest.param(2, "layers", (1.0, 3.0), marks=pytest.mark.long),
         pytest.param(2, "layers", (0.0, 1.0), marks=pytest.mark.long),
         (4, "2x2", ()),
         (5, "heads", (1.0, 1.0, 1.0, 1.0, 3.0)),
