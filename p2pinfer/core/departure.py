@@ -43,6 +43,8 @@ class Departure:
         self._leaderless_until = inf
         """Until when a leader to make a plan is waited for; inf: one leads."""
         self._wishes: Wishes[Drain] = Wishes(config.drain_timeout, box)
+        self._empty: set[str] = set()
+        """Node ids of those that drain and have handed all over, while a client waits for any."""
         self.pausing = Pausing(config, near, box)
 
     @property
@@ -96,16 +98,16 @@ class Departure:
 
     # --- what comes of it -------------------------------------------------------------------------
 
-    def lost(self, member: Member, state: MemberState, plan: Plan | None) -> None:
-        """A member is gone: perhaps the one that a client waits for. `plan` is the one in force
-        here.
+    def lost(self, member: Member, state: MemberState, *, ended: bool) -> None:
+        """A member is gone: perhaps the one that a client waits for. `ended`: its process is.
 
-        The end of its links may be seen before its LEAVE is heard: what it had by the plan tells
+        The end of its links may be seen before its LEAVE is heard: then what it had left tells
         whether it went in good order.
         """
         self.pausing.lost(member)
+        left = state is MemberState.LEFT or (ended and member.node_id in self._empty)
         for wish in self._wishes.about(member.node_id):
-            if state is MemberState.LEFT or (plan and _holds_nothing(plan, member.node_id)):
+            if left:
                 self._wishes.done(wish)
             else:
                 reason = f"{member.name} died before it had handed over its part"
@@ -119,6 +121,7 @@ class Departure:
         another.
         """
         self.pausing.look(plan, ready=ready, now=now)
+        self._empty = set() if not self._wishes else self._emptied(plan if ready else None)
         for wish in self._wishes.too_old(now):
             self._wishes.fail(wish, "not_ready", self._too_late(wish.message.name or self._me.name))
         if not self.draining:
@@ -162,6 +165,19 @@ class Departure:
         if plan is None:
             return self._anyway and not began
         return ready and _holds_nothing(plan, self._me.node_id)
+
+    def _emptied(self, obeyed: Plan | None) -> set[str]:
+        """Node ids of those that drain and have, or had, nothing by a plan that all obey."""
+        return {
+            peer.member.node_id
+            for peer in self._near.table.living()
+            if peer.heartbeat
+            and peer.heartbeat.draining
+            and (
+                peer.member.node_id in self._empty
+                or (obeyed and _holds_nothing(obeyed, peer.member.node_id))
+            )
+        }
 
     def _others(self) -> list[Peer]:
         """Members that could take over: not going themselves."""

@@ -38,6 +38,9 @@ from p2pinfer.wire.messages import ControlMessage, Heartbeat, MemberState, Rumou
 MAX_ROUTES = 4 * MAX_NODES
 """Connections that are known to belong to a member; the oldest is forgotten first."""
 
+REFUSES = "it refuses connections"
+"""Why a member is dead whose process is gone; any other may be cut off and come back."""
+
 PROBE_AGAIN_PERIODS = 2
 """A suspect whose port was open is probed again after so many heartbeat periods of silence: a dying
 process may close its connections before its port."""
@@ -160,7 +163,7 @@ class Neighbours:
             if not suspect or peer.member.boot_id != probing.member.boot_id:
                 del self._probes[probing.member.node_id]
             elif event.refused:
-                self.lose(peer, MemberState.DEAD, "it refuses connections", now)
+                self.lose(peer, MemberState.DEAD, REFUSES, now)
             else:
                 probing.answered_at = now
 

@@ -53,7 +53,7 @@ from p2pinfer.core.health import LocalHealth, WorkerWatch
 from p2pinfer.core.leadership import Leadership
 from p2pinfer.core.links import Links
 from p2pinfer.core.membership import Peer
-from p2pinfer.core.neighbours import Neighbours
+from p2pinfer.core.neighbours import REFUSES, Neighbours
 from p2pinfer.core.orders import EchoesMeasured, GaveWay
 from p2pinfer.core.outbox import Outbox
 from p2pinfer.core.outlook import Outlook
@@ -355,7 +355,7 @@ class Node:
         if self._leadership:
             self._leadership.lost(peer, now)
         self._election.lost(peer.member.node_id, reason, now)
-        self._departure.lost(peer.member, state, self._holder.active)
+        self._departure.lost(peer.member, state, ended=reason == REFUSES)
 
     # --- the worker -------------------------------------------------------------------------------
 

@@ -39,6 +39,9 @@ class Wishes(Generic[Asked]):
         self._box = box
         self._waiting: list[Wish[Asked]] = []
 
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
     @property
     def deadline(self) -> float:
         """When the first of them has waited long enough."""

@@ -45,7 +45,8 @@ class NeedHidden:
 @dataclass(frozen=True)
 class NeedSum:
     """My partials of a half layer of a stage, by unit or, where some are added already, by tree
-    node, each [rows, hidden] in the `wire_dtype` of the model; send me the sum of all."""
+    node, each [rows, hidden] in the `wire_dtype` of the model, good until that half is computed
+    again; send me the sum of all."""
 
     stage: int
     layer: int

@@ -24,8 +24,9 @@ PARALLEL_ELEMENTS = 32768
 FEW_ROWS = 16
 """So few are handled for all units at once; of more the memory that this takes costs more."""
 
-KEPT_ROWS = 4
-"""Memory for the sums of so few is kept: of a model of 1 billion weights 20 MB at most."""
+KEPT_SUM_ROWS = 4
+"""Memory for the sums of so few is kept, of each half layer: a hundredth of what weights of 16 bits
+take, or less."""
 
 
 class TensorSource(Protocol):
@@ -90,7 +91,7 @@ class Projection(Protocol):
     def __call__(self, x: Tensor, angles: Angles, /) -> tuple[Tensor, Tensor, Tensor]:
         """Of `x` [rows, in], turned by `angles`: queries [units, rows, group, head_dim] and keys
         [units, rows, head_dim]; and values [units, rows, head_dim]. Good until the next call. Of
-        `x` there may be more rows than angles: filler."""
+        `x` there may be more rows than angles: filler, as `linear.padded_rows` has it."""
         ...
 
     @property
@@ -110,7 +111,7 @@ class Units(NamedTuple):
 class UnitProducts(Protocol):
     """One product per unit, [rows, out] float32, of those of its units that are `wanted`; or, by
     the tree's other nodes, sums of them in their place. Good until the next call. Of `x` there may
-    be rows of filler beyond `rows`."""
+    be rows of filler beyond `rows`, as `linear.padded_rows` has it."""
 
     def __call__(self, x: Tensor, rows: int, wanted: AbstractSet[int], /) -> dict[int, Tensor]: ...
 
@@ -220,13 +221,13 @@ class UnitLinears:
             self._whole_levels += 1
             self._nodes = tuple(result for _, _, result in level)
             self._additions = self._additions[pairs:]
-        self._sums: _Sums | None = None
+        self._sums: _KeptSums | None = None
         self.nbytes = sum(weight.nbytes for weight in weights)
 
     def __call__(
         self, x: Sequence[Tensor], rows: int, wanted: AbstractSet[int], /
     ) -> dict[int, Tensor]:
-        """`x` is [rows, in] for each unit."""
+        """`x` is [rows or more, in] for each unit."""
         products = {
             unit: weight(own)
             for (unit, weight), own in zip(self._units, x, strict=True)
@@ -238,9 +239,9 @@ class UnitLinears:
 
     def _added(self, products: list[Tensor], rows: int) -> dict[int, Tensor]:
         sums = self._sums
-        if sums is None or sums.rows != rows:
-            sums = _Sums(products[0], len(products), rows, self._whole_levels)
-            if rows <= KEPT_ROWS:
+        if sums is None or sums.rows != (rows, len(products[0])):
+            sums = _KeptSums(products[0], len(products), rows, self._whole_levels)
+            if rows <= KEPT_SUM_ROWS:
                 self._sums = sums
         by_node = dict(zip(self._nodes, sums.of(products), strict=True))
         for left, right, result in self._additions:
@@ -248,12 +249,13 @@ class UnitLinears:
         return by_node
 
 
-class _Sums:
+class _KeptSums:
     """Memory in which `count` products, of which `rows` are of interest, are put side by side and
     added, level by level, in float32; and the views of it that this takes."""
 
     def __init__(self, like: Tensor, count: int, rows: int, levels: int) -> None:
-        self.rows = rows
+        self.rows = rows, len(like)
+        """Those of interest, and all that products have."""
         self._side_by_side = like.new_empty((count, *like.shape))
         self._taken = whole = self._side_by_side[:, :rows]
         if whole.dtype is not torch.float32:
@@ -316,16 +318,15 @@ class Gated:
         return self._down(self._by_unit(active), rows, wanted)
 
     def _by_unit(self, active: Tensor) -> Sequence[Tensor]:
-        """Columns of each unit by themselves, [rows, width], filled up for products where all units
-        have as many."""
+        """Columns of each unit by themselves, [rows, width], with filler as products want it."""
         rows, units = active.shape[0], len(self._widths)
-        if not self._even or rows > FEW_ROWS:
-            return [own.contiguous() for own in torch.split(active, self._widths, dim=1)]
-        by_unit = active.view(rows, units, -1).transpose(0, 1)
         filler = padded_rows(rows) - rows
-        return (
-            functional.pad(by_unit, (0, 0, 0, filler)) if filler else by_unit.contiguous()
-        ).unbind()
+        if not self._even or rows > FEW_ROWS:
+            whole = functional.pad(active, (0, 0, 0, filler)) if filler else active
+            return [own.contiguous() for own in torch.split(whole, self._widths, dim=1)]
+        by_unit = active.view(rows, units, -1).transpose(0, 1)
+        filled = functional.pad(by_unit, (0, 0, 0, filler)) if filler else by_unit.contiguous()
+        return filled.unbind()
 
 
 def _silu_mul(gate_up: Tensor) -> Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+from msgspec.structs import replace
+
 from p2pinfer.core import events as e
 from p2pinfer.core.departure import ELECTIONS
 from p2pinfer.core.timing import LAN
 from p2pinfer.core.wishes import GRACE_S, MAX_WISHES
-from p2pinfer.types import Fence, Plan
+from p2pinfer.types import Fence, Member, Plan
 from p2pinfer.wire import messages as m
 from tests.node_bench import CLUSTER, Bench, answers, member, plan_of
 
@@ -279,6 +282,68 @@ def test_a_member_that_dies_has_handed_over_nothing() -> None:
     drain(bench, "node2")
     bench.run(1.0, ONE)
     assert answers(bench) == ["node_lost"]
+
+
+def its_rest(rest: str, me: Member) -> Plan:
+    """A plan in which node 2 has nothing, or this much."""
+    (stage,) = plan_of(ONE, me).stages
+    kinds = ("head_owners", "mlp_owners", "vocab_owners")
+    # Members are in the order of their ids, so that this node is the third.
+    owners = {kind: tuple(2 * owner for owner in getattr(stage, kind)) for kind in kinds}
+    if rest == "a unit":
+        owners["mlp_owners"] = (1, *owners["mlp_owners"][1:])
+    stage = replace(stage, **owners)
+    if rest == "a replica":
+        stage = replace(stage, head_standbys=((1,), *((0,) for _ in stage.head_owners[1:])))
+    voters = (0, 1, 2) if rest == "a vote" else (0, 2)
+    return plan_of(ONE, TWO, me, fence=Fence(1, 2), stages=(stage,), voters=voters)
+
+
+def gone(bench: Bench, *, refused: bool = True) -> None:
+    """Node 2's connections end, or nothing is heard of it any more; no LEAVE came."""
+    if refused:
+        bench.take(e.LinkDown(address=TWO.address))
+        bench.take(e.ProbeAnswered(address=TWO.address, refused=True))
+    else:
+        bench.run(5.0, ONE)
+
+
+@pytest.mark.parametrize("rest", ["nothing", "a unit", "a replica", "a vote"])
+@pytest.mark.parametrize("refused", [True, False], ids=["refuses", "silent"])
+@pytest.mark.parametrize("draining", [True, False], ids=["draining", "not told yet"])
+@pytest.mark.parametrize("obeyed", [True, False], ids=["obeyed", "not obeyed yet"])
+def test_a_member_that_has_nothing_left_and_ends_has_left(
+    rest: str, refused: bool, draining: bool, obeyed: bool
+) -> None:
+    """Its links may be seen to end before its LEAVE is heard. Where it may have had anything left,
+    or may come back, it is lost."""
+    bench = Bench.follower(ONE, TWO)
+    drain(bench, "node2")
+    plan = its_rest(rest, bench.me)
+    bench.take_up(plan)
+    bench.said[ONE] |= {"fence": plan.fence} if obeyed else {}
+    bench.said[TWO] |= {"fence": plan.fence, "draining": draining}
+    for who in (ONE, TWO):
+        bench.beat(who)
+    assert answers(bench) == []
+    gone(bench, refused=refused)
+    whole = rest == "nothing" and refused and draining and obeyed
+    assert answers(bench) == ["done" if whole else "node_lost"]
+
+
+def test_who_had_nothing_left_has_left_under_the_next_leader_too() -> None:
+    """What it has is not forgotten while nobody leads."""
+    bench = Bench.follower(ONE, TWO)
+    drain(bench, "node2")
+    plan = its_rest("nothing", bench.me)
+    bench.take_up(plan)
+    for who in (ONE, TWO):
+        bench.said[who] |= {"fence": plan.fence, "draining": who is TWO}
+        bench.beat(who)
+    bench.beat(ONE, term=2, leader_id="", fence=Fence())
+    assert not bench.node.ready
+    gone(bench)
+    assert answers(bench) == ["done"]
 
 
 def test_a_member_that_stays_is_waited_for_a_little_longer() -> None:

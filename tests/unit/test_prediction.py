@@ -87,6 +87,11 @@ def exchanged(step: Prediction) -> float:
     return step.exchange_s - WAITING * (step.compute_s - STEP_S)
 
 
+def reading(step: Prediction) -> float:
+    """Seconds in which weights are read, of what an unquantised model computes."""
+    return step.compute_s - 32 * HALF_LAYER_S - STEP_S
+
+
 def test_one_node_reads_all_weights() -> None:
     """Alone it exchanges nothing: bytes over speed, and what each half layer and step takes."""
     plan = make_plan(
@@ -108,7 +113,7 @@ def test_one_node_reads_all_weights() -> None:
 def test_two_nodes_share_the_reading() -> None:
     """Each reads half, and they exchange twice in each layer and wait for one another."""
     one, two = predicted(node(0)), predicted(node(0), node(1))
-    assert two.compute_s == pytest.approx(one.compute_s / 2, rel=0.1)
+    assert reading(two) == pytest.approx(reading(one) / 2, rel=0.01)
     assert 32 * EXCHANGE_S < exchanged(two) < 32 * 1.2 * EXCHANGE_S
     assert two.tokens_per_s > one.tokens_per_s
 
@@ -135,7 +140,7 @@ def test_the_slowest_is_waited_for() -> None:
     """Where shares are equal, a node half as fast makes each half layer twice as long."""
     slow = predicted(node(0, weight=1.0), node(1, 7.5, weight=1.0))
     fair = predicted(node(0, weight=1.0), node(1, 15.0, weight=1.0))
-    assert slow.compute_s == pytest.approx(2 * fair.compute_s, rel=0.1)
+    assert reading(slow) == pytest.approx(2 * reading(fair), rel=0.01)
     assert predicted(node(0), node(1, 7.5)).compute_s < slow.compute_s
 
 
