@@ -12,7 +12,7 @@ from __future__ import annotations
 from math import inf
 
 from p2pinfer.core.events import Draining, NodeConfig
-from p2pinfer.core.holdings import holdings, standby_holdings
+from p2pinfer.core.holdings import keeps_nothing, owns_nothing, places
 from p2pinfer.core.membership import Peer
 from p2pinfer.core.neighbours import Neighbours
 from p2pinfer.core.outbox import Outbox
@@ -136,7 +136,7 @@ class Departure:
             return True
         if now < self._until:
             return False
-        if self._anyway or (plan and ready and _owns_nothing(plan, self._me.node_id)):
+        if self._anyway or (plan and ready and _needed_by_none(plan, self._me.node_id)):
             return True
         self._until = inf
         self.draining = self.for_good = False
@@ -194,20 +194,13 @@ class Departure:
         )
 
 
-def _owns_nothing(plan: Plan, node_id: str) -> bool:
+def _needed_by_none(plan: Plan, node_id: str) -> bool:
     """Whether a plan gives a node no unit to own, and no vote: whoever goes with a vote that the
     others need leaves them unable to elect anybody."""
-    index = _place(plan, node_id)
-    return index is None or not (holdings(plan, index) or index in plan.voters)
+    return owns_nothing(plan, node_id) and not set(plan.voters) & set(places(plan, node_id))
 
 
 def _holds_nothing(plan: Plan, node_id: str) -> bool:
     """The same, and no unit to keep: as long as it keeps replicas, those that are to take their
     place are not complete."""
-    index = _place(plan, node_id)
-    return _owns_nothing(plan, node_id) and (index is None or not standby_holdings(plan, index))
-
-
-def _place(plan: Plan, node_id: str) -> int | None:
-    places = (n for n, member in enumerate(plan.members) if member.node_id == node_id)
-    return next(places, None)
+    return _needed_by_none(plan, node_id) and keeps_nothing(plan, node_id)

@@ -52,6 +52,21 @@ def standby_holdings(plan: Plan, index: int) -> tuple[Holding, ...]:
     )
 
 
+def places(plan: Plan, node_id: str) -> tuple[int, ...]:
+    """The index of a node among a plan's members, or nothing where it is none of them."""
+    return tuple(n for n, member in enumerate(plan.members) if member.node_id == node_id)
+
+
+def owns_nothing(plan: Plan, node_id: str) -> bool:
+    """Whether a plan gives a node nothing to own."""
+    return not any(holdings(plan, place) for place in places(plan, node_id))
+
+
+def keeps_nothing(plan: Plan, node_id: str) -> bool:
+    """Whether a plan gives a node nothing to keep a replica of."""
+    return not any(standby_holdings(plan, place) for place in places(plan, node_id))
+
+
 def _by_stage(plan: Plan, units: Callable[[Stage], Sequence[Units]]) -> tuple[Holding, ...]:
     """The stages of which `units` names any, by kind."""
     found = []

@@ -12,9 +12,10 @@ from __future__ import annotations
 from math import inf
 
 from p2pinfer.core.events import NodeConfig
+from p2pinfer.core.holdings import owns_nothing
 from p2pinfer.core.neighbours import Neighbours
 from p2pinfer.core.outbox import Outbox
-from p2pinfer.core.planner import holdings, may_own
+from p2pinfer.core.planner import may_own
 from p2pinfer.core.wishes import Wish, Wishes
 from p2pinfer.types import Member, Plan
 from p2pinfer.wire.messages import Pause
@@ -94,7 +95,7 @@ class Pausing:
     def look(self, plan: Plan | None, *, ready: bool, now: float) -> None:
         """Answer those whose wish is fulfilled, or cannot be. `plan` is the one in force here, and
         `ready` says that all its owners obey it."""
-        handed_over = ready and plan is not None and _owns_nothing(plan, self._me.node_id)
+        handed_over = ready and plan is not None and owns_nothing(plan, self._me.node_id)
         if self.paused and handed_over:
             self._until = inf
         obeyed = plan if ready else None
@@ -117,7 +118,7 @@ class Pausing:
         paused = wish.node_id in self.paused_ids()
         if wish.message.resume:
             return not paused
-        return paused and plan is not None and _owns_nothing(plan, wish.node_id)
+        return paused and plan is not None and owns_nothing(plan, wish.node_id)
 
     def _too_late(self, wish: Wish[Pause]) -> str:
         name = wish.message.name or self._me.name
@@ -127,9 +128,3 @@ class Pausing:
             f"{name} could not hand over its units within {self._timeout:g} s: the others may lack "
             f"memory, or the cluster a leader; see p2pinfer plan --without {name}"
         )
-
-
-def _owns_nothing(plan: Plan, node_id: str) -> bool:
-    """Whether a plan gives a node nothing to own."""
-    indices = [i for i, member in enumerate(plan.members) if member.node_id == node_id]
-    return not any(holdings(plan, index) for index in indices)
