@@ -36,6 +36,7 @@ MAX_WAIT_S = 86_400.0
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTS = ("none", "int8", "int4")
+KERNELS = ("auto", "onednn", "zendnn")
 WIRE_DTYPES = ("float32", "bfloat16")
 LAYOUTS = ("auto", "heads", "layers")
 QUORUMS = ("majority", "last-man")
@@ -113,6 +114,7 @@ class NodeSettings:
     `weight` is the share of work relative to other nodes; None means by the node's speed, or one
     per thread where that is unknown. `speed` is how many GB of weights it multiplies per second:
     `auto` as remembered or else measured, `measure` measured anew, `off` unknown, or a number.
+    `kernels` is the library that multiplies unquantised weights on a CPU (`model/linear`).
     `advertise` empty means: found out from `listen` and the network. `cpus` pins the compute
     threads (empty: not pinned). `kv_memory` is the KV cache's limit in bytes (0: chosen from what
     is free). `replicas` is how many other nodes keep a copy of each unit's weights and KV; that of
@@ -131,6 +133,7 @@ class NodeSettings:
     advertise: str = ""
     state_dir: Path = field(default_factory=lambda: default_state_dir(default_name()))
     device: str = "auto"
+    kernels: str = "auto"
     threads: int = field(default_factory=available_cpus)
     cpus: tuple[int, ...] = ()
     dtype: str = "auto"
@@ -171,6 +174,7 @@ class NodeSettings:
                 f"--quant {self.quant} is for CPUs, and --device is {self.device}: take --device "
                 "cpu, or --quant none"
             )
+        _check("--kernels", self.kernels, self.kernels in KERNELS, ", ".join(KERNELS))
         _check(
             "--wire-dtype", self.wire_dtype, self.wire_dtype in WIRE_DTYPES, ", ".join(WIRE_DTYPES)
         )
@@ -335,6 +339,7 @@ _FILE_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
             "timing",
             "standby",
             "speed",
+            "kernels",
         ),
         (_TEXT, "a text in quotes"),
     ),

@@ -1,4 +1,4 @@
-"""Where a worker computes, with how many threads, and how much memory it may offer there."""
+"""Where a worker computes, with whose kernels, how many threads, and how much memory to offer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import psutil
 import torch
 
 from p2pinfer.errors import UsageError
-from p2pinfer.model import attention
+from p2pinfer.model import attention, linear, zendnn
 
 HEADROOM_BYTES = 450 << 20
 
@@ -30,6 +30,14 @@ def choose_device(wanted: str, quant: str = "none") -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {wanted}: there are {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def use_kernels(wanted: str) -> None:
+    """Have unquantised weights multiplied on a CPU by `zendnn`, by `onednn`, or (`auto`) by the
+    faster one that is here. Raises `UsageError` where it is not."""
+    if wanted == "zendnn" and (why_not := zendnn.missing()):
+        raise UsageError(f"--kernels zendnn: {why_not}; take --kernels auto, or onednn")
+    linear.use_kernels(wanted)
 
 
 def use_threads(count: int, quant: str) -> None:

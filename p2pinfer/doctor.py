@@ -78,12 +78,32 @@ def check_torch() -> Iterator[Finding]:
     fast = cpu_flags() & {"avx512_bf16", "amx_bf16"}
     if fast:
         yield Finding(check="cpu", level=Level.OK, detail=f"{detail}, {', '.join(sorted(fast))}")
-        return
-    yield Finding(
-        check="cpu",
+    else:
+        yield Finding(
+            check="cpu",
+            level=Level.WARN,
+            detail=f"{detail}, no bfloat16 instructions",
+            advice="bfloat16 prompts are read slowly here; --dtype float32 may be faster",
+        )
+    yield check_kernels()
+
+
+def check_kernels() -> Finding:
+    """Who multiplies float32 weights on this CPU, and whether that is the fastest there is."""
+    import torch
+
+    from p2pinfer.model import zendnn
+    from p2pinfer.model.linear import kernels
+
+    used = kernels(torch.float32, torch.device("cpu"))
+    if used == "zendnn" or not zendnn.is_of_vendor() or "avx512f" not in cpu_flags():
+        return Finding(check="kernels", level=Level.OK, detail=used)
+    return Finding(
+        check="kernels",
         level=Level.WARN,
-        detail=f"{detail}, no bfloat16 instructions",
-        advice="bfloat16 prompts are read slowly here; --dtype float32 may be faster",
+        detail=f"{used}: {zendnn.missing()}",
+        advice=f"install the {zendnn.PACKAGE} of torch's release: weights that are not quantised "
+        "are multiplied a quarter faster then",
     )
 
 

@@ -113,6 +113,7 @@ def worker_config(
         step_port=port + 1,
         bulk_port=port + 2,
         device=settings.device,
+        kernels=settings.kernels,
         threads=settings.threads,
         standby=settings.standby,
         copies=str(settings.state_dir.resolve() / COPIES_FOLDER) if spec else "",

@@ -33,9 +33,9 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     `model` is None for a witness, which holds no model. Quantised weights are kept in the folder
     `copies`. `standby` is how weights are kept for others (`UnitHolder`). No step is overdue before
-    `least_step_s` seconds. `speed` says whether the machine's is to be measured
-    (`measurement.machine_speed`). `local_links`: frames for nodes on this machine go over Unix
-    sockets.
+    `least_step_s` seconds. `kernels` multiply unquantised weights on a CPU. `speed` says whether
+    the machine's is to be measured (`measurement.machine_speed`). `local_links`: frames for nodes
+    on this machine go over Unix sockets.
     """
 
     node_id: Identity
@@ -47,6 +47,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     step_port: int
     bulk_port: int
     device: str
+    kernels: str = "auto"
     threads: int
     standby: str = "auto"
     copies: str = ""

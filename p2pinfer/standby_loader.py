@@ -15,6 +15,7 @@ from contextlib import suppress
 
 import torch
 
+from p2pinfer import heap
 from p2pinfer.core.holdings import Holding
 from p2pinfer.model.part import Part
 from p2pinfer.model.stage_loader import StageLoader
@@ -92,3 +93,5 @@ class StandbyLoader:
                 with suppress(Exception):
                     while not self._stopping.is_set() and part.load_piece(self._loader) is not None:
                         pass
+        if self._parts:
+            heap.give_back()

@@ -12,7 +12,6 @@ between two steps, if there is memory for both.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -22,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 
+from p2pinfer import heap
 from p2pinfer.core.coverage import KvUnit
 from p2pinfer.core.holdings import Holding, owners_of, standbys_of
 from p2pinfer.core.inputs import input_spans
@@ -315,10 +315,7 @@ class UnitHolder:
             while (more := part.load_piece(loader)) is not None:
                 done += more
                 self._tell(done, max(done, total))
-        # What is loaded stays: without this a collection now and then walks all of torch, in the
-        # middle of a step that other nodes wait for.
-        gc.collect()
-        gc.freeze()
+        heap.settle()
 
     def _tell(self, done: int, total: int) -> None:
         """Say how far loading is, if that was not said just now."""

@@ -8,7 +8,6 @@ control plane see a compute loop that hangs. Token logs and KV outlive plans.
 
 from __future__ import annotations
 
-import gc
 import select
 import signal
 import time
@@ -21,6 +20,7 @@ from types import FrameType
 import torch
 import zmq
 
+from p2pinfer import heap
 from p2pinfer.bulk_links import BULK_HWM, BulkLinks
 from p2pinfer.core.events import (
     ActivatePlan,
@@ -48,7 +48,7 @@ from p2pinfer.core.step_clock import StepClock
 from p2pinfer.core.step_maker import StepReport
 from p2pinfer.core.token_log import TokenLogs
 from p2pinfer.core.topology import Topology, kv_room, topology
-from p2pinfer.device import choose_device, use_threads
+from p2pinfer.device import choose_device, use_kernels, use_threads
 from p2pinfer.errors import (
     LinkBroken,
     P2pinferError,
@@ -143,8 +143,7 @@ class Worker:
         self._links.bind(config.listen_host, config.step_port, local=config.local_links)
         self._bulk.pair.bind(config.listen_host, config.bulk_port)
         # So that the collection after loading walks what was loaded, and not all of torch.
-        gc.collect()
-        gc.freeze()
+        heap.settle()
         self._pipe.send(introduction(config, self._device))
         while not self._stopping:
             try:
@@ -474,6 +473,7 @@ def serve(pipe: WorkerPipe) -> None:
     use_threads(config.threads, config.model.quant if config.model else "none")
     torch.set_grad_enabled(False)
     try:
+        use_kernels(config.kernels)
         worker = Worker(config, pipe)
         _obey_signals(worker)
         try:

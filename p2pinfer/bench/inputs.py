@@ -34,6 +34,7 @@ class Inputs:
     layout: str = "auto"
     dtype: str = "auto"
     quant: str = "none"
+    kernels: str = "auto"
     local_links: bool = True
     wire_dtype: str = "float32"
     base_port: int = 7820
@@ -49,6 +50,7 @@ class Inputs:
             "layout": self.layout,
             "dtype": self.dtype,
             "quant": self.quant,
+            "kernels": self.kernels,
             "wire_dtype": self.wire_dtype,
         }
 
@@ -59,6 +61,7 @@ class Inputs:
             "nodes": self.nodes,
             "threads_per_node": self.threads,
             "layout": self.layout,
+            "kernels": self.kernels,
             "local_links": self.local_links,
         }
 

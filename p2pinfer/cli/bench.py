@@ -55,6 +55,13 @@ def model_options(command: Command) -> Command:
             "--quant", default="none", show_default=True, metavar="NAME", help="Of weights."
         ),
         click.option(
+            "--kernels",
+            default="auto",
+            show_default=True,
+            metavar="auto|onednn|zendnn",
+            help="Of unquantised weights.",
+        ),
+        click.option(
             "--local-links/--no-local-links",
             default=True,
             help="Exchange over Unix sockets, or over TCP.",

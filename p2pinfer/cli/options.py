@@ -119,6 +119,11 @@ def shared_node_options(command: Command) -> Command:
     return together(
         click.option("--model", metavar="DIR|demo", help="Model folder, or the bundled model."),
         click.option("--device", metavar="auto|cpu|cuda[:N]", help="Where to compute."),
+        click.option(
+            "--kernels",
+            metavar="auto|onednn|zendnn",
+            help="What multiplies unquantised weights on a CPU; auto: ZenDNN on AMD's.",
+        ),
         click.option("--threads", type=int, metavar="N", help="Compute threads of a node."),
         _number_format_options,
         click.option("--layout", metavar="auto|heads|layers|SxH", help="How to split the model."),

@@ -1,24 +1,50 @@
 """Matrix products whose bits do not depend on how many rows run together, on slicing or on threads.
 
 The one seam between the model's code and product libraries: `pack` turns a weight into a callable.
-On CPUs it is oneDNN's prepacked linear, by the operators that `torch.compile`'s own CPU backend
+On CPUs it is ZenDNN's linear, on processors that it is made for, or oneDNN's, both with weights in
+layouts of their own. oneDNN's is called by the operators that `torch.compile`'s own CPU backend
 uses; they are private to torch, so this module alone knows them, and falls back to
 `torch.nn.functional.linear` where they are missing. Rows are padded to `MIN_ROWS`: with fewer,
-oneDNN takes another kernel with other bits (and in bfloat16 half the speed).
+both libraries take other kernels with other bits (and oneDNN's takes twice as long in bfloat16).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from p2pinfer.model import zendnn
 from p2pinfer.model.stopwatch import PRODUCTS
 
 MIN_ROWS = 4
 """Fewest rows that a product runs with; fewer are padded by zeros."""
+
+
+class _Kernels:
+    """Whose kernels multiply on CPUs; chosen once."""
+
+    wanted = "auto"
+
+
+def use_kernels(wanted: str) -> None:
+    """Let products that are made from now on be those of `zendnn`, which is to be there, of
+    `onednn`, or (`auto`) of the faster one that is here."""
+    _Kernels.wanted = wanted
+
+
+def kernels(dtype: torch.dtype, device: torch.device) -> str:
+    """Whose kernels multiply weights in `dtype` on `device`: `zendnn`, `onednn`, or `torch`."""
+    if device.type != "cpu":
+        return "torch"
+    wanted = _Kernels.wanted
+    is_wanted = wanted == "zendnn" or (wanted == "auto" and zendnn.is_of_vendor())
+    if is_wanted and not zendnn.missing() and zendnn.multiplies(dtype):
+        return "zendnn"
+    return "onednn" if _onednn_multiplies(dtype) else "torch"
 
 
 class Linear(Protocol):
@@ -29,6 +55,11 @@ class Linear(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes of weight that one call reads."""
+        ...
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor [0, out] with the form of what comes out."""
         ...
 
 
@@ -42,11 +73,35 @@ def _pad(x: Tensor) -> Tensor:
     return functional.pad(x, (0, 0, 0, MIN_ROWS - x.shape[0]))
 
 
-class PrepackedLinear:
+class ZendnnLinear:
+    """ZenDNN's linear with the weight in its blocked layout."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.nbytes, self.like = weight.nbytes, weight.new_empty((0, len(weight)))
+        self._bias = bias
+        self._weight = torch.ops.zentorch.zentorch_weight_prepack_for_linear(weight.contiguous())
+        self._product = torch.ops.zentorch.zentorch_linear_unary.default
+        self._product_into = torch.ops.zentorch.zentorch_linear_unary.out
+
+    @PRODUCTS
+    def __call__(self, x: Tensor, /) -> Tensor:
+        rows = x.shape[0]
+        if rows < MIN_ROWS:
+            padded = _pad(x)
+            return self._product(padded, self._weight, self._bias, is_weight_prepacked=True)[:rows]  # type: ignore[no-any-return]
+        return self._product(x, self._weight, self._bias, is_weight_prepacked=True)  # type: ignore[no-any-return]
+
+    @PRODUCTS
+    def into(self, out: Tensor, x: Tensor) -> None:
+        """Put what comes out of `x` [rows, in], with `MIN_ROWS` rows or more, into `out`."""
+        self._product_into(x, self._weight, self._bias, is_weight_prepacked=True, out=out)
+
+
+class OnednnLinear:
     """oneDNN's linear with the weight in oneDNN's own blocked layout."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.nbytes = weight.nbytes
+        self.nbytes, self.like = weight.nbytes, weight.new_empty((0, len(weight)))
         self._bias = bias
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), MIN_ROWS)
         self._product = torch.ops.mkldnn._linear_pointwise.default
@@ -63,7 +118,7 @@ class PlainLinear:
     """`torch.nn.functional.linear`: on accelerators, and where oneDNN lacks the number format."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.nbytes = weight.nbytes
+        self.nbytes, self.like = weight.nbytes, weight.new_empty((0, len(weight)))
         self._weight = weight.contiguous()
         self._bias = bias
 
@@ -75,14 +130,21 @@ class PlainLinear:
         return functional.linear(x, self._weight, self._bias)
 
 
-def _prepacks(weight: Tensor) -> bool:
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+def _onednn_multiplies(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return False
-    if weight.dtype is torch.bfloat16:
+    if dtype is torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return weight.dtype is torch.float32
+    return dtype is torch.float32
+
+
+_LINEARS: dict[str, Callable[[Tensor, Tensor | None], Linear]] = {
+    "zendnn": ZendnnLinear,
+    "onednn": OnednnLinear,
+    "torch": PlainLinear,
+}
 
 
 def pack(weight: Tensor, bias: Tensor | None = None) -> Linear:
@@ -90,6 +152,27 @@ def pack(weight: Tensor, bias: Tensor | None = None) -> Linear:
 
     The best kernel for the weight's device and dtype is chosen here and nowhere else.
     """
-    if _prepacks(weight):
-        return PrepackedLinear(weight, bias)
-    return PlainLinear(weight, bias)
+    return _LINEARS[kernels(weight.dtype, weight.device)](weight, bias)
+
+
+class SideBySide:
+    """Products that each have an input of their own, put into one `memory` [products, rows, out]:
+    as they are made, where the library does that (of `MIN_ROWS` or more)."""
+
+    def __init__(self, products: Sequence[Linear], rows: int) -> None:
+        like = products[0].like
+        self.memory = like.new_empty((len(products), rows, like.shape[1]))
+        self._places = self.memory.unbind()
+        self._products = products
+        self._in_place = [each for each in products if isinstance(each, ZendnnLinear)]
+        if rows < MIN_ROWS:
+            self._in_place = []
+
+    def multiply(self, inputs: Iterable[Tensor]) -> None:
+        """Compute the products of `inputs`, [rows, in] each."""
+        if len(self._in_place) == len(self._products):
+            for product, place, x in zip(self._in_place, self._places, inputs, strict=True):
+                product.into(place, x)
+        else:
+            each = [product(x) for product, x in zip(self._products, inputs, strict=True)]
+            torch.stack(each, out=self.memory)

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from p2pinfer.core.units import Slice
+from p2pinfer.model.norms import RmsNorm
 from p2pinfer.model.rope import Angles, Rope
 from p2pinfer.model.unit_products import Projection, UnitProducts
 from p2pinfer.types import DType, ModelSpec
@@ -58,6 +58,7 @@ class Trunk:
     span: Slice
     dtype: torch.dtype
     norms_within: bool
+    rms_norm: RmsNorm
     eps: float
     rope: Rope
     layers: tuple[LayerTrunk, ...]
@@ -69,7 +70,7 @@ class Trunk:
         and `norm`, in the model's dtype, or `x` itself, where they do that."""
         if self.norms_within:
             return x
-        return functional.rms_norm(x, (x.shape[1],), norm, self.eps).to(self.dtype)
+        return self.rms_norm(x, norm, self.eps).to(self.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,16 +1,17 @@
 """The numeric class of a node: equal classes compute equal bits.
 
 A fixed, seeded layer is run on fixed inputs at a few row counts, by the very code that serves, and
-its output bits are hashed. CPUs with other vector instructions, another library version or another
-device give another hash; the number of threads does not. Positions that are computed one by one, or
-beside others, are compared with those of one long run: where the bits differ, no plan and no
-failover keeps them.
+its output bits are hashed. CPUs with other vector instructions, another library or version of one,
+or another device give another hash; the number of threads does not. Positions that are computed one
+by one, or beside others, are compared with those of one long run: where the bits differ, no plan
+and no failover keeps them. The same is done with sums as long as those of large models, which the
+layer does not have: libraries cut them into pieces, each by its own rules.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,10 +20,12 @@ from torch import Tensor
 from p2pinfer.core.planner import Holding
 from p2pinfer.core.units import Slice
 from p2pinfer.model.config import LlamaConfig, model_spec
+from p2pinfer.model.llama import compute_dtype
 from p2pinfer.model.part import Part, empty_cache
 from p2pinfer.model.runner import StageRunner, run_alone
-from p2pinfer.model.stage_loader import StageLoader
-from p2pinfer.types import DType
+from p2pinfer.model.stage_loader import StageLoader, packer_of
+from p2pinfer.model.unit_products import Norm, Packer, Rows, Units
+from p2pinfer.types import DType, ModelSpec
 from p2pinfer.wire.messages import Slot
 
 ROW_COUNTS = (1, 5, 70)
@@ -32,13 +35,22 @@ positions."""
 PIECES = ((0, 64), (64, 67), (67, 69), (69, 70))
 """The longest of these runs once more: in even and odd numbers of rows."""
 
+TERMS = 8192
+"""Of the longest sums; two libraries that agree up to a thousand part beyond."""
+
+_HIDDEN = 192
+SUMS = 256
+"""So many of a row, since a sum that is rounded to bfloat16 shows in one of 3,000 cases only that
+it was made otherwise."""
+
 _HEADS, _HEAD_DIM, _WIDTH, _VOCAB = 2, 64, 256, 128
 
 
 class _SeededSource:
     """Weights drawn from a counter-based generator: the same on every machine."""
 
-    def __init__(self, hidden: int) -> None:
+    def __init__(self) -> None:
+        hidden = _HIDDEN
         self._shapes = {
             "q_proj": (2 * _HEADS * _HEAD_DIM, hidden),
             "k_proj": (_HEADS * _HEAD_DIM, hidden),
@@ -49,6 +61,7 @@ class _SeededSource:
             "down_proj": (hidden, _WIDTH),
             "embed_tokens": (_VOCAB, hidden),
             "lm_head": (_VOCAB, hidden),
+            "long_sums": (SUMS, TERMS),
         }
 
     def whole(self, name: str) -> Tensor:
@@ -73,7 +86,7 @@ class _SeededSource:
 def _config(dtype: DType) -> LlamaConfig:
     return LlamaConfig(
         architecture="LlamaForCausalLM",
-        hidden_size=192,
+        hidden_size=_HIDDEN,
         intermediate_size=_WIDTH,
         num_hidden_layers=1,
         num_attention_heads=2 * _HEADS,
@@ -98,7 +111,9 @@ class Numerics(NamedTuple):
 
 def numerics(dtype: DType, device: torch.device, quant: str = "none") -> Numerics:
     """How this machine computes in `dtype` on `device`, with weights quantised so."""
-    runner = _runner(dtype, device, quant)
+    source, config = _SeededSource(), _config(dtype)
+    spec = model_spec(config, name="numeric class", model_id="0" * 64, dtype=dtype, quant=quant)
+    runner = _runner(source, config, spec, device)
     digest = hashlib.sha256()
     for request_id, rows in enumerate(ROW_COUNTS):
         at_once = run_alone(runner, (_slot(request_id, rows, 0, rows),))
@@ -109,7 +124,27 @@ def numerics(dtype: DType, device: torch.device, quant: str = "none") -> Numeric
         other = _slot(beside, longest, number, number + 1)
         # Of two slots the first one's logits come first.
         found = run_alone(runner, (_slot(again, longest, start, end), other))
-    return Numerics(digest.hexdigest()[:16], not torch.equal(found[0], at_once[0]))
+    long_sums, rows_matter = _long_sums(packer_of(source, spec, device), source, spec, device)
+    digest.update(long_sums.cpu().numpy().tobytes())
+    return Numerics(digest.hexdigest()[:16], rows_matter or not torch.equal(found[0], at_once[0]))
+
+
+def _long_sums(
+    packer: Packer[Any, Any], source: _SeededSource, spec: ModelSpec, device: torch.device
+) -> tuple[Tensor, bool]:
+    """A product with `TERMS` terms of as many rows as are run at most, and whether the bits of a
+    row depend on how many there are."""
+    weight = packer.alone(Rows("long.long_sums.weight", 0, SUMS, SUMS))
+    products = packer.fanned(Units((0,)), [weight], Norm(torch.ones(TERMS, device=device), 0.0))
+    longest = ROW_COUNTS[-1]
+    # Other numbers in each row, none of them round.
+    terms = source.whole("long.long_sums.weight").view(-1)[: TERMS + longest]
+    x = terms.unfold(0, TERMS, 1)[:longest].to(device, compute_dtype(spec))
+    at_once = products(x.contiguous(), longest, {0})[0].clone()
+    pieces = [
+        products(x[start:end].contiguous(), end - start, {0})[0].clone() for start, end in PIECES
+    ]
+    return at_once, not torch.equal(torch.cat(pieces), at_once)
 
 
 def _slot(request_id: int, rows: int, start: int, end: int) -> Slot:
@@ -118,9 +153,9 @@ def _slot(request_id: int, rows: int, start: int, end: int) -> Slot:
     return Slot(request_id=request_id, start=start, tokens=tokens, sample=True, capacity=rows)
 
 
-def _runner(dtype: DType, device: torch.device, quant: str) -> StageRunner:
-    config = _config(dtype)
-    spec = model_spec(config, name="numeric class", model_id="0" * 64, dtype=dtype, quant=quant)
+def _runner(
+    source: _SeededSource, config: LlamaConfig, spec: ModelSpec, device: torch.device
+) -> StageRunner:
     everything = Holding(
         stage=0,
         span=Slice(0, 1),
@@ -128,7 +163,7 @@ def _runner(dtype: DType, device: torch.device, quant: str) -> StageRunner:
         mlp_units=(0, 1),
         vocab_units=(0, 1),
     )
-    loader = StageLoader(_SeededSource(config.hidden_size), config, spec, device)
+    loader = StageLoader(source, config, spec, device)
     part = Part(everything, empty_cache(everything, spec, device))
     part.stage = loader.load(everything)
     trunks = {everything.span: loader.trunk(everything.span)}

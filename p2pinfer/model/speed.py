@@ -21,7 +21,7 @@ import psutil
 import torch
 
 from p2pinfer.core.units import QUANT_FORMATS
-from p2pinfer.model.linear import Linear, pack
+from p2pinfer.model.linear import pack
 
 WEIGHTS_BYTES = 128 << 20
 """Of the matrices that are multiplied: several times what caches hold."""
@@ -45,6 +45,9 @@ MEMORY_SHARE = 8
 
 BUSY_SHARE = 0.7
 """Whose threads got less of the time than this shared their processors with other programs."""
+
+
+Product = Callable[[torch.Tensor], torch.Tensor]
 
 
 class ProductRate(NamedTuple):
@@ -77,7 +80,7 @@ def product_rate(
     return ProductRate(nbytes * len(products) / sum(map(median, times)) / 1e9, busy)
 
 
-def _maker(weight: torch.Tensor, quant: str) -> tuple[Callable[[], Linear], int]:
+def _maker(weight: torch.Tensor, quant: str) -> tuple[Callable[[], Product], int]:
     """What makes a product of a weight quantised so, and the bytes that it reads."""
     if quant == "none":
         return partial(pack, weight), weight.nbytes
@@ -90,7 +93,7 @@ def _maker(weight: torch.Tensor, quant: str) -> tuple[Callable[[], Linear], int]
     return partial(QuantisedLinear, quantised), form.read_bytes(*weight.shape)
 
 
-def _seconds(product: Linear, x: torch.Tensor) -> float:
+def _seconds(product: Product, x: torch.Tensor) -> float:
     began = time.perf_counter()
     product(x)
     _finish(x.device)

@@ -25,6 +25,7 @@ from p2pinfer.core.units import (
 )
 from p2pinfer.model.aside import Aside
 from p2pinfer.model.config import LlamaConfig
+from p2pinfer.model.linear import kernels
 from p2pinfer.model.llama import (
     TORCH_DTYPES,
     AttentionHalf,
@@ -35,6 +36,7 @@ from p2pinfer.model.llama import (
     VocabHead,
     compute_dtype,
 )
+from p2pinfer.model.norms import rms_norm_of
 from p2pinfer.model.rope import Rope
 from p2pinfer.model.unit_products import (
     Columns,
@@ -120,11 +122,12 @@ class StageLoader:
     def trunk(self, span: Slice) -> Trunk:
         """Load what every node of a stage has, whichever units it owns."""
         config = self._config
-        last = span.end == self._model.num_layers
+        last, within = span.end == self._model.num_layers, self._packer.norms_within
         return Trunk(
             span=span,
             dtype=self._dtype,
-            norms_within=self._packer.norms_within,
+            norms_within=within,
+            rms_norm=rms_norm_of("torch" if within else kernels(self._dtype, self._device)),
             eps=config.rms_norm_eps,
             rope=Rope(config, self._device),
             layers=tuple(self._layer_trunk(layer) for layer in range(span.start, span.end)),

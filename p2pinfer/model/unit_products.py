@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from p2pinfer.model.linear import Linear, pack, padded_rows
+from p2pinfer.model.linear import Linear, SideBySide, pack, padded_rows
 from p2pinfer.model.rope import Angles, rotate
 
 PARALLEL_ELEMENTS = 32768
@@ -210,7 +210,7 @@ class UnitLinears:
     """
 
     def __init__(self, units: Units, weights: Sequence[Linear]) -> None:
-        self._units = list(zip(units.numbers, weights, strict=True))
+        self._weights = dict(zip(units.numbers, weights, strict=True))
         self._nodes, self._additions = units.numbers, units.additions
         self._whole_levels = 0
         while pairs := len(self._nodes) // 2:
@@ -228,36 +228,34 @@ class UnitLinears:
         self, x: Sequence[Tensor], rows: int, wanted: AbstractSet[int], /
     ) -> dict[int, Tensor]:
         """`x` is [rows or more, in] for each unit."""
-        products = {
-            unit: weight(own)
-            for (unit, weight), own in zip(self._units, x, strict=True)
-            if unit in wanted
-        }
-        if len(products) < len(self._units) or rows > FEW_ROWS:
-            return {unit: product[:rows].float() for unit, product in products.items()}
-        return self._added(list(products.values()), rows)
+        if rows <= FEW_ROWS and self._weights.keys() <= wanted:
+            return self._added(x, rows)
+        each = zip(self._weights.items(), x, strict=True)
+        return {unit: weight(own)[:rows].float() for (unit, weight), own in each if unit in wanted}
 
-    def _added(self, products: list[Tensor], rows: int) -> dict[int, Tensor]:
+    def _added(self, x: Sequence[Tensor], rows: int) -> dict[int, Tensor]:
         sums = self._sums
-        if sums is None or sums.rows != (rows, len(products[0])):
-            sums = _KeptSums(products[0], len(products), rows, self._whole_levels)
+        if sums is None or sums.rows != (rows, len(x[0])):
+            products = SideBySide(tuple(self._weights.values()), len(x[0]))
+            sums = _KeptSums(products, (rows, len(x[0])), self._whole_levels)
             if rows <= KEPT_SUM_ROWS:
                 self._sums = sums
-        by_node = dict(zip(self._nodes, sums.of(products), strict=True))
+        by_node = dict(zip(self._nodes, sums.of(x), strict=True))
         for left, right, result in self._additions:
             by_node[result] = by_node.pop(left) + by_node.pop(right)
         return by_node
 
 
 class _KeptSums:
-    """Memory in which `count` products, of which `rows` are of interest, are put side by side and
-    added, level by level, in float32; and the views of it that this takes."""
+    """The sums of products, level by level, in float32; the memory and the views that they take.
 
-    def __init__(self, like: Tensor, count: int, rows: int, levels: int) -> None:
-        self.rows = rows, len(like)
-        """Those of interest, and all that products have."""
-        self._side_by_side = like.new_empty((count, *like.shape))
-        self._taken = whole = self._side_by_side[:, :rows]
+    `rows` are those of interest, and all that products have.
+    """
+
+    def __init__(self, products: SideBySide, rows: tuple[int, int], levels: int) -> None:
+        self.rows = rows
+        self._products = products
+        self._taken = whole = products.memory[:, : rows[0]]
         if whole.dtype is not torch.float32:
             whole = torch.empty_like(whole, dtype=torch.float32)
         self._whole = whole
@@ -268,9 +266,9 @@ class _KeptSums:
             self._levels.append((left, right, whole))
         self._results = whole.unbind()
 
-    def of(self, products: list[Tensor]) -> tuple[Tensor, ...]:
+    def of(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """What the last level has, [rows, out] each, until it is called again."""
-        torch.stack(products, out=self._side_by_side)
+        self._products.multiply(inputs)
         if self._whole is not self._taken:
             self._whole.copy_(self._taken)
         for left, right, both in self._levels:

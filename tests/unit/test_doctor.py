@@ -11,12 +11,13 @@ import pytest
 
 from p2pinfer import doctor
 from p2pinfer.doctor import Level
+from p2pinfer.model import zendnn
 
 
 def test_a_working_machine_has_no_failure() -> None:
     """Where the tests run, a node of the bundled model could run, apart from taken ports."""
     findings = {finding.check: finding for finding in doctor.examine("demo")}
-    assert list(findings) == ["python", "torch", "cpu", "memory", "ports", "model"]
+    assert list(findings) == ["python", "torch", "cpu", "kernels", "memory", "ports", "model"]
     del findings["ports"]  # a node may be running here
     assert [f for f in findings.values() if f.level is Level.FAIL] == []
 
@@ -37,8 +38,20 @@ def test_a_missing_torch_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cpu_without_bfloat16_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU that emulates bfloat16 is told, with the number format that suits it."""
     monkeypatch.setattr(doctor, "cpu_flags", lambda: frozenset({"avx2"}))
-    *_, finding = doctor.check_torch()
-    assert finding.level is Level.WARN and "float32" in finding.advice
+    findings = {finding.check: finding for finding in doctor.check_torch()}
+    assert findings["cpu"].level is Level.WARN and "float32" in findings["cpu"].advice
+
+
+def test_kernels_that_are_not_the_fastest_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a processor of AMD's without its library: why it is not used, and what to install."""
+    monkeypatch.setattr(doctor, "cpu_flags", lambda: frozenset({"avx512f"}))
+    monkeypatch.setattr(zendnn, "is_of_vendor", lambda: True)
+    monkeypatch.setattr(zendnn, "missing", lambda: "zentorch 2.13.0 is not for torch 2.15.0")
+    finding = doctor.check_kernels()
+    assert finding.level is Level.WARN and finding.detail.endswith("not for torch 2.15.0")
+    assert "install the zentorch" in finding.advice
+    monkeypatch.setattr(zendnn, "is_of_vendor", lambda: False)
+    assert doctor.check_kernels().level is Level.OK
 
 
 def test_cpu_flags_are_read_as_linux_lists_them(tmp_path: Path) -> None:

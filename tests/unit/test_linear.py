@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
 import pytest
 import torch
 
-from p2pinfer.model.linear import MIN_ROWS, PlainLinear, PrepackedLinear, pack, padded_rows
+from p2pinfer.device import use_kernels
+from p2pinfer.errors import UsageError
+from p2pinfer.model import linear, zendnn
+from p2pinfer.model.linear import (
+    MIN_ROWS,
+    OnednnLinear,
+    PlainLinear,
+    ZendnnLinear,
+    kernels,
+    pack,
+    padded_rows,
+)
 
 SHAPES = ((48, 16), (64, 80), (96, 33), (224, 192), (256, 2048), (1024, 512), (2048, 1536))
 """(in, out) of small models and of one unit of a large one."""
@@ -15,17 +29,32 @@ SHAPES = ((48, 16), (64, 80), (96, 33), (224, 192), (256, 2048), (1024, 512), (2
 ROWS = (1, 2, 3, 4, 5, 7, 8, 16, 17, 33, 64, 100, 128, 257)
 
 
+CLASSES = {"onednn": OnednnLinear, "zendnn": ZendnnLinear}
+CPU = torch.device("cpu")
+
+
 @pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
+def _threads_and_kernels() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+    use_kernels("auto")
+
+
+@pytest.fixture(params=CLASSES)
+def library(request: pytest.FixtureRequest) -> str:
+    """Each of the libraries that can multiply here, in use."""
+    name: str = request.param
+    if name == "zendnn" and zendnn.missing():
+        pytest.skip(f"ZenDNN cannot multiply here: {zendnn.missing()}")
+    use_kernels(name)
+    return name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_bits_do_not_depend_on_rows_slices_or_threads(
-    shape: tuple[int, int], dtype: torch.dtype
+    shape: tuple[int, int], dtype: torch.dtype, library: str
 ) -> None:
     """A row's result is the same alone, in any batch, by any slice, on one thread or three."""
     inputs, outputs = shape
@@ -35,7 +64,7 @@ def test_bits_do_not_depend_on_rows_slices_or_threads(
     x = torch.randn(max(ROWS), inputs, dtype=dtype)
     torch.set_num_threads(1)
     product = pack(weight, bias)
-    assert isinstance(product, PrepackedLinear)
+    assert isinstance(product, CLASSES[library])
     expected = product(x)
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -47,8 +76,8 @@ def test_bits_do_not_depend_on_rows_slices_or_threads(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_fallback_multiplies_alike(dtype: torch.dtype) -> None:
-    """Where oneDNN cannot serve, the plain product gives the same values up to rounding."""
+def test_all_libraries_multiply_alike(dtype: torch.dtype, library: str) -> None:
+    """What they give, the plain product included, is the same up to rounding."""
     torch.manual_seed(0)
     weight, bias = torch.randn(96, 128, dtype=dtype), torch.randn(96, dtype=dtype)
     x = torch.randn(2, 128, dtype=dtype)
@@ -65,3 +94,80 @@ def test_few_rows_are_padded() -> None:
     assert [padded_rows(n) for n in (1, MIN_ROWS, 9)] == [MIN_ROWS, MIN_ROWS, 9]
     assert [padded_rows(n, "int8") for n in (1, 2, 9)] == [1, 2, 9]
     assert [padded_rows(n, "int4") for n in (1, 2, 9)] == [1, 2, 9]
+
+
+def test_weights_that_are_freed_leave_nothing_behind(library: str) -> None:
+    """A weight at the place of a freed one is multiplied as itself: no layout is remembered by its
+    address."""
+    torch.manual_seed(1)
+    x = torch.randn(MIN_ROWS, 128)
+    for _ in range(64):
+        weight = torch.randn(96, 128)
+        product = pack(weight)
+        assert torch.allclose(product(x), x @ weight.T, atol=1e-3), library
+        del product, weight
+
+
+def test_zendnn_is_taken_by_itself_on_the_processors_that_it_is_made_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Elsewhere, and where it cannot be loaded, it is not; nor for number formats that it lacks."""
+    here = "" if zendnn.missing() else "zendnn"
+    monkeypatch.setattr(zendnn, "is_of_vendor", lambda: True)
+    assert kernels(torch.float32, CPU) == (here or "onednn")
+    assert kernels(torch.float16, CPU) == "torch"
+    assert kernels(torch.float32, torch.device("cuda")) == "torch"
+    monkeypatch.setattr(zendnn, "is_of_vendor", lambda: False)
+    assert kernels(torch.float32, CPU) == "onednn"
+    monkeypatch.setattr(zendnn, "is_of_vendor", lambda: True)
+    monkeypatch.setattr(zendnn, "missing", lambda: "it is not here")
+    assert kernels(torch.float32, CPU) == "onednn"
+
+
+def test_zendnn_where_it_cannot_be_had_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asks for it is told why not, and what to do; the choice before stays."""
+    use_kernels("onednn")
+    monkeypatch.setattr(zendnn, "missing", lambda: "the package zentorch is not installed")
+    with pytest.raises(UsageError, match=r"--kernels zendnn: .* not installed; take --kernels"):
+        use_kernels("zendnn")
+    assert linear.kernels(torch.float32, CPU) == "onednn"
+
+
+@pytest.mark.parametrize(
+    ("of_torch", "of_package", "why"),
+    [
+        ("2.15.0+cpu", "2.13.0.2", "zentorch 2.13.0.2 is not for torch 2.15.0"),
+        ("2.13.1", None, "not installed"),
+        ("2.13.1", "2.13.9", "cannot be loaded: .*libzentorch.so"),
+    ],
+)
+def test_a_library_that_does_not_fit_is_not_loaded(
+    of_torch: str,
+    of_package: str | None,
+    why: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Compiled for another torch, not there, or damaged: the reason says which."""
+
+    def version(_: str) -> str:
+        if of_package is None:
+            raise PackageNotFoundError
+        return of_package
+
+    (tmp_path / "zentorch").mkdir()
+    (tmp_path / "zentorch" / "__init__.py").touch()
+    (tmp_path / "zentorch" / zendnn.LIBRARY).write_bytes(b"no library")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(zendnn, "version", version)
+    monkeypatch.setattr(torch, "__version__", of_torch)
+    assert re.search(why, zendnn.missing.__wrapped__())
+
+
+def test_the_processor_is_known_by_its_vendor(tmp_path: Path) -> None:
+    """As Linux tells it; where it does not, it is none of AMD's."""
+    file = tmp_path / "cpuinfo"
+    for vendor, is_amd in (("AuthenticAMD", True), ("GenuineIntel", False)):
+        file.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nmodel\t: 17\n")
+        assert zendnn.is_of_vendor.__wrapped__(file) is is_amd
+    assert not zendnn.is_of_vendor.__wrapped__(tmp_path / "none")

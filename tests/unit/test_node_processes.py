@@ -237,13 +237,14 @@ def test_a_worker_does_not_grow_with_every_size_of_batch(
         import psutil
         import torch
         from p2pinfer.core.events import LinkLost
-        from p2pinfer.model.linear import PrepackedLinear, pack
+        from p2pinfer.model.linear import OnednnLinear, pack, use_kernels
         from p2pinfer.pipe import worker_side
         pipe = worker_side(int(sys.argv[2]))
         torch.set_num_threads(1)
+        use_kernels("onednn")
         shapes = (384, 256), (256, 64), (512, 256), (256, 128), (640, 256)
         products = [(pack(torch.randn(rows, inputs)), inputs) for rows, inputs in shapes]
-        assert all(isinstance(product, PrepackedLinear) for product, _ in products)
+        assert all(isinstance(product, OnednnLinear) for product, _ in products)
         memory = psutil.Process().memory_info
         before = memory().rss
         for rows in range(4, 260):

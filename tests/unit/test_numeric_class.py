@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from p2pinfer.core.units import QUANT_FORMATS
-from p2pinfer.model import product_graph
+from p2pinfer.model import linear, product_graph, zendnn
+from p2pinfer.model.llama import TORCH_DTYPES
 from p2pinfer.model.numeric_class import numerics
 from p2pinfer.model.quantise import quantise
 from p2pinfer.model.quantised_products import QuantisedLinear
@@ -36,6 +37,24 @@ def test_each_quantisation_is_a_class_of_its_own() -> None:
     ]
     assert len(set(classes)) == 3
     assert numerics(DType.BFLOAT16, CPU, "int4").numeric_class == classes[2]
+
+
+@pytest.mark.parametrize("dtype", [DType.FLOAT32, DType.BFLOAT16])
+def test_libraries_whose_long_sums_differ_are_of_two_classes(dtype: DType) -> None:
+    """Sums that agree up to a thousand terms do not make one class of two libraries."""
+    if zendnn.missing():
+        pytest.skip(f"there is one library: {zendnn.missing()}")
+    classes, products = [], []
+    torch.manual_seed(0)
+    weight, x = (torch.randn(rows, 8192, dtype=TORCH_DTYPES[dtype]) for rows in (512, 64))
+    try:
+        for library in ("onednn", "zendnn"):
+            linear.use_kernels(library)
+            classes.append(numerics(dtype, CPU).numeric_class)
+            products.append(linear.pack(weight)(x))
+    finally:
+        linear.use_kernels("auto")
+    assert classes[0] != classes[1] or torch.equal(*products)
 
 
 @pytest.mark.parametrize("quant", ["none", *QUANT_FORMATS])
