@@ -155,6 +155,14 @@ def pack(weight: Tensor, bias: Tensor | None = None) -> Linear:
     return _LINEARS[kernels(weight.dtype, weight.device)](weight, bias)
 
 
+def multiply_into(out: Tensor, product: Linear, x: Tensor) -> None:
+    """Put what comes out of `x` [rows, in], with `MIN_ROWS` rows or more, into `out`."""
+    if isinstance(product, ZendnnLinear):
+        product.into(out, x)
+    else:
+        out.copy_(product(x))
+
+
 class SideBySide:
     """Products that each have an input of their own, put into one `memory` [products, rows, out]:
     as they are made, where the library does that (of `MIN_ROWS` or more)."""

@@ -41,7 +41,9 @@ TERMS = 8192
 _HIDDEN = 192
 SUMS = 256
 """So many of a row, since a sum that is rounded to bfloat16 shows in one of 3,000 cases only that
-it was made otherwise."""
+it was made otherwise. Their weights are one row of numbers, each time moved by one."""
+
+LONG_SUMS = "long_sums"
 
 _HEADS, _HEAD_DIM, _WIDTH, _VOCAB = 2, 64, 256, 128
 
@@ -61,13 +63,19 @@ class _SeededSource:
             "down_proj": (hidden, _WIDTH),
             "embed_tokens": (_VOCAB, hidden),
             "lm_head": (_VOCAB, hidden),
-            "long_sums": (SUMS, TERMS),
+            LONG_SUMS: (1, TERMS + SUMS),
         }
 
     def whole(self, name: str) -> Tensor:
         kind = name.split(".")[-2]
         if "norm" in kind:
             return torch.ones(self._shapes["embed_tokens"][1])
+        if kind == LONG_SUMS:
+            return self.drawn(kind).view(-1).unfold(0, TERMS, 1)
+        return self.drawn(kind)
+
+    def drawn(self, kind: str) -> Tensor:
+        """Numbers around 0, none of them round."""
         shape = self._shapes[kind]
         seed = list(self._shapes).index(kind)
         bits = np.random.Philox(key=seed).random_raw(shape[0] * shape[1])
@@ -134,13 +142,12 @@ def _long_sums(
 ) -> tuple[Tensor, bool]:
     """A product with `TERMS` terms of as many rows as are run at most, and whether the bits of a
     row depend on how many there are."""
-    weight = packer.alone(Rows("long.long_sums.weight", 0, SUMS, SUMS))
+    name = f"class.{LONG_SUMS}.weight"
+    weight = packer.alone(Rows(name, 0, SUMS, SUMS))
     products = packer.fanned(Units((0,)), [weight], Norm(torch.ones(TERMS, device=device), 0.0))
     longest = ROW_COUNTS[-1]
-    # Other numbers in each row, none of them round.
-    terms = source.whole("long.long_sums.weight").view(-1)[: TERMS + longest]
-    x = terms.unfold(0, TERMS, 1)[:longest].to(device, compute_dtype(spec))
-    at_once = products(x.contiguous(), longest, {0})[0].clone()
+    x = source.whole(name)[-longest:].to(device, compute_dtype(spec)).contiguous()
+    at_once = products(x, longest, {0})[0].clone()
     pieces = [
         products(x[start:end].contiguous(), end - start, {0})[0].clone() for start, end in PIECES
     ]

@@ -88,12 +88,33 @@ class Rope:
         return Angles(both[:, 0].contiguous(), both[:, 1].contiguous())
 
 
-def rotate(x: Tensor, angles: Angles) -> Tensor:
-    """Rotate `x` [rows, heads, head_dim] in float32, halves as in `transformers`.
+class Turning:
+    """Rotates heads [rows, heads, head_dim] that lie in one place, in float32, halves as in
+    `transformers`; `turned` has what comes out, the same shape.
 
     Products and sums are separate calls, each rounded: a fused one would round differently in a
     vector's tail.
     """
-    cos, sin = angles.of_halves
-    x = x.float()
-    return (x.roll(x.shape[-1] // 2, -1) * sin).add_(x * cos)
+
+    def __init__(self, heads: Tensor) -> None:
+        half = heads.shape[-1] // 2
+        self._heads = heads
+        self._straight = torch.empty_like(heads, dtype=torch.float32)
+        self.turned = torch.empty_like(self._straight)
+        left, right = torch.split(heads, half, -1)
+        self._crossed = tuple(zip(torch.split(self.turned, half, -1), (right, left), strict=True))
+
+    def turn(self, angles: Angles) -> None:
+        """Turn what lies there now."""
+        cos, sin = angles.of_halves
+        for half, other in self._crossed:
+            half.copy_(other)
+        self._straight.copy_(self._heads)
+        self.turned.mul_(sin).add_(self._straight.mul_(cos))
+
+
+def rotate(x: Tensor, angles: Angles) -> Tensor:
+    """Rotate heads `x` [rows, heads, head_dim] as `Turning` does."""
+    turning = Turning(x)
+    turning.turn(angles)
+    return turning.turned

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from p2pinfer.model.linear import Linear, SideBySide, pack, padded_rows
-from p2pinfer.model.rope import Angles, rotate
+from p2pinfer.model.linear import Linear, SideBySide, multiply_into, pack, padded_rows
+from p2pinfer.model.rope import Angles, Turning, rotate
 
 PARALLEL_ELEMENTS = 32768
 """torch splits elementwise work above this size over threads, at places that make new tails."""
@@ -24,9 +24,9 @@ PARALLEL_ELEMENTS = 32768
 FEW_ROWS = 16
 """So few are handled for all units at once; of more the memory that this takes costs more."""
 
-KEPT_SUM_ROWS = 4
-"""Memory for the sums of so few is kept, of each half layer: a hundredth of what weights of 16 bits
-take, or less."""
+KEPT_ROWS = 4
+"""Memory for what so few become within a half layer is kept, and the views of it: a fiftieth of
+what weights of 16 bits take, or less."""
 
 
 class TensorSource(Protocol):
@@ -186,19 +186,50 @@ class Turned:
     def __init__(self, qkv: Linear, heads: Heads) -> None:
         self._qkv = qkv
         self._heads = heads
+        self._kept: _KeptHeads | None = None
         self.nbytes = qkv.nbytes
 
     def __call__(self, x: Tensor, angles: Angles, /) -> tuple[Tensor, Tensor, Tensor]:
-        units, group, dim = self._heads
-        rows, turning = angles.rows, units * (group + 1)
-        qkv = self._qkv(x)
-        whole, first = qkv.stride(0), qkv.storage_offset()
-        # A view costs as much as what it is for: one call for each.
-        turned = rotate(qkv.as_strided((rows, turning, dim), (whole, dim, 1)), angles)
-        q = turned.as_strided((units, rows, group, dim), (group * dim, turning * dim, dim, 1))
-        k = turned.as_strided((units, rows, dim), (dim, turning * dim, 1), units * group * dim)
-        v = qkv.as_strided((units, rows, dim), (dim, whole, 1), first + turning * dim)
-        return q, k, v
+        rows, kept = (angles.rows, len(x)), self._kept
+        if rows[0] <= KEPT_ROWS <= rows[1]:
+            if kept is None or kept.rows != rows:
+                kept = self._kept = _KeptHeads(self._qkv, self._heads, rows)
+            return kept.of(x, angles)
+        qkv, (units, group, dim) = self._qkv(x), self._heads
+        turned = rotate(qkv[: rows[0], : units * (group + 1) * dim].view(rows[0], -1, dim), angles)
+        return _by_unit(turned, qkv, self._heads)
+
+
+def _by_unit(turned: Tensor, qkv: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+    """Views by unit, as `Projection` has them, of queries and keys that are turned, [rows, heads,
+    head_dim], and of the values in `qkv` [rows or more, width]."""
+    (units, group, dim), rows = heads, len(turned)
+    q, k = torch.split(turned, [units * group, units], 1)
+    v = qkv[:rows, -units * dim :].view(rows, units, dim)
+    return q.view(rows, units, group, dim).transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+
+
+class _KeptHeads:
+    """Queries, keys and values of a few rows in memory that is kept, and the views of it.
+
+    `rows` are those of interest, and all that the product has.
+    """
+
+    def __init__(self, qkv: Linear, heads: Heads, rows: tuple[int, int]) -> None:
+        self.rows = rows
+        self._product = qkv
+        units, group, dim = heads
+        self._qkv = qkv.like.new_empty((rows[1], qkv.like.shape[1]))
+        turning = units * (group + 1)
+        self._heads = self._qkv[: rows[0], : turning * dim].view(rows[0], turning, dim)
+        self._turning = Turning(self._heads)
+        self._results = _by_unit(self._turning.turned, self._qkv, heads)
+
+    def of(self, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
+        """Of `x` [rows, in], until it is called again."""
+        multiply_into(self._qkv, self._product, x)
+        self._turning.turn(angles)
+        return self._results
 
 
 class UnitLinears:
@@ -238,7 +269,7 @@ class UnitLinears:
         if sums is None or sums.rows != (rows, len(x[0])):
             products = SideBySide(tuple(self._weights.values()), len(x[0]))
             sums = _KeptSums(products, (rows, len(x[0])), self._whole_levels)
-            if rows <= KEPT_SUM_ROWS:
+            if rows <= KEPT_ROWS:
                 self._sums = sums
         by_node = dict(zip(self._nodes, sums.of(x), strict=True))
         for left, right, result in self._additions:
@@ -309,9 +340,16 @@ class Gated:
         self._down = UnitLinears(units, down)
         self._widths = list(widths)
         self._even = len(set(widths)) == 1
+        self._kept: _KeptGates | None = None
         self.nbytes = gate_up.nbytes + self._down.nbytes
 
     def __call__(self, x: Tensor, rows: int, wanted: AbstractSet[int], /) -> dict[int, Tensor]:
+        padded = len(x)
+        if self._even and rows <= KEPT_ROWS <= padded and _whole(rows * sum(self._widths)):
+            kept = self._kept
+            if kept is None or kept.rows != (rows, padded):
+                kept = self._kept = _KeptGates(self._gate_up, len(self._widths), (rows, padded))
+            return self._down(kept.of(x), rows, wanted)
         active = _silu_mul(self._gate_up(x)[:rows])
         return self._down(self._by_unit(active), rows, wanted)
 
@@ -325,6 +363,36 @@ class Gated:
         by_unit = active.view(rows, units, -1).transpose(0, 1)
         filled = functional.pad(by_unit, (0, 0, 0, filler)) if filler else by_unit.contiguous()
         return filled.unbind()
+
+
+class _KeptGates:
+    """What an MLP's units multiply last, of a few rows, in memory that is kept, with its views.
+
+    `rows` are those of interest, and all that products have: between them lies filler, zeros. The
+    units are equally wide.
+    """
+
+    def __init__(self, gate_up: Linear, units: int, rows: tuple[int, int]) -> None:
+        self.rows = rows
+        self._product = gate_up
+        width = gate_up.like.shape[1] // 2 // units
+        self._both = gate_up.like.new_empty((rows[1], 2 * units * width))
+        by_unit = self._both[: rows[0]].view(rows[0], 2, units, width)
+        self._gate, self._up = (each.transpose(0, 1) for each in by_unit.unbind(1))
+        filled = gate_up.like.new_zeros((units, rows[1], width))
+        self._active = filled[:, : rows[0]]
+        self._results = filled.unbind()
+
+    def of(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Of `x` [rows, in], until it is called again."""
+        multiply_into(self._both, self._product, x)
+        torch.mul(functional.silu(self._gate), self._up, out=self._active)
+        return self._results
+
+
+def _whole(elements: int) -> bool:
+    """Whether torch computes so many elements in one piece."""
+    return elements < PARALLEL_ELEMENTS or torch.get_num_threads() == 1
 
 
 def _silu_mul(gate_up: Tensor) -> Tensor:
