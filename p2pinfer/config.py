@@ -114,7 +114,7 @@ class NodeSettings:
     `weight` is the share of work relative to other nodes; None means by the node's speed, or one
     per thread where that is unknown. `speed` is how many GB of weights it multiplies per second:
     `auto` as remembered or else measured, `measure` measured anew, `off` unknown, or a number.
-    `kernels` is the library that multiplies unquantised weights on a CPU (`model/linear`).
+    `kernels` is the library that computes on a CPU what is not quantised (`model/kernels`).
     `advertise` empty means: found out from `listen` and the network. `cpus` pins the compute
     threads (empty: not pinned). `kv_memory` is the KV cache's limit in bytes (0: chosen from what
     is free). `replicas` is how many other nodes keep a copy of each unit's weights and KV; that of

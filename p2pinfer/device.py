@@ -8,7 +8,7 @@ import psutil
 import torch
 
 from p2pinfer.errors import UsageError
-from p2pinfer.model import attention, linear, zendnn
+from p2pinfer.model import attention, kernels, zendnn
 
 HEADROOM_BYTES = 450 << 20
 
@@ -33,11 +33,11 @@ def choose_device(wanted: str, quant: str = "none") -> torch.device:
 
 
 def use_kernels(wanted: str) -> None:
-    """Have unquantised weights multiplied on a CPU by `zendnn`, by `onednn`, or (`auto`) by the
+    """Have what is not quantised computed on a CPU by `zendnn`, by `onednn`, or (`auto`) by the
     faster one that is here. Raises `UsageError` where it is not."""
     if wanted == "zendnn" and (why_not := zendnn.missing()):
         raise UsageError(f"--kernels zendnn: {why_not}; take --kernels auto, or onednn")
-    linear.use_kernels(wanted)
+    kernels.use(wanted)
 
 
 def use_threads(count: int, quant: str) -> None:

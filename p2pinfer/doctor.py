@@ -93,9 +93,9 @@ def check_kernels() -> Finding:
     import torch
 
     from p2pinfer.model import zendnn
-    from p2pinfer.model.linear import kernels
+    from p2pinfer.model.kernels import library
 
-    used = kernels(torch.float32, torch.device("cpu"))
+    used = library(torch.float32, torch.device("cpu"))
     if used == "zendnn" or not zendnn.is_of_vendor() or "avx512f" not in cpu_flags():
         return Finding(check="kernels", level=Level.OK, detail=used)
     return Finding(

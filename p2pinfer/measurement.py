@@ -28,7 +28,7 @@ from p2pinfer.core.orders import Speed, WorkerReady
 from p2pinfer.core.speed import GB_S_PER_THREAD, weight_of
 from p2pinfer.device import offered_memory, threads_of
 from p2pinfer.limits import MAX_GB_S
-from p2pinfer.model.linear import kernels
+from p2pinfer.model.kernels import library
 from p2pinfer.model.llama import TORCH_DTYPES
 from p2pinfer.model.numeric_class import Numerics, numerics
 from p2pinfer.model.speed import (
@@ -127,8 +127,8 @@ def machine_speed(
     if told not in ("auto", "measure"):
         rate = float(told)
         return Speed(machine=machine, product_gb_s=rate, weight=rate / GB_S_PER_THREAD)
-    library = kernels(TORCH_DTYPES[dtype], device) if quant == "none" else quant
-    kind = f"{threads_of(quant)} {dtype} {library} {device}"
+    how = library(TORCH_DTYPES[dtype], device) if quant == "none" else quant
+    kind = f"{threads_of(quant)} {dtype} {how} {device}"
     key = f"{__version__} {RULE} {_cpu_model()} {kind}"
     name = hashlib.sha256(kind.encode())
     path = (folder or default_folder()) / f"{name.hexdigest()[:16]}.json"

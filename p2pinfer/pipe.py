@@ -33,7 +33,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     `model` is None for a witness, which holds no model. Quantised weights are kept in the folder
     `copies`. `standby` is how weights are kept for others (`UnitHolder`). No step is overdue before
-    `least_step_s` seconds. `kernels` multiply unquantised weights on a CPU. `speed` says whether
+    `least_step_s` seconds. `kernels` compute on a CPU what is not quantised. `speed` says whether
     the machine's is to be measured (`measurement.machine_speed`). `local_links`: frames for nodes
     on this machine go over Unix sockets.
     """

@@ -59,7 +59,7 @@ def model_options(command: Command) -> Command:
             default="auto",
             show_default=True,
             metavar="auto|onednn|zendnn",
-            help="Of unquantised weights.",
+            help="Of what is not quantised.",
         ),
         click.option(
             "--local-links/--no-local-links",

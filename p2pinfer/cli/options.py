@@ -122,7 +122,7 @@ def shared_node_options(command: Command) -> Command:
         click.option(
             "--kernels",
             metavar="auto|onednn|zendnn",
-            help="What multiplies unquantised weights on a CPU; auto: ZenDNN on AMD's.",
+            help="What computes on a CPU what is not quantised; auto: ZenDNN on AMD's.",
         ),
         click.option("--threads", type=int, metavar="N", help="Compute threads of a node."),
         _number_format_options,

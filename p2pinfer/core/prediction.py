@@ -21,7 +21,7 @@ from p2pinfer.core.units import unit_count, unit_read_bytes
 from p2pinfer.types import Member, ModelSpec, Plan, UnitKind
 
 QUANTISED_HALF_S = 0.0002
-HALF_LAYER_S = 0.0007
+HALF_LAYER_S = 0.0005
 """What a half layer takes beside its products: norms, attention over a short context, calls. With
 quantised weights most of these are part of what the product library computes."""
 

@@ -3,8 +3,8 @@
 The one seam between the model's code and product libraries: `pack` turns a weight into a callable.
 On CPUs it is ZenDNN's linear, on processors that it is made for, or oneDNN's, both with weights in
 layouts of their own. oneDNN's is called by the operators that `torch.compile`'s own CPU backend
-uses; they are private to torch, so this module alone knows them, and falls back to
-`torch.nn.functional.linear` where they are missing. Rows are padded to `MIN_ROWS`: with fewer,
+uses, which are private to torch; where `kernels` finds neither, it is
+`torch.nn.functional.linear`. Rows are padded to `MIN_ROWS`: with fewer,
 both libraries take other kernels with other bits (and oneDNN's takes twice as long in bfloat16).
 """
 
@@ -17,34 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from p2pinfer.model import zendnn
+from p2pinfer.model.kernels import library
 from p2pinfer.model.stopwatch import PRODUCTS
 
 MIN_ROWS = 4
 """Fewest rows that a product runs with; fewer are padded by zeros."""
-
-
-class _Kernels:
-    """Whose kernels multiply on CPUs; chosen once."""
-
-    wanted = "auto"
-
-
-def use_kernels(wanted: str) -> None:
-    """Let products that are made from now on be those of `zendnn`, which is to be there, of
-    `onednn`, or (`auto`) of the faster one that is here."""
-    _Kernels.wanted = wanted
-
-
-def kernels(dtype: torch.dtype, device: torch.device) -> str:
-    """Whose kernels multiply weights in `dtype` on `device`: `zendnn`, `onednn`, or `torch`."""
-    if device.type != "cpu":
-        return "torch"
-    wanted = _Kernels.wanted
-    is_wanted = wanted == "zendnn" or (wanted == "auto" and zendnn.is_of_vendor())
-    if is_wanted and not zendnn.missing() and zendnn.multiplies(dtype):
-        return "zendnn"
-    return "onednn" if _onednn_multiplies(dtype) else "torch"
 
 
 class Linear(Protocol):
@@ -130,16 +107,6 @@ class PlainLinear:
         return functional.linear(x, self._weight, self._bias)
 
 
-def _onednn_multiplies(dtype: torch.dtype) -> bool:
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
-    if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
-        return False
-    if dtype is torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return dtype is torch.float32
-
-
 _LINEARS: dict[str, Callable[[Tensor, Tensor | None], Linear]] = {
     "zendnn": ZendnnLinear,
     "onednn": OnednnLinear,
@@ -152,7 +119,7 @@ def pack(weight: Tensor, bias: Tensor | None = None) -> Linear:
 
     The best kernel for the weight's device and dtype is chosen here and nowhere else.
     """
-    return _LINEARS[kernels(weight.dtype, weight.device)](weight, bias)
+    return _LINEARS[library(weight.dtype, weight.device)](weight, bias)
 
 
 def multiply_into(out: Tensor, product: Linear, x: Tensor) -> None:

@@ -17,9 +17,9 @@ RmsNorm = Callable[[Tensor, Tensor, float], Tensor]
 [rows, hidden] float32, each row with bits of its own."""
 
 
-def rms_norm_of(kernels: str) -> RmsNorm:
-    """The norm that goes with the products of a library, as `linear.kernels` names it."""
-    if kernels == "zendnn":
+def rms_norm_of(library: str) -> RmsNorm:
+    """The norm of a library, as `kernels.library` names it."""
+    if library == "zendnn":
         norm: RmsNorm = torch.ops.zentorch.zentorch_rms_norm.default
         return norm
     return _by_torch

@@ -17,10 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from p2pinfer.core.blocks import BLOCK_POSITIONS
 from p2pinfer.core.planner import Holding
 from p2pinfer.core.units import Slice
+from p2pinfer.model.attention import Run, StepAttention, make_rows
 from p2pinfer.model.config import LlamaConfig, model_spec
-from p2pinfer.model.llama import compute_dtype
+from p2pinfer.model.kv_cache import KvCache, KvShape
+from p2pinfer.model.llama import TORCH_DTYPES, compute_dtype
 from p2pinfer.model.part import Part, empty_cache
 from p2pinfer.model.runner import StageRunner, run_alone
 from p2pinfer.model.stage_loader import StageLoader, packer_of
@@ -45,6 +48,11 @@ it was made otherwise. Their weights are one row of numbers, each time moved by 
 
 LONG_SUMS = "long_sums"
 
+KEYS = 33 * BLOCK_POSITIONS
+"""That positions attend to: libraries cut them into pieces of 512 and more."""
+
+LONG_ATTENTION = "long_attention"
+
 _HEADS, _HEAD_DIM, _WIDTH, _VOCAB = 2, 64, 256, 128
 
 
@@ -64,6 +72,7 @@ class _SeededSource:
             "embed_tokens": (_VOCAB, hidden),
             "lm_head": (_VOCAB, hidden),
             LONG_SUMS: (1, TERMS + SUMS),
+            LONG_ATTENTION: (2 * _HEADS, KEYS + _HEAD_DIM - 1),
         }
 
     def whole(self, name: str) -> Tensor:
@@ -133,8 +142,11 @@ def numerics(dtype: DType, device: torch.device, quant: str = "none") -> Numeric
         # Of two slots the first one's logits come first.
         found = run_alone(runner, (_slot(again, longest, start, end), other))
     long_sums, rows_matter = _long_sums(packer_of(source, spec, device), source, spec, device)
-    digest.update(long_sums.cpu().numpy().tobytes())
-    return Numerics(digest.hexdigest()[:16], rows_matter or not torch.equal(found[0], at_once[0]))
+    long_attention, positions_matter = _long_attention(source, spec, device)
+    for result in (long_sums, long_attention):
+        digest.update(result.cpu().numpy().tobytes())
+    matters = rows_matter or positions_matter or not torch.equal(found[0], at_once[0])
+    return Numerics(digest.hexdigest()[:16], matters)
 
 
 def _long_sums(
@@ -152,6 +164,35 @@ def _long_sums(
         products(x[start:end].contiguous(), end - start, {0})[0].clone() for start, end in PIECES
     ]
     return at_once, not torch.equal(torch.cat(pieces), at_once)
+
+
+def _long_attention(
+    source: _SeededSource, spec: ModelSpec, device: torch.device
+) -> tuple[Tensor, bool]:
+    """What the last `BLOCK_POSITIONS` of `KEYS` positions attend to, and whether that depends on
+    how many there are."""
+    dtype = TORCH_DTYPES[spec.kv_dtype]
+    cache = KvCache(KvShape(_HEADS, 1, _HEAD_DIM, dtype, device))
+    cache.open(0, KEYS)
+    numbers = source.whole(f"class.{LONG_ATTENTION}.weight").view(2, _HEADS, -1)
+    moved = numbers.unfold(2, _HEAD_DIM, 1).to(device)
+    stored = cache.layers(0, 0, KEYS)
+    keys, values = stored.keys[0], stored.values[0]
+    keys.copy_(moved[0])
+    values.copy_(moved[1])
+    # Some keys are to count for more than others.
+    queries = 100 * moved[:, :, :BLOCK_POSITIONS].permute(1, 2, 0, 3)
+
+    def attend(start: int, end: int) -> Tensor:
+        rows = make_rows([Run(0, 0, start, end)], 2, dtype, device)
+        step = StepAttention(cache, end - start, rows, 2, torch.float32)
+        own = slice(start - first, end - first)
+        return step.attend(0, queries[:, own], keys[:, start:end], values[:, start:end])
+
+    first = KEYS - BLOCK_POSITIONS
+    at_once = attend(first, KEYS)
+    pieces = [attend(first + start, first + end) for start, end in ((0, 61), (61, 63), (63, 64))]
+    return at_once, not torch.equal(torch.cat(pieces, dim=1), at_once)
 
 
 def _slot(request_id: int, rows: int, start: int, end: int) -> Slot:

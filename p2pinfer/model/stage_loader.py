@@ -25,7 +25,7 @@ from p2pinfer.core.units import (
 )
 from p2pinfer.model.aside import Aside
 from p2pinfer.model.config import LlamaConfig
-from p2pinfer.model.linear import kernels
+from p2pinfer.model.kernels import library
 from p2pinfer.model.llama import (
     TORCH_DTYPES,
     AttentionHalf,
@@ -127,7 +127,7 @@ class StageLoader:
             span=span,
             dtype=self._dtype,
             norms_within=within,
-            rms_norm=rms_norm_of("torch" if within else kernels(self._dtype, self._device)),
+            rms_norm=rms_norm_of("torch" if within else library(self._dtype, self._device)),
             eps=config.rms_norm_eps,
             rope=Rope(config, self._device),
             layers=tuple(self._layer_trunk(layer) for layer in range(span.start, span.end)),

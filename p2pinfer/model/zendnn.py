@@ -1,8 +1,9 @@
-"""AMD's ZenDNN, where it is here and fits: operators of `zentorch` for unquantised weights.
+"""AMD's ZenDNN, where it is here and fits: the operators of `zentorch`.
 
 On AMD's processors its products of few rows read weights a quarter to a half faster than oneDNN's
-(decision 30). Of the package only the library of operators is loaded: to import it takes seconds,
-since it brings along what `torch.compile` needs.
+(decision 30), and its attention over many keys takes half the time of torch's. Of the package only
+the library of operators is loaded: to import it takes seconds, since it brings along what
+`torch.compile` needs.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def missing() -> str:
     return "" if fits else "this processor has no AVX-512"
 
 
-def multiplies(dtype: torch.dtype) -> bool:
+def is_for(dtype: torch.dtype) -> bool:
     """Whether the operators, which are loaded, are for weights in `dtype` on this processor."""
     if dtype is torch.bfloat16:
         return bool(torch.ops.zentorch.zentorch_is_bf16_supported())

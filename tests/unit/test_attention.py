@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from p2pinfer.model import attention
+from p2pinfer.model import attention, kernels, zendnn
 from p2pinfer.model.attention import SHARED, Run, StepAttention, make_rows
 from p2pinfer.model.kv_cache import KvCache, KvShape
 
 CPU = torch.device("cpu")
+LIBRARIES = ("onednn",) if zendnn.missing() else ("onednn", "zendnn")
 HEAD_DIM = 16
 LAYERS = 2
 
@@ -25,6 +26,7 @@ def own_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     attention.use_threads(1)
+    kernels.use("auto")
     assert torch.get_num_threads() == before
 
 
@@ -60,6 +62,7 @@ def attended(cache: KvCache, runs: list[Run], group: int, seed: int) -> list[Ten
     lengths=st.lists(st.integers(600, 2500), min_size=1, max_size=3),
     new=st.integers(1, 150),
     threads=st.integers(2, 4),
+    library=st.sampled_from(LIBRARIES),
     seed=st.integers(0, 99),
 )
 def test_the_bits_are_those_of_one_thread(  # noqa: PLR0917
@@ -69,9 +72,11 @@ def test_the_bits_are_those_of_one_thread(  # noqa: PLR0917
     lengths: list[int],
     new: int,
     threads: int,
+    library: str,
     seed: int,
 ) -> None:
     """However many units, slots and rows there are to be shared out."""
+    kernels.use(library)
     cache, runs, row = filled(units, dtype, lengths, seed), [], 0
     for request_id, length in enumerate(lengths):
         runs.append(Run(request_id, row, length - new, length))
@@ -90,12 +95,14 @@ def test_the_bits_are_those_of_one_thread(  # noqa: PLR0917
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     length=st.integers(1, 5000),
     new=st.integers(1, 130),
+    library=st.sampled_from(LIBRARIES),
     seed=st.integers(0, 99),
 )
 def test_a_position_by_itself_has_the_bits_that_it_has_among_others(  # noqa: PLR0917
-    group: int, head_dim: int, dtype: torch.dtype, length: int, new: int, seed: int
+    group: int, head_dim: int, dtype: torch.dtype, length: int, new: int, library: str, seed: int
 ) -> None:
     """However few rows its tile has then, and however many keys there are."""
+    kernels.use(library)
     draw = torch.Generator().manual_seed(seed)
     cache = KvCache(KvShape(2, 1, head_dim, dtype, CPU))
     cache.open(0, length)

@@ -12,13 +12,13 @@ import torch
 
 from p2pinfer.device import use_kernels
 from p2pinfer.errors import UsageError
-from p2pinfer.model import linear, zendnn
+from p2pinfer.model import zendnn
+from p2pinfer.model.kernels import library as library_of
 from p2pinfer.model.linear import (
     MIN_ROWS,
     OnednnLinear,
     PlainLinear,
     ZendnnLinear,
-    kernels,
     pack,
     padded_rows,
 )
@@ -114,14 +114,14 @@ def test_zendnn_is_taken_by_itself_on_the_processors_that_it_is_made_for(
     """Elsewhere, and where it cannot be loaded, it is not; nor for number formats that it lacks."""
     here = "" if zendnn.missing() else "zendnn"
     monkeypatch.setattr(zendnn, "is_of_vendor", lambda: True)
-    assert kernels(torch.float32, CPU) == (here or "onednn")
-    assert kernels(torch.float16, CPU) == "torch"
-    assert kernels(torch.float32, torch.device("cuda")) == "torch"
+    assert library_of(torch.float32, CPU) == (here or "onednn")
+    assert library_of(torch.float16, CPU) == "torch"
+    assert library_of(torch.float32, torch.device("cuda")) == "torch"
     monkeypatch.setattr(zendnn, "is_of_vendor", lambda: False)
-    assert kernels(torch.float32, CPU) == "onednn"
+    assert library_of(torch.float32, CPU) == "onednn"
     monkeypatch.setattr(zendnn, "is_of_vendor", lambda: True)
     monkeypatch.setattr(zendnn, "missing", lambda: "it is not here")
-    assert kernels(torch.float32, CPU) == "onednn"
+    assert library_of(torch.float32, CPU) == "onednn"
 
 
 def test_zendnn_where_it_cannot_be_had_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +130,7 @@ def test_zendnn_where_it_cannot_be_had_is_a_clear_error(monkeypatch: pytest.Monk
     monkeypatch.setattr(zendnn, "missing", lambda: "the package zentorch is not installed")
     with pytest.raises(UsageError, match=r"--kernels zendnn: .* not installed; take --kernels"):
         use_kernels("zendnn")
-    assert linear.kernels(torch.float32, CPU) == "onednn"
+    assert library_of(torch.float32, CPU) == "onednn"
 
 
 @pytest.mark.parametrize(

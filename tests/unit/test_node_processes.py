@@ -148,6 +148,7 @@ def fake_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         textwrap.dedent("""
         import os, signal, sys
         from p2pinfer.core.events import LinkLost
+        from p2pinfer.model import kernels
         from p2pinfer.pipe import worker_side
         signal.signal(signal.SIGTERM, signal.SIG_IGN if "stubborn" in os.environ else 0)
         pipe = worker_side(int(sys.argv[2]))
@@ -237,11 +238,12 @@ def test_a_worker_does_not_grow_with_every_size_of_batch(
         import psutil
         import torch
         from p2pinfer.core.events import LinkLost
-        from p2pinfer.model.linear import OnednnLinear, pack, use_kernels
+        from p2pinfer.model import kernels
+        from p2pinfer.model.linear import OnednnLinear, pack
         from p2pinfer.pipe import worker_side
         pipe = worker_side(int(sys.argv[2]))
         torch.set_num_threads(1)
-        use_kernels("onednn")
+        kernels.use("onednn")
         shapes = (384, 256), (256, 64), (512, 256), (256, 128), (640, 256)
         products = [(pack(torch.randn(rows, inputs)), inputs) for rows, inputs in shapes]
         assert all(isinstance(product, OnednnLinear) for product, _ in products)

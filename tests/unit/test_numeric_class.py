@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from p2pinfer.core.units import QUANT_FORMATS
-from p2pinfer.model import linear, product_graph, zendnn
+from p2pinfer.model import kernels, linear, product_graph, zendnn
 from p2pinfer.model.llama import TORCH_DTYPES
 from p2pinfer.model.numeric_class import numerics
 from p2pinfer.model.quantise import quantise
@@ -49,11 +49,11 @@ def test_libraries_whose_long_sums_differ_are_of_two_classes(dtype: DType) -> No
     weight, x = (torch.randn(rows, 8192, dtype=TORCH_DTYPES[dtype]) for rows in (512, 64))
     try:
         for library in ("onednn", "zendnn"):
-            linear.use_kernels(library)
+            kernels.use(library)
             classes.append(numerics(dtype, CPU).numeric_class)
             products.append(linear.pack(weight)(x))
     finally:
-        linear.use_kernels("auto")
+        kernels.use("auto")
     assert classes[0] != classes[1] or torch.equal(*products)
 
 
