@@ -302,6 +302,12 @@ class Daemon:
                     self._progress("loading_weights", report.done_bytes, report.total_bytes)
                 elif isinstance(report, WorkerReady):
                     self._worker_ready = True
+                    self._log.info(
+                        "worker_ready",
+                        device=report.device,
+                        kernels=report.kernels,
+                        numeric_class=report.numeric_class,
+                    )
                     if report.rows_matter:
                         self._log.warning("bits_depend_on_rows", numeric_class=report.numeric_class)
                 self._feed(WorkerSaid(report=report))

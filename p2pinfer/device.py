@@ -9,6 +9,8 @@ import torch
 
 from p2pinfer.errors import UsageError
 from p2pinfer.model import attention, kernels, zendnn
+from p2pinfer.model.llama import TORCH_DTYPES
+from p2pinfer.types import ModelSpec
 
 HEADROOM_BYTES = 450 << 20
 
@@ -32,12 +34,22 @@ def choose_device(wanted: str, quant: str = "none") -> torch.device:
     return device
 
 
-def use_kernels(wanted: str) -> None:
+def use_kernels(wanted: str, model: ModelSpec | None, device: str) -> str:
     """Have what is not quantised computed on a CPU by `zendnn`, by `onednn`, or (`auto`) by the
-    faster one that is here. Raises `UsageError` where it is not."""
-    if wanted == "zendnn" and (why_not := zendnn.missing()):
-        raise UsageError(f"--kernels zendnn: {why_not}; take --kernels auto, or onednn")
+    faster one that is here; to be called before threads are started, since a library is loaded.
+
+    Returns whose kernels a `model` on `device` has then; empty without a model. Raises `UsageError`
+    where those that are wanted cannot be had.
+    """
     kernels.use(wanted)
+    if model is None:
+        return ""
+    dtype = TORCH_DTYPES[model.dtype if model.quant == "none" else model.kv_dtype]
+    found = kernels.library(dtype, torch.device("cuda" if device.startswith("cuda") else "cpu"))
+    if wanted == "zendnn" and found == "onednn":
+        why_not = zendnn.missing() or f"it does not compute in {dtype} on this processor"
+        raise UsageError(f"--kernels zendnn: {why_not}; take --kernels auto, or onednn")
+    return found
 
 
 def use_threads(count: int, quant: str) -> None:

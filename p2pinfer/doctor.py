@@ -89,14 +89,16 @@ def check_torch() -> Iterator[Finding]:
 
 
 def check_kernels() -> Finding:
-    """Who multiplies float32 weights on this CPU, and whether that is the fastest there is."""
+    """Who multiplies weights on this CPU where nothing else is said, in float32 and in bfloat16,
+    and whether that is the fastest there is."""
     import torch
 
     from p2pinfer.model import zendnn
     from p2pinfer.model.kernels import library
 
-    used = library(torch.float32, torch.device("cpu"))
-    if used == "zendnn" or not zendnn.is_of_vendor() or "avx512f" not in cpu_flags():
+    both = (library(dtype, torch.device("cpu")) for dtype in (torch.float32, torch.bfloat16))
+    used = ", in bfloat16 ".join(dict.fromkeys(both))
+    if used.startswith("zendnn") or not zendnn.is_of_vendor() or "avx512f" not in cpu_flags():
         return Finding(check="kernels", level=Level.OK, detail=used)
     return Finding(
         check="kernels",

@@ -64,8 +64,8 @@ CPUS: Final = tuple(
 """Of this machine, before this process is pinned to some of them."""
 
 
-def introduction(config: WorkerConfig, device: torch.device) -> WorkerReady:
-    """The first report of a worker: how it computes, and how fast."""
+def introduction(config: WorkerConfig, device: torch.device, library: str) -> WorkerReady:
+    """The first report of a worker: how it computes, by whose kernels, and how fast."""
     model, speed, computes = config.model, Speed(), Numerics("", rows_matter=False)
     if model:
         speed = machine_speed(config.speed, dtype=model.dtype, quant=model.quant, device=device)
@@ -74,6 +74,7 @@ def introduction(config: WorkerConfig, device: torch.device) -> WorkerReady:
         numeric_class=computes.numeric_class,
         rows_matter=computes.rows_matter,
         device=str(device),
+        kernels=library,
         threads=config.threads,
         memory_bytes=offered_memory(device),
         speed=speed,

@@ -93,5 +93,5 @@ class StandbyLoader:
                 with suppress(Exception):
                     while not self._stopping.is_set() and part.load_piece(self._loader) is not None:
                         pass
-        if self._parts:
+        if self._parts and not self._stopping.is_set():
             heap.give_back()

@@ -91,8 +91,8 @@ class StepInterrupted(P2pinferError):
 class Worker:
     """Takes orders, computes steps, reports."""
 
-    def __init__(self, config: WorkerConfig, pipe: WorkerPipe) -> None:
-        self._config = config
+    def __init__(self, config: WorkerConfig, pipe: WorkerPipe, library: str) -> None:
+        self._config, self._library = config, library
         self._pipe = pipe
         self._device = choose_device(config.device, config.model.quant if config.model else "none")
         self._logs = TokenLogs()
@@ -144,7 +144,7 @@ class Worker:
         self._bulk.pair.bind(config.listen_host, config.bulk_port)
         # So that the collection after loading walks what was loaded, and not all of torch.
         heap.settle()
-        self._pipe.send(introduction(config, self._device))
+        self._pipe.send(introduction(config, self._device, self._library))
         while not self._stopping:
             try:
                 self._turn()
@@ -473,8 +473,8 @@ def serve(pipe: WorkerPipe) -> None:
     use_threads(config.threads, config.model.quant if config.model else "none")
     torch.set_grad_enabled(False)
     try:
-        use_kernels(config.kernels)
-        worker = Worker(config, pipe)
+        library = use_kernels(config.kernels, config.model, config.device)
+        worker = Worker(config, pipe, library)
         _obey_signals(worker)
         try:
             worker.run()

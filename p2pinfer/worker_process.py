@@ -29,6 +29,9 @@ One takes up to a megabyte; left alone they keep 1,024, and a worker grows by mo
 batches of all sizes come by. To make one anew takes about half a millisecond, once for all layers
 of a step."""
 
+MAX_OMP_THREADS: Final = 1 << 16
+"""More than any machine has: a limit of the user's could leave products fewer than they count on."""
+
 SPINS: Final = 10_000
 """How often a thread of OpenMP looks for the next product before it sleeps: tenths of a millisecond
 or less, as long as the processor's pause instruction takes. Products of single units are shorter
@@ -120,6 +123,9 @@ def environment(threads: int, quant: str, cores: int) -> dict[str, str]:
         OMP_NUM_THREADS=count,
         MKL_NUM_THREADS=count,
         OMP_WAIT_POLICY="passive",
+        # Products with fewer threads than were asked for are wrong ones, of every library.
+        OMP_DYNAMIC="false",
+        OMP_THREAD_LIMIT=str(MAX_OMP_THREADS),
         # numpy's, which nothing here needs: it would start while numpy is imported, and keep the
         # low priority of that.
         OPENBLAS_NUM_THREADS="1",

@@ -130,11 +130,13 @@ class Speed(Struct, frozen=True, kw_only=True):
 
 class WorkerReady(Report, frozen=True, kw_only=True):
     """The worker runs and can load plans. `rows_matter`: a position's bits depend on how many are
-    computed together, so that a reply may go on otherwise after a failover."""
+    computed together, so that a reply may go on otherwise after a failover. `kernels`: whose
+    compute what is not quantised; empty without a model."""
 
     numeric_class: str
     rows_matter: bool = False
     device: str
+    kernels: str = ""
     threads: int
     memory_bytes: int
     speed: Speed = Speed()

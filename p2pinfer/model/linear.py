@@ -39,6 +39,15 @@ class Linear(Protocol):
         """A tensor [0, out] with the form of what comes out."""
         ...
 
+    @property
+    def in_place(self) -> bool:
+        """Whether `into` makes what comes out where it is to be."""
+        ...
+
+    def into(self, out: Tensor, x: Tensor, /) -> None:
+        """Put what comes out of `x`, with `MIN_ROWS` rows or more, into `out` [rows, out]."""
+        ...
+
 
 def padded_rows(rows: int, quant: str = "none") -> int:
     """How many rows a batch of `rows` is computed with, by weights that are quantised so (whose
@@ -52,6 +61,8 @@ def _pad(x: Tensor) -> Tensor:
 
 class ZendnnLinear:
     """ZenDNN's linear with the weight in its blocked layout."""
+
+    in_place = True
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.nbytes, self.like = weight.nbytes, weight.new_empty((0, len(weight)))
@@ -69,13 +80,15 @@ class ZendnnLinear:
         return self._product(x, self._weight, self._bias, is_weight_prepacked=True)  # type: ignore[no-any-return]
 
     @PRODUCTS
-    def into(self, out: Tensor, x: Tensor) -> None:
-        """Put what comes out of `x` [rows, in], with `MIN_ROWS` rows or more, into `out`."""
+    def into(self, out: Tensor, x: Tensor, /) -> None:
+        """See `Linear.into`."""
         self._product_into(x, self._weight, self._bias, is_weight_prepacked=True, out=out)
 
 
 class OnednnLinear:
     """oneDNN's linear with the weight in oneDNN's own blocked layout."""
+
+    in_place = False
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.nbytes, self.like = weight.nbytes, weight.new_empty((0, len(weight)))
@@ -90,9 +103,15 @@ class OnednnLinear:
             return self._product(_pad(x), self._weight, self._bias, "none", [], "")[:rows]  # type: ignore[no-any-return]
         return self._product(x, self._weight, self._bias, "none", [], "")  # type: ignore[no-any-return]
 
+    def into(self, out: Tensor, x: Tensor, /) -> None:
+        """See `Linear.into`."""
+        out.copy_(self(x))
+
 
 class PlainLinear:
     """`torch.nn.functional.linear`: on accelerators, and where oneDNN lacks the number format."""
+
+    in_place = False
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.nbytes, self.like = weight.nbytes, weight.new_empty((0, len(weight)))
@@ -105,6 +124,10 @@ class PlainLinear:
         if rows < MIN_ROWS:
             return functional.linear(_pad(x), self._weight, self._bias)[:rows]
         return functional.linear(x, self._weight, self._bias)
+
+    def into(self, out: Tensor, x: Tensor, /) -> None:
+        """See `Linear.into`."""
+        out.copy_(self(x))
 
 
 _LINEARS: dict[str, Callable[[Tensor, Tensor | None], Linear]] = {
@@ -122,14 +145,6 @@ def pack(weight: Tensor, bias: Tensor | None = None) -> Linear:
     return _LINEARS[library(weight.dtype, weight.device)](weight, bias)
 
 
-def multiply_into(out: Tensor, product: Linear, x: Tensor) -> None:
-    """Put what comes out of `x` [rows, in], with `MIN_ROWS` rows or more, into `out`."""
-    if isinstance(product, ZendnnLinear):
-        product.into(out, x)
-    else:
-        out.copy_(product(x))
-
-
 class SideBySide:
     """Products that each have an input of their own, put into one `memory` [products, rows, out]:
     as they are made, where the library does that (of `MIN_ROWS` or more)."""
@@ -139,14 +154,12 @@ class SideBySide:
         self.memory = like.new_empty((len(products), rows, like.shape[1]))
         self._places = self.memory.unbind()
         self._products = products
-        self._in_place = [each for each in products if isinstance(each, ZendnnLinear)]
-        if rows < MIN_ROWS:
-            self._in_place = []
+        self._in_place = rows >= MIN_ROWS and all(each.in_place for each in products)
 
     def multiply(self, inputs: Iterable[Tensor]) -> None:
         """Compute the products of `inputs`, [rows, in] each."""
-        if len(self._in_place) == len(self._products):
-            for product, place, x in zip(self._in_place, self._places, inputs, strict=True):
+        if self._in_place:
+            for product, place, x in zip(self._products, self._places, inputs, strict=True):
                 product.into(place, x)
         else:
             each = [product(x) for product, x in zip(self._products, inputs, strict=True)]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from p2pinfer.model.linear import Linear, SideBySide, multiply_into, pack, padded_rows
+from p2pinfer.model.linear import MIN_ROWS, Linear, SideBySide, pack, padded_rows
 from p2pinfer.model.rope import Angles, Turning, rotate
 
 PARALLEL_ELEMENTS = 32768
@@ -25,8 +25,8 @@ FEW_ROWS = 16
 """So few are handled for all units at once; of more the memory that this takes costs more."""
 
 KEPT_ROWS = 4
-"""Memory for what so few become within a half layer is kept, and the views of it: a fiftieth of
-what weights of 16 bits take, or less."""
+"""Memory for what so few become within a half layer is kept, and the views of it: of a layer about
+a fiftieth of what its weights of 16 bits take."""
 
 
 class TensorSource(Protocol):
@@ -191,7 +191,7 @@ class Turned:
 
     def __call__(self, x: Tensor, angles: Angles, /) -> tuple[Tensor, Tensor, Tensor]:
         rows, kept = (angles.rows, len(x)), self._kept
-        if rows[0] <= KEPT_ROWS <= rows[1]:
+        if rows[0] <= KEPT_ROWS and rows[1] >= MIN_ROWS:
             if kept is None or kept.rows != rows:
                 kept = self._kept = _KeptHeads(self._qkv, self._heads, rows)
             return kept.of(x, angles)
@@ -227,7 +227,7 @@ class _KeptHeads:
 
     def of(self, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
         """Of `x` [rows, in], until it is called again."""
-        multiply_into(self._qkv, self._product, x)
+        self._product.into(self._qkv, x)
         self._turning.turn(angles)
         return self._results
 
@@ -345,7 +345,8 @@ class Gated:
 
     def __call__(self, x: Tensor, rows: int, wanted: AbstractSet[int], /) -> dict[int, Tensor]:
         padded = len(x)
-        if self._even and rows <= KEPT_ROWS <= padded and _whole(rows * sum(self._widths)):
+        keeps = self._even and rows <= KEPT_ROWS and padded >= MIN_ROWS
+        if keeps and _whole(rows * sum(self._widths)):
             kept = self._kept
             if kept is None or kept.rows != (rows, padded):
                 kept = self._kept = _KeptGates(self._gate_up, len(self._widths), (rows, padded))
@@ -385,7 +386,7 @@ class _KeptGates:
 
     def of(self, x: Tensor) -> tuple[Tensor, ...]:
         """Of `x` [rows, in], until it is called again."""
-        multiply_into(self._both, self._product, x)
+        self._product.into(self._both, x)
         torch.mul(functional.silu(self._gate), self._up, out=self._active)
         return self._results
 

@@ -25,12 +25,16 @@ ALGORITHM = "1"
 """Of `ZENDNNL_MATMUL_ALGO`: the only one whose packed weights can be kept. Others, and the choice
 by trial that a user's environment may ask for, round otherwise from one product to the next."""
 
+OTHERS = ("DLP_", "AOCL_DLP_")
+"""Variables of the library below begin so; with threads or instructions of their own its products
+are wrong."""
+
 
 @lru_cache(maxsize=1)
 def missing() -> str:
     """Load the operators. Returns why that cannot be; empty where they are there."""
     try:
-        of_package = version(PACKAGE)
+        of_package = version(PACKAGE) or "of no version"  # what is damaged has none
     except PackageNotFoundError:
         return f"the package {PACKAGE} is not installed"
     if _release(of_package) != _release(torch.__version__):
@@ -40,6 +44,8 @@ def missing() -> str:
     folders = found.submodule_search_locations if found else None
     if not folders:
         return f"{PACKAGE} {of_package} has no folder"
+    for name in [each for each in os.environ if each.startswith(OTHERS)]:
+        del os.environ[name]
     os.environ["ZENDNNL_MATMUL_ALGO"] = ALGORITHM
     try:
         torch.ops.load_library(str(Path(folders[0]) / LIBRARY))  # type: ignore[no-untyped-call]

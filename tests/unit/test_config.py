@@ -95,6 +95,7 @@ def test_long_host_names_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--quant", {"quant": "int8", "device": "cuda:1"}),
         ("--quant", {"quant": "fp8"}),
         ("--wire-dtype", {"wire_dtype": "float16"}),
+        ("--kernels", {"kernels": "mkl"}),
         ("--layout", {"layout": "columns"}),
         ("--layout", {"layout": "5x4"}),
         ("--layout", {"layout": "0x4"}),

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from p2pinfer.device import use_kernels
 from p2pinfer.errors import UsageError
-from p2pinfer.model import zendnn
+from p2pinfer.model import kernels, zendnn
 from p2pinfer.model.kernels import library as library_of
 from p2pinfer.model.linear import (
     MIN_ROWS,
@@ -22,11 +26,22 @@ from p2pinfer.model.linear import (
     pack,
     padded_rows,
 )
+from p2pinfer.types import DType
+from tests.model_specs import TWO_LAYERS
 
-SHAPES = ((48, 16), (64, 80), (96, 33), (224, 192), (256, 2048), (1024, 512), (2048, 1536))
+SHAPES = (
+    (48, 16),
+    (64, 80),
+    (96, 33),
+    (224, 192),
+    (256, 2048),
+    (1024, 512),
+    (2048, 1536),
+    (14336, 64),
+)
 """(in, out) of small models and of one unit of a large one."""
 
-ROWS = (1, 2, 3, 4, 5, 7, 8, 16, 17, 33, 64, 100, 128, 257)
+ROWS = (1, 2, 3, 4, 5, 7, 8, 16, 17, 33, 64, 100, 128, 257, 600)
 
 
 CLASSES = {"onednn": OnednnLinear, "zendnn": ZendnnLinear}
@@ -38,7 +53,7 @@ def _threads_and_kernels() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-    use_kernels("auto")
+    kernels.use("auto")
 
 
 @pytest.fixture(params=CLASSES)
@@ -47,7 +62,7 @@ def library(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     if name == "zendnn" and zendnn.missing():
         pytest.skip(f"ZenDNN cannot multiply here: {zendnn.missing()}")
-    use_kernels(name)
+    kernels.use(name)
     return name
 
 
@@ -70,6 +85,10 @@ def test_bits_do_not_depend_on_rows_slices_or_threads(
         torch.set_num_threads(threads)
         for rows in ROWS:
             assert torch.equal(product(x[:rows].contiguous()), expected[:rows]), (threads, rows)
+    for rows in (MIN_ROWS, 600):
+        place = torch.empty_like(expected[:rows])
+        product.into(place, x[:rows].contiguous())
+        assert torch.equal(place, expected[:rows]), rows
     for start, end in ((0, 16), (0, outputs // 2), (outputs // 2, outputs)):
         part = pack(weight[start:end].clone(), bias[start:end].clone())
         assert torch.equal(part(x[:5].contiguous()), expected[:5, start:end]), (start, end)
@@ -125,12 +144,26 @@ def test_zendnn_is_taken_by_itself_on_the_processors_that_it_is_made_for(
 
 
 def test_zendnn_where_it_cannot_be_had_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who asks for it is told why not, and what to do; the choice before stays."""
-    use_kernels("onednn")
+    """Who asks for it is told why not, and what to do."""
     monkeypatch.setattr(zendnn, "missing", lambda: "the package zentorch is not installed")
     with pytest.raises(UsageError, match=r"--kernels zendnn: .* not installed; take --kernels"):
-        use_kernels("zendnn")
-    assert library_of(torch.float32, CPU) == "onednn"
+        use_kernels("zendnn", TWO_LAYERS, "cpu")
+    assert use_kernels("auto", TWO_LAYERS, "cpu") == "onednn"
+    # A witness computes nothing, and a GPU has its own.
+    assert use_kernels("zendnn", None, "cpu") == ""
+    assert use_kernels("zendnn", TWO_LAYERS, "cuda:1") == "torch"
+
+
+def test_zendnn_for_a_number_format_that_it_lacks_is_a_clear_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a processor without bfloat16 instructions; quantised weights have a bfloat16 cache."""
+    monkeypatch.setattr(zendnn, "missing", lambda: "")
+    monkeypatch.setattr(zendnn, "is_for", lambda dtype: dtype is torch.float32)
+    assert use_kernels("zendnn", TWO_LAYERS, "cpu") == "zendnn"
+    quantised = replace(TWO_LAYERS, quant="int4", kv_dtype=DType.BFLOAT16)
+    with pytest.raises(UsageError, match=r"does not compute in torch.bfloat16 on this processor"):
+        use_kernels("zendnn", quantised, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -138,6 +171,7 @@ def test_zendnn_where_it_cannot_be_had_is_a_clear_error(monkeypatch: pytest.Monk
     [
         ("2.15.0+cpu", "2.13.0.2", "zentorch 2.13.0.2 is not for torch 2.15.0"),
         ("2.13.1", None, "not installed"),
+        ("2.13.1", "", "zentorch of no version is not for torch 2.13.1"),
         ("2.13.1", "2.13.9", "cannot be loaded: .*libzentorch.so"),
     ],
 )
@@ -171,3 +205,32 @@ def test_the_processor_is_known_by_its_vendor(tmp_path: Path) -> None:
         file.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nmodel\t: 17\n")
         assert zendnn.is_of_vendor.__wrapped__(file) is is_amd
     assert not zendnn.is_of_vendor.__wrapped__(tmp_path / "none")
+
+
+WRONG_ENVIRONMENT = """
+import torch
+from p2pinfer.model import zendnn
+from p2pinfer.model.linear import ZendnnLinear
+assert not zendnn.missing()
+torch.set_num_threads(2)
+torch.manual_seed(0)
+for dtype in (torch.float32, torch.bfloat16):
+    weight, x = torch.randn(512, 768, dtype=dtype), torch.randn(70, 768, dtype=dtype)
+    found, exact = ZendnnLinear(weight, None)(x).double(), x.double() @ weight.double().T
+    assert (found - exact).norm() < 0.01 * exact.norm()
+"""
+
+
+@pytest.mark.skipif(bool(zendnn.missing()), reason="ZenDNN cannot multiply here")
+def test_a_users_environment_does_not_make_products_wrong() -> None:
+    """Threads and instructions of the library below, which it would take from there, are left to
+    us."""
+    theirs = {
+        "DLP_NUM_THREADS": "1",
+        "DLP_IC_NT": "2",
+        "AOCL_DLP_ENABLE_INSTRUCTIONS": "avx2",
+        "ZENDNNL_MATMUL_ALGO": "auto",
+    }
+    subprocess.run(
+        [sys.executable, "-c", WRONG_ENVIRONMENT], env={**os.environ, **theirs}, check=True
+    )

@@ -13,11 +13,15 @@ from pathlib import Path
 import pytest
 
 from p2pinfer.clock import LoopClock
+from p2pinfer.config import NodeSettings
 from p2pinfer.errors import UsageError
 from p2pinfer.lifeline import PARENT_VARIABLE, child_environment, die_with_parent
+from p2pinfer.model import zendnn
+from p2pinfer.node_setup import worker_config
 from p2pinfer.pipe import PipeClosed
 from p2pinfer.signals import StopSignals
 from p2pinfer.state_dir import NODE_ID_FILE, StateDir
+from p2pinfer.types import Member
 from p2pinfer.worker_process import SPINS, WorkerProcess, environment
 
 DEADLINE_S = 20
@@ -227,26 +231,37 @@ def test_a_worker_that_does_not_listen_is_killed(
         os.kill(worker.pid, 0)
 
 
+def test_a_worker_gets_the_kernels_that_its_node_was_told() -> None:
+    """And no other than that node's."""
+    member = Member(node_id="a" * 16, boot_id="b" * 16, name="n", address="tcp://127.0.0.1:7720")
+    for kernels in ("auto", "onednn", "zendnn"):
+        settings = NodeSettings(name="n", kernels=kernels)
+        assert worker_config(settings, None, None, member).kernels == kernels
+
+
+@pytest.mark.parametrize("library", ["onednn", "zendnn"])
 def test_a_worker_does_not_grow_with_every_size_of_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the product library keeps ready of each row count has a limit: without one, as many row
-    counts as these take more than 600 MiB; with it about 100."""
+    counts as these take more than 600 MiB of oneDNN; with it about 100."""
+    if library == "zendnn" and zendnn.missing():
+        pytest.skip(f"ZenDNN cannot multiply here: {zendnn.missing()}")
     (tmp_path / "many_sizes.py").write_text(
         textwrap.dedent("""
-        import select, sys
+        import os, select, sys
         import psutil
         import torch
         from p2pinfer.core.events import LinkLost
         from p2pinfer.model import kernels
-        from p2pinfer.model.linear import OnednnLinear, pack
+        from p2pinfer.model.linear import pack
         from p2pinfer.pipe import worker_side
         pipe = worker_side(int(sys.argv[2]))
         torch.set_num_threads(1)
-        kernels.use("onednn")
+        kernels.use(os.environ["LIBRARY"])
         shapes = (384, 256), (256, 64), (512, 256), (256, 128), (640, 256)
         products = [(pack(torch.randn(rows, inputs)), inputs) for rows, inputs in shapes]
-        assert all(isinstance(product, OnednnLinear) for product, _ in products)
+        assert kernels.library(torch.float32, torch.device("cpu")) == os.environ["LIBRARY"]
         memory = psutil.Process().memory_info
         before = memory().rss
         for rows in range(4, 260):
@@ -258,6 +273,7 @@ def test_a_worker_does_not_grow_with_every_size_of_batch(
         """)
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("LIBRARY", library)
     worker = WorkerProcess(threads=1, module="many_sizes")
     try:
         grown_mib = int(getattr(first_report(worker, PRODUCTS_DEADLINE_S), "node_id", ""))

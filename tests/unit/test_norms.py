@@ -11,7 +11,7 @@ from p2pinfer.model.norms import rms_norm_of
 ROWS = (1, 2, 3, 5, 16, 64, 130)
 
 
-@pytest.mark.parametrize("hidden", [96, 100, 2048])
+@pytest.mark.parametrize("hidden", [96, 100, 2048, 16384])
 @pytest.mark.parametrize("library", ["torch", "zendnn"])
 def test_a_row_is_normed_the_same_in_any_number_of_rows(library: str, hidden: int) -> None:
     """With one thread and with three; and it is what the paper says, up to rounding."""

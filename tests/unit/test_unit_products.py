@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from p2pinfer.core import tree
-from p2pinfer.device import use_kernels
-from p2pinfer.model import zendnn
+from p2pinfer.model import kernels, zendnn
 from p2pinfer.model.linear import pack, padded_rows
 from p2pinfer.model.reduction import subtree_sums
 from p2pinfer.model.rope import Angles
@@ -122,9 +121,9 @@ def _library(request: pytest.FixtureRequest) -> Iterator[None]:
     """Each library that can multiply here, in use."""
     if request.param == "zendnn" and zendnn.missing():
         pytest.skip(f"ZenDNN cannot multiply here: {zendnn.missing()}")
-    use_kernels(request.param)
+    kernels.use(request.param)
     yield
-    use_kernels("auto")
+    kernels.use("auto")
 
 
 @pytest.mark.usefixtures("_library")
@@ -156,7 +155,7 @@ def test_heads_are_turned_the_same_in_whatever_order_numbers_of_rows_come(
     torch.manual_seed(heads.units)
     units, group, dim = heads
     width = units * (group + 2) * dim
-    product = pack(torch.randn(width, HIDDEN, dtype=dtype))
+    product = pack(torch.randn(width, HIDDEN, dtype=dtype), torch.randn(width, dtype=dtype))
     norm = Norm(torch.ones(HIDDEN), 1e-5)
     projection = packer(dtype).projection(product, heads, norm)
     x, turn = torch.randn(70, HIDDEN, dtype=dtype), torch.rand(70, dim // 2)
