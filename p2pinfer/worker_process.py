@@ -30,7 +30,7 @@ batches of all sizes come by. To make one anew takes about half a millisecond, o
 of a step."""
 
 MAX_OMP_THREADS: Final = 1 << 16
-"""More than any machine has: a limit of the user's could leave products fewer than they count on."""
+"""More than machines have: a limit of the user's could leave products fewer than they count on."""
 
 SPINS: Final = 10_000
 """How often a thread of OpenMP looks for the next product before it sleeps: tenths of a millisecond
