@@ -34,22 +34,27 @@ def choose_device(wanted: str, quant: str = "none") -> torch.device:
     return device
 
 
-def use_kernels(wanted: str, model: ModelSpec | None, device: str) -> str:
+def use_kernels(wanted: str, model: ModelSpec | None, device: torch.device) -> None:
     """Have what is not quantised computed on a CPU by `zendnn`, by `onednn`, or (`auto`) by the
     faster one that is here; to be called before threads are started, since a library is loaded.
 
-    Returns whose kernels a `model` on `device` has then; empty without a model. Raises `UsageError`
-    where those that are wanted cannot be had.
+    Raises `UsageError` where those that are wanted cannot be had for the `model`.
     """
     kernels.use(wanted)
+    found = kernels_of(model, device)
+    if model and wanted == "zendnn" and found != "zendnn" and device.type == "cpu":
+        why_not = zendnn.missing() or "it does not compute in this number format on this processor"
+        raise UsageError(f"--kernels zendnn: {why_not}; take --kernels auto, or onednn")
+
+
+def kernels_of(model: ModelSpec | None, device: torch.device) -> str:
+    """Whose kernels compute on `device` what is not quantised of a model: see `kernels.library`;
+    empty without a model."""
     if model is None:
         return ""
-    dtype = TORCH_DTYPES[model.dtype if model.quant == "none" else model.kv_dtype]
-    found = kernels.library(dtype, torch.device("cuda" if device.startswith("cuda") else "cpu"))
-    if wanted == "zendnn" and found == "onednn":
-        why_not = zendnn.missing() or f"it does not compute in {dtype} on this processor"
-        raise UsageError(f"--kernels zendnn: {why_not}; take --kernels auto, or onednn")
-    return found
+    return kernels.library(
+        TORCH_DTYPES[model.dtype if model.quant == "none" else model.kv_dtype], device
+    )
 
 
 def use_threads(count: int, quant: str) -> None:

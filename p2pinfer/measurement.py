@@ -26,7 +26,7 @@ from msgspec import Meta
 from p2pinfer import __version__
 from p2pinfer.core.orders import Speed, WorkerReady
 from p2pinfer.core.speed import GB_S_PER_THREAD, weight_of
-from p2pinfer.device import offered_memory, threads_of
+from p2pinfer.device import kernels_of, offered_memory, threads_of
 from p2pinfer.limits import MAX_GB_S
 from p2pinfer.model.kernels import library
 from p2pinfer.model.llama import TORCH_DTYPES
@@ -64,7 +64,7 @@ CPUS: Final = tuple(
 """Of this machine, before this process is pinned to some of them."""
 
 
-def introduction(config: WorkerConfig, device: torch.device, library: str) -> WorkerReady:
+def introduction(config: WorkerConfig, device: torch.device) -> WorkerReady:
     """The first report of a worker: how it computes, by whose kernels, and how fast."""
     model, speed, computes = config.model, Speed(), Numerics("", rows_matter=False)
     if model:
@@ -74,7 +74,7 @@ def introduction(config: WorkerConfig, device: torch.device, library: str) -> Wo
         numeric_class=computes.numeric_class,
         rows_matter=computes.rows_matter,
         device=str(device),
-        kernels=library,
+        kernels=kernels_of(model, device),
         threads=config.threads,
         memory_bytes=offered_memory(device),
         speed=speed,

@@ -91,10 +91,9 @@ class StepInterrupted(P2pinferError):
 class Worker:
     """Takes orders, computes steps, reports."""
 
-    def __init__(self, config: WorkerConfig, pipe: WorkerPipe, library: str) -> None:
-        self._config, self._library = config, library
+    def __init__(self, config: WorkerConfig, pipe: WorkerPipe, device: torch.device) -> None:
+        self._config, self._device = config, device
         self._pipe = pipe
-        self._device = choose_device(config.device, config.model.quant if config.model else "none")
         self._logs = TokenLogs()
         folder = Path(config.model_folder) if config.model else None
         self._units = UnitHolder(
@@ -144,7 +143,7 @@ class Worker:
         self._bulk.pair.bind(config.listen_host, config.bulk_port)
         # So that the collection after loading walks what was loaded, and not all of torch.
         heap.settle()
-        self._pipe.send(introduction(config, self._device, self._library))
+        self._pipe.send(introduction(config, self._device))
         while not self._stopping:
             try:
                 self._turn()
@@ -470,11 +469,13 @@ def serve(pipe: WorkerPipe) -> None:
         select.select((pipe,), (), ())
     assert isinstance(config, WorkerConfig)
     be_prompt()
-    use_threads(config.threads, config.model.quant if config.model else "none")
+    quant = config.model.quant if config.model else "none"
+    use_threads(config.threads, quant)
     torch.set_grad_enabled(False)
     try:
-        library = use_kernels(config.kernels, config.model, config.device)
-        worker = Worker(config, pipe, library)
+        device = choose_device(config.device, quant)
+        use_kernels(config.kernels, config.model, device)
+        worker = Worker(config, pipe, device)
         _obey_signals(worker)
         try:
             worker.run()

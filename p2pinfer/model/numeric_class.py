@@ -4,8 +4,9 @@ A fixed, seeded layer is run on fixed inputs at a few row counts, by the very co
 its output bits are hashed. CPUs with other vector instructions, another library or version of one,
 or another device give another hash; the number of threads does not. Positions that are computed one
 by one, or beside others, are compared with those of one long run: where the bits differ, no plan
-and no failover keeps them. The same is done with sums as long as those of large models, which the
-layer does not have: libraries cut them into pieces, each by its own rules.
+and no failover keeps them. The same is done with sums as long as those of large models, and with
+attention over many keys, which the layer does not have: libraries cut both into pieces, each by its
+own rules.
 """
 
 from __future__ import annotations
@@ -60,17 +61,16 @@ class _SeededSource:
     """Weights drawn from a counter-based generator: the same on every machine."""
 
     def __init__(self) -> None:
-        hidden = _HIDDEN
         self._shapes = {
-            "q_proj": (2 * _HEADS * _HEAD_DIM, hidden),
-            "k_proj": (_HEADS * _HEAD_DIM, hidden),
-            "v_proj": (_HEADS * _HEAD_DIM, hidden),
-            "o_proj": (hidden, 2 * _HEADS * _HEAD_DIM),
-            "gate_proj": (_WIDTH, hidden),
-            "up_proj": (_WIDTH, hidden),
-            "down_proj": (hidden, _WIDTH),
-            "embed_tokens": (_VOCAB, hidden),
-            "lm_head": (_VOCAB, hidden),
+            "q_proj": (2 * _HEADS * _HEAD_DIM, _HIDDEN),
+            "k_proj": (_HEADS * _HEAD_DIM, _HIDDEN),
+            "v_proj": (_HEADS * _HEAD_DIM, _HIDDEN),
+            "o_proj": (_HIDDEN, 2 * _HEADS * _HEAD_DIM),
+            "gate_proj": (_WIDTH, _HIDDEN),
+            "up_proj": (_WIDTH, _HIDDEN),
+            "down_proj": (_HIDDEN, _WIDTH),
+            "embed_tokens": (_VOCAB, _HIDDEN),
+            "lm_head": (_VOCAB, _HIDDEN),
             LONG_SUMS: (1, TERMS + SUMS),
             LONG_ATTENTION: (2 * _HEADS, KEYS + _HEAD_DIM - 1),
         }

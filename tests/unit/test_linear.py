@@ -14,7 +14,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from p2pinfer.device import use_kernels
+from p2pinfer.device import kernels_of, use_kernels
 from p2pinfer.errors import UsageError
 from p2pinfer.model import kernels, zendnn
 from p2pinfer.model.kernels import library as library_of
@@ -147,11 +147,14 @@ def test_zendnn_where_it_cannot_be_had_is_a_clear_error(monkeypatch: pytest.Monk
     """Who asks for it is told why not, and what to do."""
     monkeypatch.setattr(zendnn, "missing", lambda: "the package zentorch is not installed")
     with pytest.raises(UsageError, match=r"--kernels zendnn: .* not installed; take --kernels"):
-        use_kernels("zendnn", TWO_LAYERS, "cpu")
-    assert use_kernels("auto", TWO_LAYERS, "cpu") == "onednn"
+        use_kernels("zendnn", TWO_LAYERS, CPU)
+    use_kernels("auto", TWO_LAYERS, CPU)
+    assert kernels_of(TWO_LAYERS, CPU) == "onednn"
     # A witness computes nothing, and a GPU has its own.
-    assert use_kernels("zendnn", None, "cpu") == ""
-    assert use_kernels("zendnn", TWO_LAYERS, "cuda:1") == "torch"
+    use_kernels("zendnn", None, CPU)
+    assert kernels_of(None, CPU) == ""
+    use_kernels("zendnn", TWO_LAYERS, torch.device("cuda:1"))
+    assert kernels_of(TWO_LAYERS, torch.device("cuda:1")) == "torch"
 
 
 def test_zendnn_for_a_number_format_that_it_lacks_is_a_clear_error(
@@ -160,10 +163,13 @@ def test_zendnn_for_a_number_format_that_it_lacks_is_a_clear_error(
     """On a processor without bfloat16 instructions; quantised weights have a bfloat16 cache."""
     monkeypatch.setattr(zendnn, "missing", lambda: "")
     monkeypatch.setattr(zendnn, "is_for", lambda dtype: dtype is torch.float32)
-    assert use_kernels("zendnn", TWO_LAYERS, "cpu") == "zendnn"
+    use_kernels("zendnn", TWO_LAYERS, CPU)
+    assert kernels_of(TWO_LAYERS, CPU) == "zendnn"
+    with pytest.raises(UsageError, match=r"does not compute in this number format"):
+        use_kernels("zendnn", replace(TWO_LAYERS, dtype=DType.FLOAT16), CPU)
     quantised = replace(TWO_LAYERS, quant="int4", kv_dtype=DType.BFLOAT16)
-    with pytest.raises(UsageError, match=r"does not compute in torch.bfloat16 on this processor"):
-        use_kernels("zendnn", quantised, "cpu")
+    with pytest.raises(UsageError, match=r"does not compute in this number format"):
+        use_kernels("zendnn", quantised, CPU)
 
 
 @pytest.mark.parametrize(

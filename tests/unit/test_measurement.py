@@ -183,5 +183,5 @@ def test_a_witness_measures_nothing() -> None:
         threads=1,
         speed="auto",
     )
-    said = introduction(config, CPU, "")
+    said = introduction(config, CPU)
     assert (said.numeric_class, said.speed) == ("", Speed())
