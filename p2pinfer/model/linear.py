@@ -10,8 +10,10 @@ both libraries take other kernels with other bits (and oneDNN's takes twice as l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -60,14 +62,15 @@ def _pad(x: Tensor) -> Tensor:
 
 
 class ZendnnLinear:
-    """ZenDNN's linear with the weight in its blocked layout."""
+    """ZenDNN's linear, of a weight `packed` in its blocked layout [out, in]."""
 
     in_place = True
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.nbytes, self.like = weight.nbytes, weight.new_empty((0, len(weight)))
+    def __init__(self, packed: Tensor, bias: Tensor | None) -> None:
+        self.nbytes, self.like = packed.nbytes, packed.new_empty((0, len(packed)))
+        self.packed = packed
+        self.shape = (packed.shape[0], packed.shape[1])
         self._bias = bias
-        self._weight = torch.ops.zentorch.zentorch_weight_prepack_for_linear(weight.contiguous())
         self._product = torch.ops.zentorch.zentorch_linear_unary.default
         self._product_into = torch.ops.zentorch.zentorch_linear_unary.out
 
@@ -76,13 +79,19 @@ class ZendnnLinear:
         rows = x.shape[0]
         if rows < MIN_ROWS:
             padded = _pad(x)
-            return self._product(padded, self._weight, self._bias, is_weight_prepacked=True)[:rows]  # type: ignore[no-any-return]
-        return self._product(x, self._weight, self._bias, is_weight_prepacked=True)  # type: ignore[no-any-return]
+            return self._product(padded, self.packed, self._bias, is_weight_prepacked=True)[:rows]  # type: ignore[no-any-return]
+        return self._product(x, self.packed, self._bias, is_weight_prepacked=True)  # type: ignore[no-any-return]
 
     @PRODUCTS
     def into(self, out: Tensor, x: Tensor, /) -> None:
         """See `Linear.into`."""
-        self._product_into(x, self._weight, self._bias, is_weight_prepacked=True, out=out)
+        self._product_into(x, self.packed, self._bias, is_weight_prepacked=True, out=out)
+
+
+def _packed(weight: Tensor) -> Tensor:
+    """A weight [out, in] in ZenDNN's blocked layout."""
+    packed: Tensor = torch.ops.zentorch.zentorch_weight_prepack_for_linear(weight.contiguous())
+    return packed
 
 
 class OnednnLinear:
@@ -131,7 +140,7 @@ class PlainLinear:
 
 
 _LINEARS: dict[str, Callable[[Tensor, Tensor | None], Linear]] = {
-    "zendnn": ZendnnLinear,
+    "zendnn": lambda weight, bias: ZendnnLinear(_packed(weight), bias),
     "onednn": OnednnLinear,
     "torch": PlainLinear,
 }
@@ -145,22 +154,109 @@ def pack(weight: Tensor, bias: Tensor | None = None) -> Linear:
     return _LINEARS[library(weight.dtype, weight.device)](weight, bias)
 
 
+class Joined(NamedTuple):
+    """So `many` products of equal shapes as one, which has the columns of all."""
+
+    product: Linear
+    many: int
+
+
+def join(products: Sequence[Linear]) -> tuple[Joined, ...]:
+    """Lay weights of equal shapes together, of up to `MIN_ROWS` products that follow one another;
+    each product goes on with its part of that memory. Empty where packed weights are not of that
+    kind, or there is only one."""
+    linears = [each for each in products if isinstance(each, ZendnnLinear)]
+    if len(linears) < max(2, len(products)) or len({each.shape for each in linears}) > 1:
+        return ()
+    # As equal as can be: one row by itself would have other bits.
+    count, groups = len(linears), -(-len(linears) // MIN_ROWS)
+    cuts = pairwise(count * place // groups for place in range(groups + 1))
+    parts = [linears[start:end] for start, end in cuts]
+    if not all(_lie_apart(len(part), part[0].shape, part[0].like.dtype) for part in parts):
+        return ()
+    return tuple(Joined(_joined(part), len(part)) for part in parts)
+
+
+def _joined(linears: Sequence[ZendnnLinear]) -> ZendnnLinear:
+    whole = torch.cat([each.packed for each in linears])
+    for linear, part in zip(linears, torch.split(whole, linears[0].shape[0]), strict=True):
+        linear.packed = part
+    return ZendnnLinear(whole, None)
+
+
+@lru_cache(maxsize=64)
+def _lie_apart(count: int, shape: tuple[int, int], dtype: torch.dtype) -> bool:
+    """Whether ZenDNN's layout of `count` weights one above the other is that of each in turn."""
+    drawn = torch.Generator().manual_seed(0)
+    weights = torch.randn((count, *shape), generator=drawn).to(dtype)
+    together, *each = (_packed(weight) for weight in (weights.flatten(0, 1), *weights))
+    return torch.equal(together, torch.cat(each))
+
+
+Inputs = Tensor | Sequence[Tensor]
+"""[rows, in] of each product."""
+
+
 class SideBySide:
-    """Products that each have an input of their own, put into one `memory` [products, rows, out]:
-    as they are made, where the library does that (of `MIN_ROWS` or more)."""
+    """Products that each have an input of their own, one after the other: into one memory as they
+    are made, where the library does that (of `MIN_ROWS` or more).
 
-    def __init__(self, products: Sequence[Linear], rows: int) -> None:
+    `rows` are those of interest, and all that the inputs have.
+    """
+
+    def __init__(self, products: Sequence[Linear], rows: tuple[int, int]) -> None:
         like = products[0].like
-        self.memory = like.new_empty((len(products), rows, like.shape[1]))
-        self._places = self.memory.unbind()
+        self._memory = like.new_empty((len(products), rows[1], like.shape[1]))
+        self._places = self._memory.unbind()
+        self.results: tuple[Tensor, ...] = (self._memory[:, : rows[0]],)
+        """What comes out, of products that follow one another: [products, rows, out]."""
         self._products = products
-        self._in_place = rows >= MIN_ROWS and all(each.in_place for each in products)
+        self._in_place = rows[1] >= MIN_ROWS and all(each.in_place for each in products)
+        self._seen: Inputs = ()
+        self._inputs: Sequence[Tensor] = ()
 
-    def multiply(self, inputs: Iterable[Tensor]) -> None:
-        """Compute the products of `inputs`, [rows, in] each."""
+    def multiply(self, inputs: Inputs) -> None:
+        """Compute the products of `inputs`."""
+        if inputs is not self._seen:
+            self._seen = inputs
+            self._inputs = inputs.unbind() if isinstance(inputs, Tensor) else inputs
         if self._in_place:
-            for product, place, x in zip(self._products, self._places, inputs, strict=True):
+            for product, place, x in zip(self._products, self._places, self._inputs, strict=True):
                 product.into(place, x)
         else:
-            each = [product(x) for product, x in zip(self._products, inputs, strict=True)]
-            torch.stack(each, out=self.memory)
+            each = [product(x) for product, x in zip(self._products, self._inputs, strict=True)]
+            torch.stack(each, out=self._memory)
+
+
+class Diagonal:
+    """Products of one row each: row n of what a joined product is given is for the nth of its
+    products, and what it has in the columns of others is dropped.
+
+    Such rows take the place of filler: fewer calls compute no more. With ZenDNN two rows are
+    enough for each to have its own bits.
+    """
+
+    def __init__(self, joined: Sequence[Joined]) -> None:
+        self._products = [product for product, _ in joined]
+        self._counts = [count for _, count in joined]
+        widths = [product.like.shape[1] for product in self._products]
+        self._places = [
+            product.like.new_empty((count, width))
+            for (product, count), width in zip(joined, widths, strict=True)
+        ]
+        by_product = (
+            place.view(count, count, -1).diagonal(0, 0, 1)
+            for place, count in zip(self._places, self._counts, strict=True)
+        )
+        self.results = tuple(each.T[:, None] for each in by_product)
+        """See `SideBySide`."""
+        self._seen: Inputs = ()
+        self._inputs: Sequence[Tensor] = ()
+
+    def multiply(self, inputs: Inputs) -> None:
+        """Compute the products of the first rows of `inputs` [products, rows, in]."""
+        if inputs is not self._seen:
+            assert isinstance(inputs, Tensor), "products of equal shapes have their inputs in one"
+            self._seen, self._inputs = inputs, torch.split(inputs.select(1, 0), self._counts)
+        for product, place, x in zip(self._products, self._places, self._inputs, strict=True):
+            product.into(place, x)

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from p2pinfer.model.linear import MIN_ROWS, Linear, SideBySide, pack, padded_rows
+from p2pinfer.model.linear import (
+    MIN_ROWS,
+    Diagonal,
+    Inputs,
+    Linear,
+    SideBySide,
+    join,
+    pack,
+    padded_rows,
+)
 from p2pinfer.model.rope import Angles, Turning, rotate
 
 PARALLEL_ELEMENTS = 32768
@@ -252,23 +261,24 @@ class UnitLinears:
             self._whole_levels += 1
             self._nodes = tuple(result for _, _, result in level)
             self._additions = self._additions[pairs:]
+        self._joined = join(weights)
         self._sums: _KeptSums | None = None
         self.nbytes = sum(weight.nbytes for weight in weights)
 
-    def __call__(
-        self, x: Sequence[Tensor], rows: int, wanted: AbstractSet[int], /
-    ) -> dict[int, Tensor]:
+    def __call__(self, x: Inputs, rows: int, wanted: AbstractSet[int], /) -> dict[int, Tensor]:
         """`x` is [rows or more, in] for each unit."""
         if rows <= FEW_ROWS and self._weights.keys() <= wanted:
             return self._added(x, rows)
         each = zip(self._weights.items(), x, strict=True)
         return {unit: weight(own)[:rows].float() for (unit, weight), own in each if unit in wanted}
 
-    def _added(self, x: Sequence[Tensor], rows: int) -> dict[int, Tensor]:
-        sums = self._sums
-        if sums is None or sums.rows != (rows, len(x[0])):
-            products = SideBySide(tuple(self._weights.values()), len(x[0]))
-            sums = _KeptSums(products, (rows, len(x[0])), self._whole_levels)
+    def _added(self, x: Inputs, rows: int) -> dict[int, Tensor]:
+        sums, given = self._sums, (rows, len(x[0]))
+        if sums is None or sums.rows != given:
+            weights = tuple(self._weights.values())
+            one = rows == 1 and self._joined
+            products = Diagonal(self._joined) if one else SideBySide(weights, given)
+            sums = _KeptSums(products, given, self._whole_levels)
             if rows <= KEPT_ROWS:
                 self._sums = sums
         by_node = dict(zip(self._nodes, sums.of(x), strict=True))
@@ -280,16 +290,21 @@ class UnitLinears:
 class _KeptSums:
     """The sums of products, level by level, in float32; the memory and the views that they take.
 
-    `rows` are those of interest, and all that products have.
+    `rows` are those of interest, and all that inputs have.
     """
 
-    def __init__(self, products: SideBySide, rows: tuple[int, int], levels: int) -> None:
+    def __init__(self, products: SideBySide | Diagonal, rows: tuple[int, int], levels: int) -> None:
         self.rows = rows
         self._products = products
-        self._taken = whole = products.memory[:, : rows[0]]
-        if whole.dtype is not torch.float32:
-            whole = torch.empty_like(whole, dtype=torch.float32)
-        self._whole = whole
+        first, *others = taken = products.results
+        if others or first.dtype is not torch.float32:
+            shape = sum(map(len, taken)), *first.shape[1:]
+            whole = first.new_empty(shape, dtype=torch.float32)
+            self._copied = tuple(
+                zip(torch.split(whole, [len(each) for each in taken]), taken, strict=True)
+            )
+        else:
+            whole, self._copied = first, ()
         self._levels: list[tuple[Tensor, Tensor, Tensor]] = []
         for _ in range(levels):
             left, right = whole[0::2], whole[1::2]
@@ -297,11 +312,11 @@ class _KeptSums:
             self._levels.append((left, right, whole))
         self._results = whole.unbind()
 
-    def of(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def of(self, inputs: Inputs) -> tuple[Tensor, ...]:
         """What the last level has, [rows, out] each, until it is called again."""
         self._products.multiply(inputs)
-        if self._whole is not self._taken:
-            self._whole.copy_(self._taken)
+        for to, of in self._copied:
+            to.copy_(of)
         for left, right, both in self._levels:
             torch.add(left, right, out=both)
         return self._results
@@ -315,7 +330,7 @@ class Separate:
         self.nbytes = self._linears.nbytes
 
     def __call__(self, x: Tensor, rows: int, wanted: AbstractSet[int], /) -> dict[int, Tensor]:
-        return self._linears(x.unbind(), rows, wanted)
+        return self._linears(x, rows, wanted)
 
 
 class Fanned:
@@ -354,7 +369,7 @@ class Gated:
         active = _silu_mul(self._gate_up(x)[:rows])
         return self._down(self._by_unit(active), rows, wanted)
 
-    def _by_unit(self, active: Tensor) -> Sequence[Tensor]:
+    def _by_unit(self, active: Tensor) -> Inputs:
         """Columns of each unit by themselves, [rows, width], with filler as products want it."""
         rows, units = active.shape[0], len(self._widths)
         filler = padded_rows(rows) - rows
@@ -362,8 +377,7 @@ class Gated:
             whole = functional.pad(active, (0, 0, 0, filler)) if filler else active
             return [own.contiguous() for own in torch.split(whole, self._widths, dim=1)]
         by_unit = active.view(rows, units, -1).transpose(0, 1)
-        filled = functional.pad(by_unit, (0, 0, 0, filler)) if filler else by_unit.contiguous()
-        return filled.unbind()
+        return functional.pad(by_unit, (0, 0, 0, filler)) if filler else by_unit.contiguous()
 
 
 class _KeptGates:
@@ -380,15 +394,14 @@ class _KeptGates:
         self._both = gate_up.like.new_empty((rows[1], 2 * units * width))
         by_unit = self._both[: rows[0]].view(rows[0], 2, units, width)
         self._gate, self._up = (each.transpose(0, 1) for each in by_unit.unbind(1))
-        filled = gate_up.like.new_zeros((units, rows[1], width))
-        self._active = filled[:, : rows[0]]
-        self._results = filled.unbind()
+        self._filled = gate_up.like.new_zeros((units, rows[1], width))
+        self._active = self._filled[:, : rows[0]]
 
-    def of(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Of `x` [rows, in], until it is called again."""
+    def of(self, x: Tensor) -> Tensor:
+        """Of `x` [rows, in], until it is called again: [units, rows, width]."""
         self._product.into(self._both, x)
         torch.mul(functional.silu(self._gate), self._up, out=self._active)
-        return self._results
+        return self._filled
 
 
 def _whole(elements: int) -> bool:

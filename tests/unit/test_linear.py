@@ -20,9 +20,12 @@ from p2pinfer.model import kernels, zendnn
 from p2pinfer.model.kernels import library as library_of
 from p2pinfer.model.linear import (
     MIN_ROWS,
+    Diagonal,
     OnednnLinear,
     PlainLinear,
+    SideBySide,
     ZendnnLinear,
+    join,
     pack,
     padded_rows,
 )
@@ -92,6 +95,46 @@ def test_bits_do_not_depend_on_rows_slices_or_threads(
     for start, end in ((0, 16), (0, outputs // 2), (outputs // 2, outputs)):
         part = pack(weight[start:end].clone(), bias[start:end].clone())
         assert torch.equal(part(x[:5].contiguous()), expected[:5, start:end]), (start, end)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 9])
+def test_one_row_of_each_product_has_the_bits_that_it_has_alone(
+    count: int, shape: tuple[int, int], dtype: torch.dtype, library: str
+) -> None:
+    """Weights that are joined multiply a row of each at once, and by themselves what else comes."""
+    inputs, outputs = shape
+    torch.manual_seed(count)
+    products = [pack(torch.randn(outputs, inputs, dtype=dtype)) for _ in range(count)]
+    x = torch.randn(count, 7, inputs, dtype=dtype)
+    expected = torch.stack([product(of) for product, of in zip(products, x, strict=True)])
+    joined = join(products)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for rows in (1, 5, 7):
+            side_by_side = SideBySide(products, (rows, max(rows, MIN_ROWS)))
+            side_by_side.multiply(x[:, : max(rows, MIN_ROWS)])
+            assert torch.equal(torch.cat(side_by_side.results), expected[:, :rows]), rows
+        if joined:
+            diagonal = Diagonal(joined)
+            diagonal.multiply(x)
+            assert torch.equal(torch.cat(diagonal.results), expected[:, :1])
+    assert sum(many for _, many in joined) == (count if joined else 0)
+    assert all(1 < many <= MIN_ROWS for _, many in joined)
+
+
+def test_weights_are_joined_where_their_layout_allows_it(library: str) -> None:
+    """ZenDNN's lie one above the other if they are of whole panels, of 64 rows; different shapes
+    and oneDNN's, which nobody can look into, do not."""
+    of_units = [pack(torch.randn(256, 64, dtype=torch.bfloat16)) for _ in range(5)]
+    assert [many for _, many in join(of_units)] == ([2, 3] if library == "zendnn" else [])
+    assert not join(of_units[:1])
+    assert not join([*of_units, pack(torch.randn(256, 128, dtype=torch.bfloat16))])
+    assert not join([pack(torch.randn(96, 64, dtype=torch.bfloat16)) for _ in range(5)])
+    if library == "zendnn":
+        memory = {linear.packed.untyped_storage().data_ptr() for linear in of_units}
+        assert len(memory) == 2, "each has a part of what two or three have together"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -215,14 +258,14 @@ def test_the_processor_is_known_by_its_vendor(tmp_path: Path) -> None:
 
 WRONG_ENVIRONMENT = """
 import torch
-from p2pinfer.model import zendnn
-from p2pinfer.model.linear import ZendnnLinear
-assert not zendnn.missing()
+from p2pinfer.model import kernels
+from p2pinfer.model.linear import pack
+kernels.use("zendnn")
 torch.set_num_threads(2)
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16):
     weight, x = torch.randn(512, 768, dtype=dtype), torch.randn(70, 768, dtype=dtype)
-    found, exact = ZendnnLinear(weight, None)(x).double(), x.double() @ weight.double().T
+    found, exact = pack(weight)(x).double(), x.double() @ weight.double().T
     assert (found - exact).norm() < 0.01 * exact.norm()
 """
 
