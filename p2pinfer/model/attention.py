@@ -150,14 +150,16 @@ def _one_thread(device: torch.device) -> Iterator[None]:
 class _Tile(NamedTuple):
     """Some units' part of a tile by the memory of one cache: where its queries are put together,
     [1, units, padded query rows, head_dim] with zeros beyond them; the same by position and head;
-    where its keys and values lie, by layer [1, units, keys, head_dim]; where its results go,
-    [1, units, query rows, head_dim]."""
+    where its keys and values lie, by layer [1, units, keys, head_dim]; where its results come out,
+    as many as query rows; those of interest of them, and where they go, [1, units, query rows,
+    head_dim], unless they come out there."""
 
     tile: Tile
     query: Tensor
     by_head: Tensor
     past: Layers
-    into: Tensor
+    out: Tensor
+    taken: tuple[Tensor, Tensor] | None
 
 
 class _Share(NamedTuple):
@@ -199,7 +201,12 @@ class StepAttention:
             keys, values = cache.layers(tile.request_id, 0, tile.keys)
             past = Layers(tuple(each[None] for each in keys), tuple(each[None] for each in values))
             first = tile.row * group
-            tiles.append(_Tile(tile, query, by_head, past, into[:, :, first : first + count]))
+            place = into[:, :, first : first + count]
+            if padded == count and dtype is shape.dtype:
+                tiles.append(_Tile(tile, query, by_head, past, place, None))
+            else:
+                out = torch.empty_like(query)
+                tiles.append(_Tile(tile, query, by_head, past, out, (place, out[:, :, :count])))
         work = sum(each.query.shape[1] * each.query.shape[2] * each.tile.keys for each in tiles)
         threads = _Threads.count if work >= SHARED and self._device.type == "cpu" else 1
         self._shares = _shared(tiles, units, min(threads, units))
@@ -228,19 +235,21 @@ class StepAttention:
     def _attend(self, layer: int, q: Tensor, share: _Share) -> None:
         if len(self._shares) > 1:
             q = q[share.units]
-        for tile, query, by_head, past, into in share.tiles:
+        for tile, query, by_head, past, out, taken in share.tiles:
             by_head.copy_(q if self._whole else q[:, tile.row : tile.row + tile.length])
             mask = tile.mask if tile.mask is not None else self._mask(tile)
-            mixed = self._mix(query, past.keys[layer], past.values[layer], mask)
-            into.copy_(mixed.narrow(2, 0, into.shape[2]))
+            self._mix(query, past.keys[layer], past.values[layer], mask, out)
+            if taken is not None:
+                place, results = taken
+                place.copy_(results)
 
     def _mask(self, tile: Tile) -> Tensor:
         return _tile_mask(tile.start, tile.length, self._group, self._kv_dtype, self._device)
 
 
-Mix = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Mix = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 """Of queries [1, units, query rows, head_dim], keys and values [1, units, keys, head_dim] and a
-mask [1, 1, query rows, keys]: [1, units, query rows, head_dim]."""
+mask [1, 1, query rows, keys], into memory [1, units, query rows, head_dim]."""
 
 
 def _mix_of(dtype: torch.dtype, device: torch.device) -> Mix:
@@ -248,12 +257,15 @@ def _mix_of(dtype: torch.dtype, device: torch.device) -> Mix:
     float32 ZenDNN's do."""
     if dtype is torch.bfloat16 and library(dtype, device) == "zendnn":
         return _by_zendnn
-    return functional.scaled_dot_product_attention
+    return _by_torch
 
 
-def _by_zendnn(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    mixed: Tensor = torch.ops.zentorch.zentorch_sdpa.default(query, keys, values, attn_mask=mask)[0]
-    return mixed
+def _by_zendnn(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, out: Tensor) -> None:
+    torch.ops.zentorch.zentorch_sdpa.out(query, keys, values, attn_mask=mask, out=out)
+
+
+def _by_torch(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, out: Tensor) -> None:
+    out.copy_(functional.scaled_dot_product_attention(query, keys, values, mask))
 
 
 def _submit(attend: Callable[[int, Tensor, _Share], None], *given: Any) -> Future[None]:
@@ -272,4 +284,6 @@ def _shared(tiles: Sequence[_Tile], units: int, count: int) -> list[_Share]:
 
 def _of_units(whole: _Tile, cut: slice) -> _Tile:
     past = Layers(*(tuple(layer[:, cut] for layer in each) for each in whole.past))
-    return _Tile(whole.tile, whole.query[:, cut], whole.by_head[cut], past, whole.into[:, cut])
+    taken = whole.taken and (whole.taken[0][:, cut], whole.taken[1][:, cut])
+    query, by_head = whole.query[:, cut], whole.by_head[cut]
+    return _Tile(whole.tile, query, by_head, past, whole.out[:, cut], taken)

@@ -68,7 +68,8 @@ class StageLoader:
     """Reads units and trunk of a stage from the checkpoint, slice by slice, and packs them.
 
     Temporary memory is the largest product's weight, or those that units of a half layer have by
-    themselves; of quantised weights those of half a layer for each graph that is made. `packer` multiplies them, by default the one that `packer_of` chooses.
+    themselves; of quantised weights those of half a layer for each graph that is made. `packer`
+    multiplies them, by default the one that `packer_of` chooses.
     """
 
     def __init__(
