@@ -91,10 +91,10 @@ class StepSums:
         """The sum of these partials and of those of all others, [rows, hidden]: good until the next
         call. Raises `StepBroken` when a peer's frame does not come or is wrong."""
         units = self._topology.units[need.half]
-        parts = subtree_sums(need.partials, units) if need.partials else {}
         role = self._topology.role_of(need.stage)
         if not role.peers:
-            return whole_sum(parts, units)
+            return whole_sum(need.partials, units)
+        parts = subtree_sums(need.partials, units) if need.partials else {}
         if rows <= KEPT_ROWS:
             return self._of_few(step, need, parts, rows)
         if shares := self._topology.shares(role, need.half, rows):

@@ -228,6 +228,29 @@ class SideBySide:
             torch.stack(each, out=self._memory)
 
 
+class _FirstRows:
+    """The first rows of inputs, `counts` of them together. What was cut last is known: the layers
+    of a step attend into one memory."""
+
+    def __init__(self, counts: tuple[int, ...]) -> None:
+        self._counts = list(counts)
+        self._seen: Tensor | None = None
+        self._rows: Sequence[Tensor] = ()
+
+    @classmethod
+    @lru_cache(maxsize=64)
+    def shared(cls, counts: tuple[int, ...]) -> _FirstRows:
+        """The one of these counts that all layers have."""
+        return cls(counts)
+
+    def of(self, inputs: Tensor) -> Sequence[Tensor]:
+        """Of `inputs` [products, rows, in], views [count, in]."""
+        if inputs is not self._seen:
+            self._seen = inputs
+            self._rows = torch.split(inputs.select(1, 0), self._counts)
+        return self._rows
+
+
 class Diagonal:
     """Products of one row each: row n of what a joined product is given is for the nth of its
     products, and what it has in the columns of others is dropped.
@@ -238,7 +261,7 @@ class Diagonal:
 
     def __init__(self, joined: Sequence[Joined]) -> None:
         self._products = [product for product, _ in joined]
-        self._counts = [count for _, count in joined]
+        self._first_rows = _FirstRows.shared(tuple(count for _, count in joined))
         widths = [product.like.shape[1] for product in self._products]
         self._places = [
             product.like.new_empty((count, width))
@@ -246,7 +269,7 @@ class Diagonal:
         ]
         by_product = (
             place.view(count, count, -1).diagonal(0, 0, 1)
-            for place, count in zip(self._places, self._counts, strict=True)
+            for place, (_, count) in zip(self._places, joined, strict=True)
         )
         self.results = tuple(each.T[:, None] for each in by_product)
         """See `SideBySide`."""
@@ -257,6 +280,6 @@ class Diagonal:
         """Compute the products of the first rows of `inputs` [products, rows, in]."""
         if inputs is not self._seen:
             assert isinstance(inputs, Tensor), "products of equal shapes have their inputs in one"
-            self._seen, self._inputs = inputs, torch.split(inputs.select(1, 0), self._counts)
+            self._seen, self._inputs = inputs, self._first_rows.of(inputs)
         for product, place, x in zip(self._products, self._places, self._inputs, strict=True):
             product.into(place, x)

@@ -65,12 +65,16 @@ class Trunk:
     final_norm: Tensor | None
     embedding: Tensor | None
 
-    def prepared(self, x: Tensor, norm: Tensor) -> Tensor:
-        """What products take of the residual `x` [rows, hidden] float32: normed by root mean square
-        and `norm`, in the model's dtype, or `x` itself, where they do that."""
-        if self.norms_within:
-            return x
-        return self.rms_norm(x, norm, self.eps).to(self.dtype)
+    def memory(self, x: Tensor) -> Tensor:
+        """Where to put what products take of the residual `x` [rows, hidden] float32: `x` itself,
+        where they norm it, and otherwise memory of its own, in the model's dtype."""
+        return x if self.norms_within else torch.zeros_like(x, dtype=self.dtype)
+
+    def prepare(self, x: Tensor, norm: Tensor, memory: Tensor) -> None:
+        """Put rows of the residual [rows, hidden], normed by root mean square and `norm`, into
+        `memory`, or leave them where they are."""
+        if not self.norms_within:
+            memory.copy_(self.rms_norm(x, norm, self.eps))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,8 @@ def subtree_sums(partials: Mapping[int, Tensor], units: int) -> dict[int, Tensor
 def whole_sum(parts: Mapping[int, Tensor], units: int) -> Tensor:
     """Add subtree sums that cover all `units` up to the root: [rows, hidden]."""
     root = tree.root(units)
+    if root in parts:
+        return parts[root]
     return _climb(dict(parts), units, (root,))[root]
 
 

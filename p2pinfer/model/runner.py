@@ -172,11 +172,12 @@ class _Owned:
 
 
 class _Prepared(NamedTuple):
-    """What a step of these runs computes with: the residual's memory [rows, hidden], and how what
-    is owned of each stage attends."""
+    """What a step of these runs computes with: memory [rows, hidden] for the residual and for what
+    products take of it, and how what is owned of each stage attends."""
 
     runs: list[Run]
     x: Tensor
+    h: Tensor
     angles: Angles
     attention: tuple[list[StepAttention], ...]
 
@@ -237,8 +238,8 @@ class StageRunner:
         ahead, self._ahead = self._ahead, None
         if ahead is None or ahead.runs != runs:
             ahead = self._prepare(runs, rows)
-        _, x, angles, attends = ahead
-        own = x[:rows]
+        _, x, h, angles, attends = ahead
+        own, normed = x[:rows], h[:rows]
         reached = 0
         for owned, attention in zip(self._owned, attends, strict=True):
             trunk = owned.trunk
@@ -250,13 +251,14 @@ class StageRunner:
                 own.copy_(hidden)
             for index, layer in enumerate(trunk.layers):
                 number = trunk.span.start + index
-                h = trunk.prepared(x, layer.attention_norm)
+                trunk.prepare(own, layer.attention_norm, normed)
                 if owned.inputs is not None:
                     owned.inputs.write(index, runs, h)
                 partials = owned.attend(index, h, angles, attention)
                 total = yield NeedSum(owned.stage, number, ATTENTION, self._sent(partials))
                 self._add(own, total, layer.attention_bias)
-                partials = owned.multiply(index, trunk.prepared(x, layer.mlp_norm), rows)
+                trunk.prepare(own, layer.mlp_norm, normed)
+                partials = owned.multiply(index, h, rows)
                 total = yield NeedSum(owned.stage, number, MLP, self._sent(partials))
                 self._add(own, total, layer.mlp_bias)
             owned.wrote(runs)
@@ -281,9 +283,11 @@ class StageRunner:
     def _prepare(self, runs: list[Run], rows: int) -> _Prepared:
         padded = padded_rows(rows, self._quant)
         of_step = make_rows(runs, self._group, self._kv_dtype, self._device)
+        x = torch.zeros((padded, self._hidden), dtype=torch.float32, device=self._device)
         return _Prepared(
             runs,
-            torch.zeros((padded, self._hidden), dtype=torch.float32, device=self._device),
+            x,
+            self._owned[0].trunk.memory(x),
             self._owned[0].trunk.rope.rows([(run.start, run.end) for run in runs]),
             tuple(owned.attention(padded, of_step, self._group) for owned in self._owned),
         )
@@ -362,7 +366,9 @@ class StageRunner:
         picked = functional.pad(x[last_rows], (0, 0, 0, padded_rows(count, self._quant) - count))
         trunk = owned.trunk
         assert trunk.final_norm is not None
-        logits = owned.logits(trunk.prepared(picked, trunk.final_norm), count)
+        h = trunk.memory(picked)
+        trunk.prepare(picked, trunk.final_norm, h)
+        logits = owned.logits(h, count)
         return torch.cat([logits[unit] for unit in owned.vocab_units], dim=1)
 
 

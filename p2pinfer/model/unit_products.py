@@ -273,7 +273,8 @@ class UnitLinears:
         return {unit: weight(own)[:rows].float() for (unit, weight), own in each if unit in wanted}
 
     def _added(self, x: Inputs, rows: int) -> dict[int, Tensor]:
-        sums, given = self._sums, (rows, len(x[0]))
+        sums = self._sums
+        given = rows, x.shape[1] if isinstance(x, Tensor) else len(x[0])
         if sums is None or sums.rows != given:
             weights = tuple(self._weights.values())
             one = rows == 1 and self._joined
@@ -400,7 +401,7 @@ class _KeptGates:
     def of(self, x: Tensor) -> Tensor:
         """Of `x` [rows, in], until it is called again: [units, rows, width]."""
         self._product.into(self._both, x)
-        torch.mul(functional.silu(self._gate), self._up, out=self._active)
+        torch.mul(functional.silu(self._gate, inplace=True), self._up, out=self._active)
         return self._filled
 
 
