@@ -28,7 +28,7 @@ STEP_BYTES = 1 << 20
 STEP_FRAMES = 16
 """Sent of what finished steps have written, between two steps: more requests take turns."""
 
-SEND_EVERY_S = 0.05
+TURN_EVERY_S = 0.05
 """What steps write in that time goes together: a frame costs more than the few rows of a fast step,
 and to compute these again costs a standby that takes over nothing but one small step. Two tokens of
 30 milliseconds still are one pair of rows, which quantised products take as long for as for one."""
@@ -110,6 +110,8 @@ class Replicator:
         self._began = 0.0
         self._stepped = 0.0
         self._sent = 0.0
+        self._turned = 0.0
+        """When all was last done that was to be done; 0: there was more."""
         self._asked = 0.0
         self._frames = STEP_FRAMES
         self._to_read = self._to_answer = STEP_BYTES
@@ -117,7 +119,8 @@ class Replicator:
     @property
     def has_room(self) -> bool:
         """Whether a frame that arrives now would be read before the next step."""
-        return self._to_read > 0 and not self._alone and not self._held
+        there = self._to_read > 0 and not self._alone and not self._held
+        return there and self._is_due(time.monotonic())
 
     @property
     def lacking(self) -> int:
@@ -171,20 +174,18 @@ class Replicator:
         if self._held:
             return False
         now = time.monotonic()
-        idle = now >= self._stepped + IDLE_AFTER_S
-        if idle:
+        if now >= self._stepped + IDLE_AFTER_S:
             self._refill(IDLE_ROOM)
-        elif self._alone:
+        elif self._alone or not self._is_due(now):
             return False
         for member in self._links.begun():
             self._relink(member)
         if self._halted:
             return self._read(now)
-        due = idle or now >= self._sent + SEND_EVERY_S
-        due = due or any(len(slot.tokens) >= SEND_ROWS for slot in self._unsent.values())
-        sent = due and self._send_finished(now)
+        sent = self._send_finished(now)
         read = self._read(now)
         answered = self._answer()
+        self._turned = 0.0 if answered or self._unsent or self._to_read <= 0 else now
         if now >= self._asked + ASK_EVERY_S:
             self._asked = now
             for owner, question in self._replicas.asks(now):
@@ -193,6 +194,14 @@ class Replicator:
             if not self._links.send(owner, credit):
                 self._replicas.ungranted(owner, credit)
         return sent or read or answered
+
+    def _is_due(self, now: float) -> bool:
+        """Whether there is to be a turn: while steps run, not after every fast one."""
+        if self._halted or now >= min(self._turned + TURN_EVERY_S, self._stepped + IDLE_AFTER_S):
+            return True
+        if self._unsent and now >= self._sent + TURN_EVERY_S:
+            return True
+        return any(len(slot.tokens) >= SEND_ROWS for slot in self._unsent.values())
 
     def drain(self) -> None:
         """Take all that has come under the plan, which is being left."""

@@ -244,7 +244,7 @@ class StageRunner:
         for owned, attention in zip(self._owned, attends, strict=True):
             trunk = owned.trunk
             if trunk.embedding is not None:
-                own.copy_(self._embed(trunk.embedding, slots))
+                self._embed(trunk.embedding, slots, own)
             elif trunk.span.start != reached:
                 hidden = yield NeedHidden(owned.stage)
                 assert hidden is not None
@@ -334,10 +334,13 @@ class StageRunner:
             row += len(slot.tokens)
         return runs
 
-    def _embed(self, embedding: Tensor, slots: Sequence[Slot]) -> Tensor:
-        """Rows of the mapped table: the table itself is never loaded."""
-        ids = torch.tensor([token for slot in slots for token in slot.tokens], dtype=torch.int64)
-        return embedding[ids].to(self._device, torch.float32)
+    def _embed(self, embedding: Tensor, slots: Sequence[Slot], x: Tensor) -> None:
+        """Put rows of the mapped table into `x`: the table itself is never loaded."""
+        ids = [token for slot in slots for token in slot.tokens]
+        if len(ids) == 1:
+            x.copy_(embedding[ids[0]])
+        else:
+            x.copy_(embedding[torch.tensor(ids, dtype=torch.int64)])
 
     def _sent(self, partials: dict[int, Tensor]) -> dict[int, Tensor]:
         """Partials in the format in which they are added up."""

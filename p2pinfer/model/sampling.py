@@ -109,7 +109,7 @@ def unit_candidates(
         if params.temperature > 0:
             ids = np.concatenate([np.arange(*bounds) for bounds in units])
             scores = perturbed(logits, ids, params, position)
-        best = [int(scores[start:end].argmax()) for start, end in spans]
+        best = _best(scores, spans)
         starts = [start for start, _ in spans]
         found = no_candidates(len(units), 1)
         found.ids[:, 0] = [first + at for (first, _), at in zip(units, best, strict=True)]
@@ -126,6 +126,15 @@ def unit_candidates(
         top = float(scaled.max())
         found.lse[row] = top + float(np.log(np.exp(scaled - top).sum()))
     return found
+
+
+def _best(scores: F32, spans: Sequence[Slice]) -> list[int]:
+    """The place within each span of its highest score, of equal ones the first."""
+    widths = {end - start for start, end in spans}
+    if len(widths) == 1:  # of all at once: between two tokens the first call of each kind is dear
+        best: list[int] = scores.reshape(len(spans), -1).argmax(axis=1).tolist()
+        return best
+    return [int(scores[start:end].argmax()) for start, end in spans]
 
 
 def places(units: Sequence[Slice]) -> list[Slice]:

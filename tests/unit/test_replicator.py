@@ -132,7 +132,7 @@ def test_a_standby_of_fast_steps_never_lacks_many(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Positions wait for one another, but no more of them than a standby may lack that is ready."""
-    monkeypatch.setattr(replicator, "SEND_EVERY_S", 60.0)
+    monkeypatch.setattr(replicator, "TURN_EVERY_S", 60.0)
     nodes = in_force(bench)
     run(nodes, slot(0, 5))
     first = nodes[0].links.traffic.sent_bytes
