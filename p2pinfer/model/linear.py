@@ -25,6 +25,10 @@ from p2pinfer.model.stopwatch import PRODUCTS
 MIN_ROWS = 4
 """Fewest rows that a product runs with; fewer are padded by zeros."""
 
+MAX_JOINED_BYTES = 64 << 20
+"""Of weights that are one product for one row. Reading more takes a hundred times as long as the
+calls that this saves, and to find out how such weights lie takes twice their memory."""
+
 
 class Linear(Protocol):
     """`x` [rows, in] to [rows, out], in the weight's dtype; its time counts as `PRODUCTS`."""
@@ -187,10 +191,19 @@ def _joined(linears: Sequence[ZendnnLinear]) -> ZendnnLinear:
 @lru_cache(maxsize=64)
 def _lie_apart(count: int, shape: tuple[int, int], dtype: torch.dtype) -> bool:
     """Whether ZenDNN's layout of `count` weights one above the other is that of each in turn."""
+    height, width = shape
+    size = (count * height, width * dtype.itemsize)
+    if size[0] * size[1] > MAX_JOINED_BYTES:
+        return False
     drawn = torch.Generator().manual_seed(0)
-    weights = torch.randn((count, *shape), generator=drawn).to(dtype)
-    together, *each = (_packed(weight) for weight in (weights.flatten(0, 1), *weights))
-    return torch.equal(together, torch.cat(each))
+    weights = torch.randint(0, 256, size, generator=drawn, dtype=torch.uint8).view(dtype)
+    together = _packed(weights)
+    pairs = zip(torch.split(weights, height), torch.split(together, height), strict=True)
+    return all(_same_bits(_packed(weight), part) for weight, part in pairs)
+
+
+def _same_bits(left: Tensor, right: Tensor) -> bool:
+    return torch.equal(left.view(torch.uint8), right.view(torch.uint8))
 
 
 Inputs = Tensor | Sequence[Tensor]

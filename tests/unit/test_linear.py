@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from p2pinfer.device import kernels_of, use_kernels
 from p2pinfer.errors import UsageError
-from p2pinfer.model import kernels, zendnn
+from p2pinfer.model import kernels, linear, zendnn
 from p2pinfer.model.kernels import library as library_of
 from p2pinfer.model.linear import (
     MIN_ROWS,
@@ -124,16 +124,21 @@ def test_one_row_of_each_product_has_the_bits_that_it_has_alone(
     assert all(1 < many <= MIN_ROWS for _, many in joined)
 
 
-def test_weights_are_joined_where_their_layout_allows_it(library: str) -> None:
+def test_weights_are_joined_where_their_layout_allows_it(
+    library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """ZenDNN's lie one above the other if they are of whole panels, of 64 rows; different shapes
-    and oneDNN's, which nobody can look into, do not."""
+    and oneDNN's, which nobody can look into, do not, and large ones are left apart."""
     of_units = [pack(torch.randn(256, 64, dtype=torch.bfloat16)) for _ in range(5)]
     assert [many for _, many in join(of_units)] == ([2, 3] if library == "zendnn" else [])
     assert not join(of_units[:1])
     assert not join([*of_units, pack(torch.randn(256, 128, dtype=torch.bfloat16))])
     assert not join([pack(torch.randn(96, 64, dtype=torch.bfloat16)) for _ in range(5)])
+    large = [pack(torch.randn(320, 64, dtype=torch.bfloat16)) for _ in range(2)]
+    monkeypatch.setattr(linear, "MAX_JOINED_BYTES", 2 * large[0].nbytes - 1)
+    assert not join(large)
     if library == "zendnn":
-        memory = {linear.packed.untyped_storage().data_ptr() for linear in of_units}
+        memory = {each.packed.untyped_storage().data_ptr() for each in of_units}
         assert len(memory) == 2, "each has a part of what two or three have together"
 
 
