@@ -28,7 +28,7 @@ STEP_BYTES = 1 << 20
 STEP_FRAMES = 16
 """Sent of what finished steps have written, between two steps: more requests take turns."""
 
-TURN_EVERY_S = 0.05
+SEND_EVERY_S = 0.05
 """What steps write in that time goes together: a frame costs more than the few rows of a fast step,
 and to compute these again costs a standby that takes over nothing but one small step. Two tokens of
 30 milliseconds still are one pair of rows, which quantised products take as long for as for one."""
@@ -36,6 +36,12 @@ and to compute these again costs a standby that takes over nothing but one small
 SEND_ROWS = MAX_STANDBY_LAG // 2
 """As soon as so many positions of a request wait they go out: standbys of fast steps must not seem
 unable to take over."""
+
+READ_EVERY_S = 0.05
+"""Frames of others come no sooner one after the other, and to look for them takes a step's time."""
+
+READ_EVERY_STEPS = MAX_STANDBY_LAG // 4
+"""Of fast steps, for the same reason as `SEND_ROWS`."""
 
 SLOW_STEP_S = 0.02
 """A step that takes longer leaves room for more in proportion."""
@@ -112,6 +118,8 @@ class Replicator:
         self._sent = 0.0
         self._turned = 0.0
         """When all was last done that was to be done; 0: there was more."""
+        self._steps = 0
+        """Steps since then."""
         self._asked = 0.0
         self._frames = STEP_FRAMES
         self._to_read = self._to_answer = STEP_BYTES
@@ -120,7 +128,7 @@ class Replicator:
     def has_room(self) -> bool:
         """Whether a frame that arrives now would be read before the next step."""
         there = self._to_read > 0 and not self._alone and not self._held
-        return there and self._is_due(time.monotonic())
+        return there and self._is_to_read(time.monotonic())
 
     @property
     def lacking(self) -> int:
@@ -147,6 +155,7 @@ class Replicator:
                 before = self._unsent.get(slot.request_id)
                 self._unsent[slot.request_id] = _joined(before, slot) if before else slot
         self._stepped = time.monotonic()
+        self._steps += 1
         self._refill(max(1.0, (self._stepped - self._began) / SLOW_STEP_S))
 
     def halt(self) -> None:
@@ -176,16 +185,17 @@ class Replicator:
         now = time.monotonic()
         if now >= self._stepped + IDLE_AFTER_S:
             self._refill(IDLE_ROOM)
-        elif self._alone or not self._is_due(now):
+        elif self._alone or not (self._is_to_read(now) or self._is_to_send(now)):
             return False
         for member in self._links.begun():
             self._relink(member)
         if self._halted:
             return self._read(now)
-        sent = self._send_finished(now)
+        sent = self._is_to_send(now) and self._send_finished(now)
         read = self._read(now)
         answered = self._answer()
-        self._turned = 0.0 if answered or self._unsent or self._to_read <= 0 else now
+        self._turned = 0.0 if answered or self._to_read <= 0 else now
+        self._steps = 0
         if now >= self._asked + ASK_EVERY_S:
             self._asked = now
             for owner, question in self._replicas.asks(now):
@@ -195,12 +205,15 @@ class Replicator:
                 self._replicas.ungranted(owner, credit)
         return sent or read or answered
 
-    def _is_due(self, now: float) -> bool:
-        """Whether there is to be a turn: while steps run, not after every fast one."""
-        if self._halted or now >= min(self._turned + TURN_EVERY_S, self._stepped + IDLE_AFTER_S):
-            return True
-        if self._unsent and now >= self._sent + TURN_EVERY_S:
-            return True
+    def _is_to_read(self, now: float) -> bool:
+        """Whether to look for what others sent: while steps run, not after every fast one."""
+        due = min(self._turned + READ_EVERY_S, self._stepped + IDLE_AFTER_S)
+        return self._halted or now >= due or self._steps >= READ_EVERY_STEPS
+
+    def _is_to_send(self, now: float) -> bool:
+        """Whether what finished steps have written goes out."""
+        if now >= min(self._sent + SEND_EVERY_S, self._stepped + IDLE_AFTER_S):
+            return bool(self._unsent)
         return any(len(slot.tokens) >= SEND_ROWS for slot in self._unsent.values())
 
     def drain(self) -> None:

@@ -12,7 +12,14 @@ import pytest
 from p2pinfer import replicator
 from p2pinfer.core.coverage import KvUnit
 from p2pinfer.core.units import kv_bytes_per_position
-from p2pinfer.replicator import DRAIN_S, IDLE_AFTER_S, SEND_ROWS, STEP_FRAMES, partners
+from p2pinfer.replicator import (
+    DRAIN_S,
+    IDLE_AFTER_S,
+    READ_EVERY_STEPS,
+    SEND_ROWS,
+    STEP_FRAMES,
+    partners,
+)
 from p2pinfer.types import Fence
 from p2pinfer.wire.messages import Credit, KvDelta, KvRequest
 from p2pinfer.wire.tensors import Tensor, WireDType
@@ -132,7 +139,7 @@ def test_a_standby_of_fast_steps_never_lacks_many(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Positions wait for one another, but no more of them than a standby may lack that is ready."""
-    monkeypatch.setattr(replicator, "TURN_EVERY_S", 60.0)
+    monkeypatch.setattr(replicator, "SEND_EVERY_S", 60.0)
     nodes = in_force(bench)
     run(nodes, slot(0, 5))
     first = nodes[0].links.traffic.sent_bytes
@@ -171,8 +178,34 @@ def test_a_link_that_begins_anew_brings_credit_and_questions(bench: Bench) -> No
 # --- room -----------------------------------------------------------------------------------------
 
 
-def test_there_is_only_so_much_between_two_steps(bench: Bench) -> None:
+def test_what_was_sent_is_looked_for_after_some_fast_steps(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after each of them, nor does a worker wake up for it meanwhile."""
+    one, other = in_force(bench)
+    for name in ("READ_EVERY_S", "SEND_EVERY_S", "IDLE_AFTER_S"):
+        monkeypatch.setattr(replicator, name, 60.0)
+    one.finish(one.begin(slot(0, 1)))
+    one.replicator.turn()
+    taken = one.taken
+    assert other.links.send(0, Credit(fence=other.plan.fence, bytes=1))
+    until(lambda: one.readable, turn=False)
+    for position in range(1, READ_EVERY_STEPS):
+        one.finish(one.begin(slot(position, 1)))
+        assert not one.replicator.has_room
+        assert not one.replicator.turn()
+    assert one.taken == taken
+    one.finish(one.begin(slot(READ_EVERY_STEPS, 1)))
+    assert one.replicator.has_room
+    assert one.replicator.turn()
+    assert one.taken == taken + 1
+
+
+def test_there_is_only_so_much_between_two_steps(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Frames beyond a step's portion wait for the next; without steps there is more room."""
+    monkeypatch.setattr(replicator, "READ_EVERY_S", 0.0)
     nodes = in_force(bench)
     one, other = nodes
     run(nodes, slot(0, 1))
