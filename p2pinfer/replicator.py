@@ -1,8 +1,9 @@
 """Keeps replicas up to date under one plan: sends what steps have written, takes what others send.
 
-All of it happens between two steps, after what steps need, and in portions that a running reply
-does not notice. What does not fit into one step's portion follows after the next ones; a request's
-positions that wait together go in one frame. While no step runs there is more room.
+All of it happens between two steps, on the leader while others are at its step, after what steps
+need and in portions that a running reply does not notice. What does not fit into one step's portion
+follows after the next ones; a request's positions that wait together go in one frame. While no step
+runs there is more room.
 """
 
 from __future__ import annotations
@@ -115,6 +116,8 @@ class Replicator:
         self._halted = self._held = False
         self._began = 0.0
         self._stepped = 0.0
+        self._stepping = False
+        """A step is in hand, however long it takes."""
         self._sent = 0.0
         self._turned = 0.0
         """When all was last done that was to be done; 0: there was more."""
@@ -145,6 +148,7 @@ class Replicator:
     def stepped(self, step: Step) -> None:
         """A step begins, and its tokens are written down."""
         self._began = self._stepped = time.monotonic()
+        self._stepping = True
         self._replicas.forget(step.ended)
         self._replicas.stepped(step.slots, self._began)
 
@@ -155,12 +159,13 @@ class Replicator:
                 before = self._unsent.get(slot.request_id)
                 self._unsent[slot.request_id] = _joined(before, slot) if before else slot
         self._stepped = time.monotonic()
+        self._stepping = False
         self._steps += 1
         self._refill(max(1.0, (self._stepped - self._began) / SLOW_STEP_S))
 
     def halt(self) -> None:
         """No more steps: only what still comes is read."""
-        self._halted = True
+        self._halted, self._stepping = True, False
 
     def hold(self, held: bool) -> None:
         """Do as without partners for as long as `held`: nothing is sent, read, answered or asked.
@@ -179,11 +184,12 @@ class Replicator:
 
     def turn(self) -> bool:
         """Send, read, answer and ask, as far as there is room; returns whether there was any of it
-        to do. Without partners that is nothing while steps run, and while it is held nothing."""
+        to do. While steps run that is nothing without partners, and nothing after most of the fast
+        ones; while it is held, nothing."""
         if self._held:
             return False
         now = time.monotonic()
-        if now >= self._stepped + IDLE_AFTER_S:
+        if self._is_idle(now):
             self._refill(IDLE_ROOM)
         elif self._alone or not (self._is_to_read(now) or self._is_to_send(now)):
             return False
@@ -205,14 +211,17 @@ class Replicator:
                 self._replicas.ungranted(owner, credit)
         return sent or read or answered
 
+    def _is_idle(self, now: float) -> bool:
+        return not self._stepping and now >= self._stepped + IDLE_AFTER_S
+
     def _is_to_read(self, now: float) -> bool:
         """Whether to look for what others sent: while steps run, not after every fast one."""
-        due = min(self._turned + READ_EVERY_S, self._stepped + IDLE_AFTER_S)
-        return self._halted or now >= due or self._steps >= READ_EVERY_STEPS
+        due = now >= self._turned + READ_EVERY_S or self._steps >= READ_EVERY_STEPS
+        return due or self._halted or self._is_idle(now)
 
     def _is_to_send(self, now: float) -> bool:
         """Whether what finished steps have written goes out."""
-        if now >= min(self._sent + SEND_EVERY_S, self._stepped + IDLE_AFTER_S):
+        if now >= self._sent + SEND_EVERY_S or self._is_idle(now):
             return bool(self._unsent)
         return any(len(slot.tokens) >= SEND_ROWS for slot in self._unsent.values())
 

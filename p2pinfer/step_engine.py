@@ -186,7 +186,8 @@ class StepEngine:
         self._replicator.finished(step)
 
     def replicate(self) -> None:
-        """Between two steps: send and take delta KV, a portion that nobody notices."""
+        """Send and take delta KV when this node has nothing else to do, a portion that nobody
+        notices."""
         began = time.perf_counter()
         self._replicator.turn()
         self.clock.bulk_s += time.perf_counter() - began

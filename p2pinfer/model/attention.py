@@ -202,7 +202,7 @@ class StepAttention:
             past = Layers(tuple(each[None] for each in keys), tuple(each[None] for each in values))
             first = tile.row * group
             place = into[:, :, first : first + count]
-            if padded == count and dtype is shape.dtype:
+            if self._mix is _by_torch or (padded == count and dtype is shape.dtype):
                 tiles.append(_Tile(tile, query, by_head, past, place, None))
             else:
                 out = torch.empty_like(query)
@@ -249,7 +249,8 @@ class StepAttention:
 
 Mix = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 """Of queries [1, units, query rows, head_dim], keys and values [1, units, keys, head_dim] and a
-mask [1, 1, query rows, keys], into memory [1, units, query rows, head_dim]."""
+mask [1, 1, query rows, keys], into memory [1, units, query rows, head_dim]. torch's also takes
+memory for fewer rows, and in another number format."""
 
 
 def _mix_of(dtype: torch.dtype, device: torch.device) -> Mix:
@@ -265,7 +266,8 @@ def _by_zendnn(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, out: T
 
 
 def _by_torch(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, out: Tensor) -> None:
-    out.copy_(functional.scaled_dot_product_attention(query, keys, values, mask))
+    mixed, rows = functional.scaled_dot_product_attention(query, keys, values, mask), out.shape[2]
+    out.copy_(mixed if mixed.shape[2] == rows else mixed[:, :, :rows])
 
 
 def _submit(attend: Callable[[int, Tensor, _Share], None], *given: Any) -> Future[None]:

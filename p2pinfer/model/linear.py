@@ -25,9 +25,9 @@ from p2pinfer.model.stopwatch import PRODUCTS
 MIN_ROWS = 4
 """Fewest rows that a product runs with; fewer are padded by zeros."""
 
-MAX_JOINED_BYTES = 64 << 20
-"""Of weights that are one product for one row. Reading more takes a hundred times as long as the
-calls that this saves, and to find out how such weights lie takes twice their memory."""
+MAX_JOINED_BYTES = 32 << 20
+"""Of weights that are one product for one row. Reading more takes fifty times as long as the calls
+that this saves, and to find out whether such weights can be joined takes twice their memory."""
 
 
 class Linear(Protocol):
@@ -51,7 +51,8 @@ class Linear(Protocol):
         ...
 
     def into(self, out: Tensor, x: Tensor, /) -> None:
-        """Put what comes out of `x`, with `MIN_ROWS` rows or more, into `out` [rows, out]."""
+        """Put what comes out of `x`, with `MIN_ROWS` rows or more, into `out` [rows, out]. (Of
+        fewer a row may have other bits.)"""
         ...
 
 
@@ -74,7 +75,7 @@ class ZendnnLinear:
         self.nbytes, self.like = packed.nbytes, packed.new_empty((0, len(packed)))
         self.packed = packed
         self.shape = (packed.shape[0], packed.shape[1])
-        self._bias = bias
+        self.bias = bias
         self._product = torch.ops.zentorch.zentorch_linear_unary.default
         self._product_into = torch.ops.zentorch.zentorch_linear_unary.out
 
@@ -83,13 +84,13 @@ class ZendnnLinear:
         rows = x.shape[0]
         if rows < MIN_ROWS:
             padded = _pad(x)
-            return self._product(padded, self.packed, self._bias, is_weight_prepacked=True)[:rows]  # type: ignore[no-any-return]
-        return self._product(x, self.packed, self._bias, is_weight_prepacked=True)  # type: ignore[no-any-return]
+            return self._product(padded, self.packed, self.bias, is_weight_prepacked=True)[:rows]  # type: ignore[no-any-return]
+        return self._product(x, self.packed, self.bias, is_weight_prepacked=True)  # type: ignore[no-any-return]
 
     @PRODUCTS
     def into(self, out: Tensor, x: Tensor, /) -> None:
         """See `Linear.into`."""
-        self._product_into(x, self.packed, self._bias, is_weight_prepacked=True, out=out)
+        self._product_into(x, self.packed, self.bias, is_weight_prepacked=True, out=out)
 
 
 def _packed(weight: Tensor) -> Tensor:
@@ -169,14 +170,14 @@ def join(products: Sequence[Linear]) -> tuple[Joined, ...]:
     """Lay weights of equal shapes together, of up to `MIN_ROWS` products that follow one another;
     each product goes on with its part of that memory. Empty where packed weights are not of that
     kind, or there is only one."""
-    linears = [each for each in products if isinstance(each, ZendnnLinear)]
+    linears = [each for each in products if isinstance(each, ZendnnLinear) and each.bias is None]
     if len(linears) < max(2, len(products)) or len({each.shape for each in linears}) > 1:
         return ()
     # As equal as can be: one row by itself would have other bits.
     count, groups = len(linears), -(-len(linears) // MIN_ROWS)
     cuts = pairwise(count * place // groups for place in range(groups + 1))
     parts = [linears[start:end] for start, end in cuts]
-    if not all(_lie_apart(len(part), part[0].shape, part[0].like.dtype) for part in parts):
+    if not all(_can_join(len(part), part[0].shape, part[0].like.dtype) for part in parts):
         return ()
     return tuple(Joined(_joined(part), len(part)) for part in parts)
 
@@ -189,21 +190,25 @@ def _joined(linears: Sequence[ZendnnLinear]) -> ZendnnLinear:
 
 
 @lru_cache(maxsize=64)
-def _lie_apart(count: int, shape: tuple[int, int], dtype: torch.dtype) -> bool:
-    """Whether ZenDNN's layout of `count` weights one above the other is that of each in turn."""
+def _can_join(count: int, shape: tuple[int, int], dtype: torch.dtype) -> bool:
+    """Whether ZenDNN's layout of `count` weights one above the other is that of each in turn, and
+    a row for each of them has the bits that it has alone."""
     height, width = shape
-    size = (count * height, width * dtype.itemsize)
-    if size[0] * size[1] > MAX_JOINED_BYTES:
+    if count * height * width * dtype.itemsize > MAX_JOINED_BYTES:
         return False
     drawn = torch.Generator().manual_seed(0)
-    weights = torch.randint(0, 256, size, generator=drawn, dtype=torch.uint8).view(dtype)
-    together = _packed(weights)
-    pairs = zip(torch.split(weights, height), torch.split(together, height), strict=True)
-    return all(_same_bits(_packed(weight), part) for weight, part in pairs)
-
-
-def _same_bits(left: Tensor, right: Tensor) -> bool:
-    return torch.equal(left.view(torch.uint8), right.view(torch.uint8))
+    weights = torch.randn((count * height, width), generator=drawn, dtype=dtype)
+    x = torch.randn((count, width), generator=drawn, dtype=dtype)
+    together = ZendnnLinear(_packed(weights), None)
+    found = torch.empty((count, count * height), dtype=dtype)
+    together.into(found, x)
+    for place, weight in enumerate(torch.split(weights, height)):
+        own, columns = _packed(weight), slice(place * height, (place + 1) * height)
+        alone = ZendnnLinear(own, None)(x[place : place + 1])
+        same = torch.equal(own, together.packed[columns])
+        if not (same and torch.equal(alone[0], found[place, columns])):
+            return False
+    return True
 
 
 Inputs = Tensor | Sequence[Tensor]
@@ -247,8 +252,7 @@ class _FirstRows:
 
     def __init__(self, counts: tuple[int, ...]) -> None:
         self._counts = list(counts)
-        self._seen: Tensor | None = None
-        self._rows: Sequence[Tensor] = ()
+        self._last: tuple[Inputs, Sequence[Tensor]] = (), ()
 
     @classmethod
     @lru_cache(maxsize=64)
@@ -258,18 +262,19 @@ class _FirstRows:
 
     def of(self, inputs: Tensor) -> Sequence[Tensor]:
         """Of `inputs` [products, rows, in], views [count, in]."""
-        if inputs is not self._seen:
-            self._seen = inputs
-            self._rows = torch.split(inputs.select(1, 0), self._counts)
-        return self._rows
+        seen, rows = self._last
+        if inputs is not seen:
+            rows = torch.split(inputs.select(1, 0), self._counts)
+            self._last = inputs, rows
+        return rows
 
 
 class Diagonal:
     """Products of one row each: row n of what a joined product is given is for the nth of its
     products, and what it has in the columns of others is dropped.
 
-    Such rows take the place of filler: fewer calls compute no more. With ZenDNN two rows are
-    enough for each to have its own bits.
+    Such rows take the place of filler: fewer calls compute no more. `join` has seen that each has
+    the bits that it has alone, also of two and three products.
     """
 
     def __init__(self, joined: Sequence[Joined]) -> None:
