@@ -110,12 +110,12 @@ class Leader:
         self._announce(step)
         self._say(self._maker.sent(time.monotonic()))
         self._engine.clock.python_s += time.perf_counter() - started
+        # The others compute already: what the step before has written goes out now.
+        self._engine.replicate()
         # Acknowledgements are here by now: a token leaves with them, and what comes next is due.
         self._links.pump()
         own = self._engine.compute(step)
         self._engine.foresee(step)
-        # Others are still at this step: what the one before has written goes out now.
-        self._engine.replicate()
         began, waited = time.perf_counter(), self._links.traffic.wait_s
         drawn = self._draw(step, own) if step.slots else {}
         self._maker.finished(step, drawn, time.perf_counter() - started)

@@ -1,9 +1,8 @@
 """Keeps replicas up to date under one plan: sends what steps have written, takes what others send.
 
-All of it happens between two steps, on the leader while others are at its step, after what steps
-need and in portions that a running reply does not notice. What does not fit into one step's portion
-follows after the next ones; a request's positions that wait together go in one frame. While no step
-runs there is more room.
+All of it happens between two steps, after what steps need, and in portions that a running reply
+does not notice. What does not fit into one step's portion follows after the next ones; a request's
+positions that wait together go in one frame. While no step runs there is more room.
 """
 
 from __future__ import annotations
@@ -37,12 +36,6 @@ and to compute these again costs a standby that takes over nothing but one small
 SEND_ROWS = MAX_STANDBY_LAG // 2
 """As soon as so many positions of a request wait they go out: standbys of fast steps must not seem
 unable to take over."""
-
-READ_EVERY_S = 0.05
-"""Frames of others come no sooner one after the other, and to look for them takes a step's time."""
-
-READ_EVERY_STEPS = MAX_STANDBY_LAG // 4
-"""Of fast steps, for the same reason as `SEND_ROWS`."""
 
 SLOW_STEP_S = 0.02
 """A step that takes longer leaves room for more in proportion."""
@@ -116,13 +109,7 @@ class Replicator:
         self._halted = self._held = False
         self._began = 0.0
         self._stepped = 0.0
-        self._stepping = False
-        """A step is in hand, however long it takes."""
         self._sent = 0.0
-        self._turned = 0.0
-        """When all was last done that was to be done; 0: there was more."""
-        self._steps = 0
-        """Steps since then."""
         self._asked = 0.0
         self._frames = STEP_FRAMES
         self._to_read = self._to_answer = STEP_BYTES
@@ -130,8 +117,7 @@ class Replicator:
     @property
     def has_room(self) -> bool:
         """Whether a frame that arrives now would be read before the next step."""
-        there = self._to_read > 0 and not self._alone and not self._held
-        return there and self._is_to_read(time.monotonic())
+        return self._to_read > 0 and not self._alone and not self._held
 
     @property
     def lacking(self) -> int:
@@ -148,7 +134,6 @@ class Replicator:
     def stepped(self, step: Step) -> None:
         """A step begins, and its tokens are written down."""
         self._began = self._stepped = time.monotonic()
-        self._stepping = True
         self._replicas.forget(step.ended)
         self._replicas.stepped(step.slots, self._began)
 
@@ -159,13 +144,11 @@ class Replicator:
                 before = self._unsent.get(slot.request_id)
                 self._unsent[slot.request_id] = _joined(before, slot) if before else slot
         self._stepped = time.monotonic()
-        self._stepping = False
-        self._steps += 1
         self._refill(max(1.0, (self._stepped - self._began) / SLOW_STEP_S))
 
     def halt(self) -> None:
         """No more steps: only what still comes is read."""
-        self._halted, self._stepping = True, False
+        self._halted = True
 
     def hold(self, held: bool) -> None:
         """Do as without partners for as long as `held`: nothing is sent, read, answered or asked.
@@ -184,24 +167,24 @@ class Replicator:
 
     def turn(self) -> bool:
         """Send, read, answer and ask, as far as there is room; returns whether there was any of it
-        to do. While steps run that is nothing without partners, and nothing after most of the fast
-        ones; while it is held, nothing."""
+        to do. Without partners that is nothing while steps run, and while it is held nothing."""
         if self._held:
             return False
         now = time.monotonic()
-        if self._is_idle(now):
+        idle = now >= self._stepped + IDLE_AFTER_S
+        if idle:
             self._refill(IDLE_ROOM)
-        elif self._alone or not (self._is_to_read(now) or self._is_to_send(now)):
+        elif self._alone:
             return False
         for member in self._links.begun():
             self._relink(member)
         if self._halted:
             return self._read(now)
-        sent = self._is_to_send(now) and self._send_finished(now)
+        due = idle or now >= self._sent + SEND_EVERY_S
+        due = due or any(len(slot.tokens) >= SEND_ROWS for slot in self._unsent.values())
+        sent = due and self._send_finished(now)
         read = self._read(now)
         answered = self._answer()
-        self._turned = 0.0 if answered or self._to_read <= 0 else now
-        self._steps = 0
         if now >= self._asked + ASK_EVERY_S:
             self._asked = now
             for owner, question in self._replicas.asks(now):
@@ -210,20 +193,6 @@ class Replicator:
             if not self._links.send(owner, credit):
                 self._replicas.ungranted(owner, credit)
         return sent or read or answered
-
-    def _is_idle(self, now: float) -> bool:
-        return not self._stepping and now >= self._stepped + IDLE_AFTER_S
-
-    def _is_to_read(self, now: float) -> bool:
-        """Whether to look for what others sent: while steps run, not after every fast one."""
-        due = now >= self._turned + READ_EVERY_S or self._steps >= READ_EVERY_STEPS
-        return due or self._halted or self._is_idle(now)
-
-    def _is_to_send(self, now: float) -> bool:
-        """Whether what finished steps have written goes out."""
-        if now >= self._sent + SEND_EVERY_S or self._is_idle(now):
-            return bool(self._unsent)
-        return any(len(slot.tokens) >= SEND_ROWS for slot in self._unsent.values())
 
     def drain(self) -> None:
         """Take all that has come under the plan, which is being left."""

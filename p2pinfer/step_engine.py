@@ -186,8 +186,7 @@ class StepEngine:
         self._replicator.finished(step)
 
     def replicate(self) -> None:
-        """Send and take delta KV when this node has nothing else to do, a portion that nobody
-        notices."""
+        """Between two steps: send and take delta KV, a portion that nobody notices."""
         began = time.perf_counter()
         self._replicator.turn()
         self.clock.bulk_s += time.perf_counter() - began

@@ -12,16 +12,7 @@ import pytest
 from p2pinfer import replicator
 from p2pinfer.core.coverage import KvUnit
 from p2pinfer.core.units import kv_bytes_per_position
-from p2pinfer.replicator import (
-    DRAIN_S,
-    IDLE_AFTER_S,
-    LEAST_BYTES,
-    READ_EVERY_STEPS,
-    SEND_ROWS,
-    STEP_BYTES,
-    STEP_FRAMES,
-    partners,
-)
+from p2pinfer.replicator import DRAIN_S, IDLE_AFTER_S, SEND_ROWS, STEP_FRAMES, partners
 from p2pinfer.types import Fence
 from p2pinfer.wire.messages import Credit, KvDelta, KvRequest
 from p2pinfer.wire.tensors import Tensor, WireDType
@@ -180,34 +171,8 @@ def test_a_link_that_begins_anew_brings_credit_and_questions(bench: Bench) -> No
 # --- room -----------------------------------------------------------------------------------------
 
 
-def test_what_was_sent_is_looked_for_after_some_fast_steps(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Not after each of them, nor does a worker wake up for it meanwhile."""
-    one, other = in_force(bench)
-    for name in ("READ_EVERY_S", "SEND_EVERY_S", "IDLE_AFTER_S"):
-        monkeypatch.setattr(replicator, name, 60.0)
-    one.finish(one.begin(slot(0, 1)))
-    one.replicator.turn()
-    taken = one.taken
-    assert other.links.send(0, Credit(fence=other.plan.fence, bytes=1))
-    until(lambda: one.readable, turn=False)
-    for position in range(1, READ_EVERY_STEPS):
-        one.finish(one.begin(slot(position, 1)))
-        assert not one.replicator.has_room
-        assert not one.replicator.turn()
-    assert one.taken == taken
-    one.finish(one.begin(slot(READ_EVERY_STEPS, 1)))
-    assert one.replicator.has_room
-    assert one.replicator.turn()
-    assert one.taken > taken
-
-
-def test_there_is_only_so_much_between_two_steps(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_there_is_only_so_much_between_two_steps(bench: Bench) -> None:
     """Frames beyond a step's portion wait for the next; without steps there is more room."""
-    monkeypatch.setattr(replicator, "READ_EVERY_S", 0.0)
     nodes = in_force(bench)
     one, other = nodes
     run(nodes, slot(0, 1))
@@ -222,26 +187,6 @@ def test_there_is_only_so_much_between_two_steps(
     one.replicator.turn()  # which may send what the step has written
     assert one.taken == taken or time.monotonic() > ended, "more than there is room for"
     until(lambda: one.taken >= taken + 100, one)
-
-
-def test_in_a_long_step_there_is_no_more_room_than_between_two(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The leader turns to delta KV before it draws, while everybody waits for the token."""
-    one, other = in_force(bench)
-    one.finish(one.begin(slot(0, 1)))
-    for name in ("READ_EVERY_S", "IDLE_AFTER_S"):
-        monkeypatch.setattr(replicator, name, 0.0)
-    for _ in range(200):
-        assert other.links.send(0, Credit(fence=other.plan.fence, bytes=1))
-    step, taken = one.begin(slot(1, 1)), one.taken
-    ended = time.monotonic() + 5
-    while one.replicator.has_room and time.monotonic() < ended:
-        one.replicator.turn()
-    assert not one.replicator.has_room
-    assert one.taken <= taken + STEP_BYTES // LEAST_BYTES
-    one.finish(step)
-    until(lambda: one.taken >= taken + 200, one)
 
 
 def test_a_slow_step_leaves_room_for_more(bench: Bench) -> None:
